@@ -1,0 +1,51 @@
+"""Balanced low-rank adapters over 4-bit models, trained in TRL and deployed exactly, still at 4 bits.
+
+Importing the package registers the adapter with PEFT and the quantizer with transformers; everything else is loaded
+when it is first named.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from qbl_trl.adapter import model as _adapter
+from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
+from qbl_trl.quant import hf_quantizer as _quantizer
+
+if TYPE_CHECKING:
+    from qbl_trl.adapter.to_lora import to_lora
+    from qbl_trl.merging import merge
+    from qbl_trl.onnx.export import export_onnx
+    from qbl_trl.parity import verify
+    from qbl_trl.trl.callback import QBLoRACallback
+
+__version__ = "0.1.0"
+__all__ = ["GroupQuantConfig", "QBLoRACallback", "QBLoRAConfig", "export_onnx", "merge", "to_lora", "verify"]
+
+_LAZY = {
+    "QBLoRACallback": "qbl_trl.trl.callback",
+    "export_onnx": "qbl_trl.onnx.export",
+    "merge": "qbl_trl.merging",
+    "to_lora": "qbl_trl.adapter.to_lora",
+    "verify": "qbl_trl.parity",
+}
+_EXPORT_PACKAGES = {"onnx", "onnx_ir", "onnxruntime", "optimum"}
+
+_adapter.register()
+_quantizer.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'qbl_trl' has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.partition(".")[0] in _EXPORT_PACKAGES:
+            raise ImportError(
+                f'qbl_trl.{name} needs {error.name}: pip install "qbl-trl[onnx]" (or "qbl-trl[onnx-gpu]")'
+            ) from error
+        raise
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

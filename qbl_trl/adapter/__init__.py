@@ -1,0 +1,1 @@
+"""The method: balanced low-rank adapters, as a PEFT tuner."""

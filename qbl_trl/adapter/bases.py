@@ -1,0 +1,127 @@
+"""What kinds of base layer an adapter can sit on, and what each kind allows.
+
+Kinds are told by the classes of libraries that are already imported: a base of a library that was never loaded cannot
+be in the model, so nothing is imported here to find out.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qbl_trl.adapter.bnb_packed import is_repacked, repacked_weight
+from qbl_trl.config import GroupQuantConfig
+from qbl_trl.errors import ConfigError
+from qbl_trl.quant.linear import GroupQuantLinear
+
+
+@dataclass(frozen=True)
+class Base:
+    """One base layer, described.
+
+    Attributes:
+        kind: "float", "group_quant", "bitsandbytes 4-bit", "hqq", ...
+        in_features, out_features: K and N.
+        group_size: g of an affine group quantized base, None for every other.
+        transposed: the weight is stored (K, N), as GPT-2's Conv1D stores it.
+    """
+
+    kind: str
+    in_features: int
+    out_features: int
+    group_size: int | None = None
+    transposed: bool = False
+
+    @property
+    def mergeable(self) -> bool:
+        """A merge into this kind changes stored numbers exactly (float: to rounding)."""
+        return self.kind in ("float", "group_quant")
+
+
+def describe(layer: nn.Module, name: str = "") -> Base:
+    """Tell what a base layer is.
+
+    Raises:
+        ConfigError: if no adapter can sit on it; the message names the layer and what is supported.
+    """
+    if isinstance(layer, GroupQuantLinear):
+        return Base("group_quant", layer.in_features, layer.out_features, layer.group_size)
+    if isinstance(layer, Conv1D):
+        shape: Any = getattr(layer.weight, "ds_shape", layer.weight.shape)
+        return Base("float", int(shape[0]), int(shape[1]), transposed=True)
+    for kind, module, classes in _FOREIGN:
+        if any(isinstance(layer, found) for found in _loaded(module, classes)):
+            foreign: Any = layer
+            return Base(kind, foreign.in_features, foreign.out_features, _foreign_group_size(kind, layer))
+    if isinstance(layer, nn.Linear):
+        kind = "float" if _is_plain(layer.weight) else "torchao"
+        return Base(kind, layer.in_features, layer.out_features)
+    raise ConfigError(
+        f"{name or 'target module'}: {type(layer).__name__} cannot hold a balanced adapter; supported are nn.Linear, "
+        "Conv1D of transformers, GroupQuantLinear, and the linear layers of bitsandbytes, HQQ, torchao, GPTQ and AWQ. "
+        "Name the linear layers in target_modules, or leave this one out with exclude_modules"
+    )
+
+
+def float_weight(layer: nn.Module) -> Tensor:
+    """The weight a layer multiplies with, float32, as the layer stores it: (N, K), or (K, N) for Conv1D.
+
+    Raises:
+        ConfigError: if this kind of layer does not give its float weight away.
+    """
+    if isinstance(layer, GroupQuantLinear):
+        return layer.dequantize()
+    kind = describe(layer).kind
+    if kind in ("gptq", "awq"):
+        raise ConfigError(
+            f"a {kind} layer keeps its weight in a kernel's own layout; load the checkpoint with "
+            f"quantization_config={GroupQuantConfig.__name__}.from_checkpoint(folder), which keeps its codes"
+        )
+    if kind == "torchao":
+        return layer.weight.dequantize().detach().float()  # type: ignore[operator, union-attr]
+    if is_repacked(layer.weight):
+        return repacked_weight(layer.weight.data, layer.weight.quant_state)  # type: ignore[arg-type, union-attr]
+    return dequantize_module_weight(layer).detach().float()
+
+
+def quantize_hint() -> str:
+    """The line that gives a base with affine groups."""
+    return f"from_pretrained(..., quantization_config={GroupQuantConfig.__name__}(bits=4, group_size=32))"
+
+
+_FOREIGN = (
+    ("bitsandbytes 4-bit", "bitsandbytes.nn", ("Linear4bit",)),
+    ("bitsandbytes 8-bit", "bitsandbytes.nn", ("Linear8bitLt",)),
+    ("hqq", "hqq.core.quantize", ("HQQLinear",)),
+    ("awq", "gptqmodel.nn_modules.qlinear", ("AWQuantLinear",)),  # before its parent
+    ("gptq", "gptqmodel.nn_modules.qlinear", ("BaseQuantLinear",)),
+    ("awq", "awq.modules.linear", ("WQLinear_GEMM", "WQLinear_GEMV")),
+    ("awq", "awq.modules.linear.gemm", ("WQLinear_GEMM",)),
+)
+
+
+def _loaded(module: str, classes: tuple[str, ...]) -> list[type]:
+    loaded = sys.modules.get(module)
+    found = [getattr(loaded, name, None) for name in classes] if loaded else []
+    return [cls for cls in found if isinstance(cls, type)]
+
+
+def _foreign_group_size(kind: str, layer: nn.Module) -> int | None:
+    if kind in ("gptq", "awq"):
+        size = int(layer.group_size)  # type: ignore[arg-type]
+        return int(layer.in_features) if size == -1 else size  # type: ignore[arg-type]
+    if kind == "hqq":
+        return int(layer.meta["group_size"])  # type: ignore[index, union-attr, operator]
+    return None
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """A float tensor of torch itself (or its distributed form), not a subclass that hides quantized storage."""
+    from torch.distributed.tensor import DTensor
+
+    inner = weight.to_local() if isinstance(weight, DTensor) else weight
+    return inner.is_floating_point() and type(inner.data) is torch.Tensor

@@ -1,0 +1,88 @@
+"""Which in_factor and out_factor a layer really gets, and the error when none of what was asked fits."""
+
+import re
+from collections import Counter
+
+from peft.utils.other import get_pattern_key
+
+from qbl_trl.adapter.balance import fitting_factors
+from qbl_trl.adapter.bases import Base, quantize_hint
+from qbl_trl.config import QBLoRAConfig
+from qbl_trl.errors import ConfigError
+
+
+def choose_factors(base: Base, config: QBLoRAConfig, name: str) -> tuple[int, int]:
+    """(p, e) for one layer.
+
+    Args:
+        base: the described base layer.
+        config: in_factor (None: the base's group), out_factor, quantization_aware, on_misfit.
+        name: full name of the layer, for the error.
+
+    Raises:
+        ConfigError: if the factors do not divide the layer, or are no multiple of its quantization group although
+            the training is quantization aware.
+    """
+    unit = 1
+    if config.quantization_aware:
+        if base.group_size is None:
+            raise ConfigError(
+                f"{name}: quantization_aware=True needs a base with affine quantization groups, this one is "
+                f"{base.kind}. Load the model with {quantize_hint()}, or set quantization_aware=False"
+            )
+        unit = base.group_size
+    sides = (
+        ("in_factor", config.in_factor or unit, config.in_factor_pattern, base.in_features, unit),
+        ("out_factor", config.out_factor, config.out_factor_pattern, base.out_features, 1),
+    )
+    p, e = (_of_side(*side, config.on_misfit, name) for side in sides)
+    return p, e
+
+
+def record_factors_(config: QBLoRAConfig, chosen: dict[str, tuple[int, int]]) -> None:
+    """Write the factors of every layer into the configuration, in place; reading it back gives the same adapter.
+
+    Args:
+        config: where in_factor is still open, the most frequent one is written.
+        chosen: (p, e) by full layer name.
+    """
+    if config.in_factor is None:
+        config.in_factor = Counter(p for p, _ in chosen.values()).most_common(1)[0][0]
+    for at, common, pattern in (
+        (0, config.in_factor, config.in_factor_pattern),
+        (1, config.out_factor, config.out_factor_pattern),
+    ):
+        for name, factors in chosen.items():
+            if pattern.get(get_pattern_key(list(pattern), name), common) != factors[at]:
+                pattern[f"^{re.escape(name)}"] = factors[at]
+
+
+def _of_side(
+    field: str, wanted: int, pattern: dict[str, int], features: int, unit: int, on_misfit: str, name: str
+) -> int:
+    key = get_pattern_key(list(pattern), name)
+    if key not in pattern:
+        return _fit(field, wanted, features, field.replace("factor", "features"), unit, on_misfit, name)
+    return _fit(field, pattern[key], features, field.replace("factor", "features"), unit, "error", name)
+
+
+def _fit(field: str, wanted: int, features: int, side: str, unit: int, on_misfit: str, name: str) -> int:
+    if features % wanted == 0 and wanted % unit == 0:
+        return wanted
+    fitting = fitting_factors(features, unit)
+    smaller = [factor for factor in fitting if factor <= wanted]
+    if on_misfit == "reduce" and smaller:
+        return smaller[-1]
+    groups = f" into whole quantization groups of {unit}" if unit > 1 else ""
+    if not fitting:
+        raise ConfigError(
+            f"{name}: {field}={wanted} does not divide {side}={features}{groups}, and no factor does. Leave the "
+            "layer out with exclude_modules, or quantize with a group_size that divides it"
+        )
+    shown = ", ".join(map(str, fitting[:8])) + (", ..." if len(fitting) > 8 else "")
+    nearest = smaller[-1] if smaller else fitting[0]
+    advice = ', or on_misfit="reduce" to use the largest that fits' if smaller else ""
+    raise ConfigError(
+        f"{name}: {field}={wanted} does not divide {side}={features}{groups}. "
+        f"Allowed here: {shown}. Set {field}={nearest}{advice}."
+    )

@@ -1,0 +1,92 @@
+"""Merging one adapted layer into its base and out again, as PEFT asks a layer to.
+
+float base:     W <- W + dW
+4-bit groups:   delta <- delta + D, codes and scales untouched (exact where in_factor is a multiple of the group)
+anything else:  refused, with the reason and what to do
+"""
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor
+
+from qbl_trl.adapter.bases import Base
+from qbl_trl.adapter.fold import add_deltas
+from qbl_trl.errors import MergeError
+from qbl_trl.quant.linear import GroupQuantLinear
+
+
+class MergesIntoBase(LoraLayer):
+    """The merging half of BalancedLinear.
+
+    Attributes:
+        base: what the base layer is.
+        in_factor, out_factor, rank: by adapter name.
+    """
+
+    base: Base
+    in_factor: dict[str, int]
+    out_factor: dict[str, int]
+    rank: dict[str, int]
+    _before_merge: list[tuple[Tensor | None, int | None, int | None]]
+
+    def block_delta(self, adapter_name: str) -> Tensor:
+        """D, (N / e, K / p) float32."""
+        raise NotImplementedError
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters into the base weight: added in float, kept as a block delta over 4-bit groups.
+
+        Raises:
+            MergeError: if the base cannot take the change exactly, or the result is not finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.rank:
+                continue
+            layer = self.get_base_layer()
+            if isinstance(layer, GroupQuantLinear):
+                self._merge_into_groups(layer, name, safe_merge)
+            elif self.base.kind == "float":
+                merged = layer.weight.data + self.get_delta_weight(name).to(layer.weight.dtype)  # type: ignore[operator]
+                if safe_merge and not torch.isfinite(merged).all():
+                    raise MergeError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+                layer.weight.data = merged  # type: ignore[union-attr]
+            else:
+                raise MergeError(
+                    f"a {self.base.kind} weight cannot take an adapter without loss. Export the model with its "
+                    'adapter instead (exact), or merge(model, lossy="requantize"), which dequantizes, adds and '
+                    "quantizes again, and reports the loss"
+                )
+            self.merged_adapters.append(name)
+
+    def _merge_into_groups(self, layer: GroupQuantLinear, name: str, safe_merge: bool) -> None:
+        p, e, g = self.in_factor[name], self.out_factor[name], layer.group_size
+        if p % g:
+            raise MergeError(
+                f"in_factor={p} is no multiple of the base's quantization group of {g}: the adapter's change varies "
+                "inside a group and does not fold into its zero point. Export the model with its adapter instead "
+                "(exact, the low-rank branch is kept), train with quantization_aware=True, or merge(model, "
+                'lossy="requantize"), which reports its loss'
+            )
+        delta, factors = self.block_delta(name).detach(), (p, e)
+        if safe_merge and not torch.isfinite(delta).all():
+            raise MergeError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        stored = layer.format
+        self._before_merge.append((layer.delta, stored.in_factor, stored.out_factor))
+        if layer.delta is not None:
+            delta, factors = add_deltas(
+                layer.delta.float(), (stored.in_factor or 1, stored.out_factor or 1), delta, factors
+            )
+        layer.set_delta(delta.to(layer.weight.device), *factors)
+
+    def unmerge(self) -> None:
+        """Take every merged adapter out again; over 4-bit groups the base comes back bit for bit."""
+        layer = self.get_base_layer()
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name not in self.rank:
+                continue
+            if isinstance(layer, GroupQuantLinear):
+                layer.set_delta(*self._before_merge.pop())
+            else:
+                layer.weight.data -= self.get_delta_weight(name).to(layer.weight.dtype)  # type: ignore[operator, union-attr]

@@ -1,0 +1,155 @@
+"""QBLoRAModel: the PEFT tuner that places balanced adapters, and its registration.
+
+Everything PEFT does with a LoRA model (naming, saving, several adapters, mixed batches) is inherited; what differs is
+which layer is built and how adapters of compressed shape are combined.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.peft_types import register_peft_method
+from torch import Tensor, nn
+
+from qbl_trl.adapter.balance import matched_rank
+from qbl_trl.adapter.factors import record_factors_
+from qbl_trl.adapter.layer import BalancedLinear
+from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
+from qbl_trl.errors import ConfigError
+from qbl_trl.peft_type import NAME, QBLORA
+
+
+class QBLoRAModel(LoraModel):
+    """Balanced low-rank adapters over the linear layers of a model; see QBLoRAConfig."""
+
+    tuner_layer_cls = BalancedLinear
+
+    @staticmethod
+    def _create_new_module(lora_config: QBLoRAConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        return BalancedLinear(target, adapter_name, config=lora_config, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: QBLoRAConfig, model_config: Any) -> QBLoRAConfig:
+        """Write down what the base decides, so that the saved adapter says it: its format, and the pooled group."""
+        prepared: QBLoRAConfig = super()._prepare_adapter_config(peft_config, model_config)
+        stored = getattr(getattr(self.model, "config", None), "quantization_config", None)
+        if isinstance(stored, GroupQuantConfig):
+            if prepared.in_factor is None:
+                prepared.in_factor = stored.group_size
+            if prepared.base_quantization is None:
+                prepared.base_quantization = stored.to_dict()
+        return prepared
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Place an adapter, and write the factors its layers got into its configuration, as PEFT does with targets."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, BalancedLinear)}
+        chosen = {
+            name: (layer.in_factor[adapter_name], layer.out_factor[adapter_name])
+            for name, layer in layers.items()
+            if adapter_name in layer.rank
+        }
+        if chosen:
+            record_factors_(self.peft_config[adapter_name], chosen)
+
+    def _check_merge_allowed(self) -> None:
+        """Whether a merge is exact depends on each layer and is checked there; replicated layers never are."""
+        BaseTuner._check_merge_allowed(self)
+        for name, config in self.peft_config.items():
+            if config.layer_replication:
+                raise ConfigError(f"adapter {name!r} replicates layers; replicated layers share weights, do not merge")
+
+    def _check_add_weighted_adapter(
+        self, adapters: list[str], combination_type: str, svd_rank: int | None
+    ) -> tuple[str, int, Any]:
+        checked = super()._check_add_weighted_adapter(adapters, combination_type, svd_rank)
+        shapes = {self._block_shape(name) for name in adapters}
+        if len(shapes) > 1:
+            raise ConfigError(
+                f"add_weighted_adapter: {', '.join(adapters)} differ in (in_factor, out_factor, pooling): "
+                f"{sorted(map(str, shapes))}; only adapters of one compressed shape can be combined"
+            )
+        if any(self.peft_config[name].adapter == "block" for name in adapters):
+            raise ConfigError("add_weighted_adapter combines low-rank factors; an adapter='block' has none")
+        kind, rank, targets = checked
+        if kind == "cat":
+            rank += max(self._missing_rows(adapters, rank), default=0)
+        return kind, rank, targets
+
+    def _missing_rows(self, adapters: list[str], r: int) -> Iterator[int]:
+        """By how much the matched rank of the nominal sum falls short of the sum of matched ranks (rounding)."""
+        for layer in self.modules():
+            if isinstance(layer, BalancedLinear):
+                held = [name for name in adapters if name in layer.rank]
+                if held:
+                    p, e = layer.in_factor[held[0]], layer.out_factor[held[0]]
+                    matched = matched_rank(r, layer.base.in_features, layer.base.out_features, p, e)
+                    yield max(0, sum(layer.rank[name] for name in held) - matched)
+
+    def _block_shape(self, name: str) -> tuple[int | None, int, str]:
+        config = self.peft_config[name]
+        return config.in_factor, config.out_factor, config.pooling
+
+    def _svd_generalized_task_arithmetic_weighted_adapter(
+        self,
+        combination_type: str,
+        adapters: list[str],
+        weights: list[float],
+        new_rank: int,
+        target: BalancedLinear,
+        target_lora_A: Tensor,
+        target_lora_B: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """The singular value decomposition of the combined block delta, in the compressed space."""
+        rank = target_lora_A.shape[0]
+        possible = min(rank, target_lora_B.shape[0], target_lora_A.shape[1])
+        first, second = super()._svd_generalized_task_arithmetic_weighted_adapter(
+            combination_type,
+            adapters,
+            weights,
+            possible,
+            _BlockView(target),
+            target_lora_A,
+            target_lora_B,
+            *args,
+            **{**kwargs, "full_matrices": False},
+        )
+        if possible < rank:  # the block space has fewer dimensions than the rank
+            first = nn.functional.pad(first, (0, 0, 0, rank - possible))
+            second = nn.functional.pad(second, (0, rank - possible))
+        pooling_scale = target.pooling_scale[adapters[0]]
+        return first.to(target_lora_A.dtype), (second / pooling_scale).to(target_lora_B.dtype)
+
+
+class _BlockView:
+    """A layer as PEFT's weighted combination reads it, with block deltas in place of full ones."""
+
+    fan_in_fan_out = False
+
+    def __init__(self, layer: BalancedLinear) -> None:
+        self.lora_A, self.lora_embedding_A = layer.lora_A, layer.lora_embedding_A
+        self.get_delta_weight = layer.block_delta
+
+
+# What two adapters must share so that one can take the other's place without being placed anew.
+_SHARED_BY_HOTSWAP = [
+    *("use_rslora", "lora_dropout", "alpha_pattern", "adapter", "pooling"),
+    *("in_factor", "out_factor", "in_factor_pattern", "out_factor_pattern"),
+]
+
+
+def register() -> None:
+    """Make the method known to PEFT (once)."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
+
+    if QBLORA not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(
+            name=NAME.lower(), config_cls=QBLoRAConfig, model_cls=QBLoRAModel, prefix=QBLoRAModel.prefix
+        )
+        CONFIG_KEYS_TO_CHECK[QBLORA] = _SHARED_BY_HOTSWAP
+
+
+register()

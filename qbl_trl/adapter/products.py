@@ -1,0 +1,161 @@
+"""The two products of a balanced adapter as autograd functions: pooled input times A, and B expanded onto the output.
+
+    project:     h = A sum_p(x)                        x' = x
+    add_expanded: y' = y + expand_e(B h)
+
+Left to autograd, the same formulas make a full-size temporary for every pooling, expansion, scaling and sum, in both
+directions; memory traffic then costs more than the products. Here the forward pass keeps the pooled input and h, and
+the backward pass adds the expanded gradient onto the base's in one step: `project` therefore returns x as well, and
+the base layer is given that x.
+
+Left out: second derivatives.
+"""
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A last axis shorter than this is walked slice by slice: reductions and broadcasts over it do not vectorize.
+_SHORT = 8
+# Up to this many columns of an expanded matrix, one larger product beats a smaller one and an expansion.
+_EXPANDED_COLUMNS = 128
+
+
+def sum_neighbours(x: Tensor, factor: int, dtype: torch.dtype) -> Tensor:
+    """Sum of neighbouring features: (..., K) -> (..., K / factor), added up in `dtype`."""
+    if factor == 1:
+        return x.to(dtype)
+    blocks = x.unflatten(-1, (-1, factor))
+    if factor >= _SHORT:
+        return blocks.sum(-1, dtype=dtype)
+    total = blocks[..., 0].to(dtype) + blocks[..., 1].to(dtype)
+    for at in range(2, factor):
+        total += blocks[..., at]
+    return total
+
+
+def plus_expanded(y: Tensor, update: Tensor, factor: int, into: Tensor | None = None) -> Tensor:
+    """y + expand(update): (..., N) and (..., N / factor) -> (..., N) in the dtype of y; written to `into` if given."""
+    update = update.to(y.dtype)
+    if factor == 1:
+        return torch.add(y, update, out=into)
+    if torch.compiler.is_compiling():  # written plainly: the compiler fuses it, and follows no `out`
+        return (y.unflatten(-1, (-1, factor)) + update.unsqueeze(-1)).flatten(-2)
+    result = torch.empty_like(y, memory_format=torch.contiguous_format) if into is None else into
+    blocks, source = result.unflatten(-1, (-1, factor)), y.unflatten(-1, (-1, factor))
+    if factor >= _SHORT:
+        torch.add(source, update.unsqueeze(-1), out=blocks)
+        return result
+    for at in range(factor):
+        torch.add(source[..., at], update, out=blocks[..., at])
+    return result
+
+
+def plus_product(y: Tensor, h: Tensor, weight: Tensor, factor: int, into: Tensor | None = None) -> Tensor:
+    """y + expand(h weight^T): (..., N), (..., R) and (N / factor, R) -> (..., N) in the dtype of y."""
+    if y.dtype == weight.dtype and factor * weight.shape[1] <= _EXPANDED_COLUMNS:
+        wide = weight if factor == 1 else weight.repeat_interleave(factor, 0)
+        target = None if into is None else into.view(-1, into.shape[-1])
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), wide.T, out=target).view(y.shape)
+    return plus_expanded(y, h @ weight.T, factor, into)
+
+
+class _LastPooled(threading.local):
+    """What was pooled last: q, k and v (or gate and up) read one x, and then share, and keep, one pooled copy."""
+
+    source: weakref.ref[Tensor] | None = None
+    key: tuple[Any, ...] = ()
+    pooled: Tensor
+
+    def sum_neighbours(self, x: Tensor, factor: int, dtype: torch.dtype) -> Tensor:
+        if factor == 1 or x.is_inference():
+            return sum_neighbours(x, factor, dtype)
+        key = (x._version, factor, dtype)
+        if self.source is None or self.source() is not x or self.key != key:
+            self.pooled = sum_neighbours(x, factor, dtype)
+            self.source, self.key = weakref.ref(x), key
+        return self.pooled
+
+
+_last = _LastPooled()
+
+
+def _shared_sum(x: Tensor, factor: int, dtype: torch.dtype) -> Tensor:
+    """sum_neighbours, remembered; a compiler finds the common product itself, and may not meet Python state."""
+    if torch.compiler.is_compiling():
+        return sum_neighbours(x, factor, dtype)
+    return _last.sum_neighbours(x, factor, dtype)
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        ctx.factor = factor
+        return x.view_as(x), _shared_sum(x, factor, dtype).detach()
+
+    @staticmethod
+    def backward(ctx: Any, to_x: Tensor, to_pooled: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return plus_expanded(to_x, to_pooled, ctx.factor), None, None
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+        pooled = _shared_sum(x, factor, weight.dtype)
+        ctx.factor = factor
+        ctx.save_for_backward(pooled, weight)
+        return x.view_as(x), pooled @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, to_x: Tensor, to_h: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        pooled, weight = ctx.saved_tensors
+        dx = plus_product(to_x, to_h, weight.T, ctx.factor) if ctx.needs_input_grad[0] else None
+        dw = to_h.flatten(0, -2).T @ pooled.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return dx, dw, None
+
+
+class _AddExpanded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, h: Tensor, weight: Tensor, factor: int, in_place: bool) -> Tensor:
+        ctx.factor = factor
+        ctx.save_for_backward(h, weight)
+        if not in_place:
+            return plus_product(y, h, weight, factor)
+        ctx.mark_dirty(y)
+        plus_product(y, h, weight, factor, into=y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        h, weight = ctx.saved_tensors
+        pooled = sum_neighbours(grad, ctx.factor, weight.dtype)
+        dh = pooled @ weight if ctx.needs_input_grad[1] else None
+        dw = pooled.flatten(0, -2).T @ h.flatten(0, -2) if ctx.needs_input_grad[2] else None
+        return grad, dh, dw, None, None
+
+
+def pool(x: Tensor, factor: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x itself, for the base layer, and the sum of its neighbours: (..., K) -> (..., K) and (..., K / factor)."""
+    result: tuple[Tensor, Tensor] = _Pool.apply(x, factor, dtype)  # type: ignore[no-untyped-call]
+    return result
+
+
+def project(x: Tensor, weight: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """x itself, for the base layer, and h = sum_p(x) weight^T: (..., K), (R, K / factor) -> (..., K), (..., R)."""
+    result: tuple[Tensor, Tensor] = _Project.apply(x, weight, factor)  # type: ignore[no-untyped-call]
+    return result
+
+
+def add_expanded(y: Tensor, h: Tensor, weight: Tensor, factor: int) -> Tensor:
+    """y + expand_e(h weight^T): (..., N), (..., R), (N / factor, R) -> (..., N) in the dtype of y.
+
+    y is the fresh output of a base layer, which no formula of a linear layer keeps: it is written over where autograd
+    can follow that without a copy.
+    """
+    plain = type(y) is Tensor and not torch.compiler.is_compiling()
+    in_place = plain and y.is_contiguous() and not y._is_view() and not (y.is_leaf and y.requires_grad)
+    result: Tensor = _AddExpanded.apply(y, h, weight, factor, in_place)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,157 @@
+"""to_lora: a balanced adapter as plain LoRA files, which stock PEFT, vLLM or llama.cpp's converter read.
+
+    A' [r, k] = A [r, k // p]          B' [n, r] = (alpha / r) pool_scale(p) B [n // e, r]          dW = B' A'
+
+Exact: repeated columns and rows compute what pooling and expansion compute. Layers of smaller rank are filled with
+zeros up to the largest, because few engines read a rank per layer; scaling is 1 (lora_alpha = r). A block adapter
+(QA-HiRA) becomes D times an identity, of rank min(N / e, K / p). Weights are written in float32.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
+from peft.utils.save_and_load import load_peft_weights
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qbl_trl.adapter.balance import pool_scale
+from qbl_trl.adapter.layer import adapter_layers
+from qbl_trl.adapter.wrapped import unwrap
+from qbl_trl.config import QBLoRAConfig
+from qbl_trl.errors import ConfigError
+from qbl_trl.folders import check_free, new_folder
+
+PREFIX = "base_model.model."
+_MATRICES = ("lora_A", "lora_B", "lora_block")
+
+
+def to_lora(
+    peft_model_or_dir: nn.Module | str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    adapter_name: str | None = None,
+) -> Path:
+    """Write an adapter as plain LoRA: adapter_config.json of type LORA and adapter_model.safetensors.
+
+    Args:
+        peft_model_or_dir: a model with balanced adapters, or a folder an adapter was saved to; no base model is
+            loaded for the latter.
+        output_dir: a new or empty folder; it appears whole or not at all.
+        adapter_name: which adapter of the model; the active one by default. A folder holds one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: if there is no balanced adapter, the name is unknown or ambiguous, or the folder is not empty.
+    """
+    check_free(output_dir)
+    if isinstance(peft_model_or_dir, nn.Module):
+        config, state = _from_model(peft_model_or_dir, adapter_name)
+    else:
+        config, state = _from_folder(Path(peft_model_or_dir))
+    layers: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        layer, matrix = _split(key)
+        if matrix:
+            layers.setdefault(layer, {})[matrix] = tensor.detach().cpu().float()
+        else:
+            others[key] = tensor.detach().cpu().contiguous()
+    factors = {layer: plain_factors(config, layer.removeprefix(PREFIX), held) for layer, held in layers.items()}
+    rank = max(down.shape[0] for down, _ in factors.values())
+    for layer, (down, up) in factors.items():
+        missing = rank - down.shape[0]
+        others[f"{layer}.lora_A.weight"] = nn.functional.pad(down, (0, 0, 0, missing)).contiguous()
+        others[f"{layer}.lora_B.weight"] = nn.functional.pad(up, (0, missing)).contiguous()
+    with new_folder(output_dir) as draft:
+        save_file(others, draft / "adapter_model.safetensors", metadata={"format": "pt"})
+        _plain_config(config, rank, [layer.removeprefix(PREFIX) for layer in factors]).save_pretrained(str(draft))
+    return Path(output_dir)
+
+
+def plain_factors(config: QBLoRAConfig, layer: str, matrices: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A' and B' of one layer, gain included in B'.
+
+    Args:
+        config: with every factor written down, as it is once an adapter was placed.
+        layer: full name, as the patterns of the configuration name it.
+        matrices: "lora_A" (R, K / p) and "lora_B" (N / e, R), or "lora_block" (N / e, K / p), float32.
+
+    Returns:
+        (R, K) and (N, R) float32.
+
+    Raises:
+        ConfigError: if in_factor was never written down.
+    """
+    p = _by_pattern(config.in_factor_pattern, layer, config.in_factor)
+    e = _by_pattern(config.out_factor_pattern, layer, config.out_factor)
+    r = _by_pattern(config.rank_pattern, layer, config.r)
+    alpha = _by_pattern(config.alpha_pattern, layer, config.lora_alpha)
+    if p is None or e is None or r is None or alpha is None:
+        raise ConfigError(
+            f"{layer}: adapter_config.json does not say in_factor; set it to the pooling factor the adapter was "
+            "trained with (the quantization group of its base)"
+        )
+    gain = alpha / (math.sqrt(r) if config.use_rslora else r) * pool_scale(config.pooling, p)
+    if "lora_block" in matrices:
+        block = matrices["lora_block"]
+        down, up = (block, torch.eye(len(block))) if len(block) < block.shape[1] else (torch.eye(block.shape[1]), block)
+    else:
+        down, up = matrices["lora_A"], matrices["lora_B"]
+    return down.repeat_interleave(p, dim=1), up.repeat_interleave(e, dim=0) * gain
+
+
+def _by_pattern(pattern: dict[str, int], layer: str, common: int | None) -> int | None:
+    return pattern.get(get_pattern_key(list(pattern), layer), common)
+
+
+def _split(key: str) -> tuple[str, str | None]:
+    """A key of the saved state as layer and matrix; matrix None for what is no adapter matrix (trained modules)."""
+    layer, _, matrix = key.removesuffix(".weight").rpartition(".")
+    return (layer, matrix) if matrix in _MATRICES else (key, None)
+
+
+def _from_model(model: nn.Module, adapter_name: str | None) -> tuple[QBLoRAConfig, dict[str, Tensor]]:
+    source = unwrap(model)
+    layers = adapter_layers(source)
+    names = sorted({name for layer in layers.values() for name in layer.rank})
+    active = sorted({name for layer in layers.values() for name in layer.active_adapters if name in layer.rank})
+    if adapter_name is None and len(active) != 1:
+        raise ConfigError(f"to_lora: {len(active)} adapters are active; name one of: {', '.join(names)}")
+    chosen = active[0] if adapter_name is None else adapter_name
+    if chosen not in names:
+        raise ConfigError(f"to_lora: there is no balanced adapter {chosen!r}; adapters here: {', '.join(names)}")
+    state = get_peft_model_state_dict(source, adapter_name=chosen, save_embedding_layers=False)
+    named = {key if key.startswith(PREFIX) else PREFIX + key: tensor for key, tensor in state.items()}
+    return source.peft_config[chosen], named  # type: ignore[index, union-attr, return-value]
+
+
+def _from_folder(folder: Path) -> tuple[QBLoRAConfig, dict[str, Tensor]]:
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"{folder} holds no adapter_config.json; give the folder an adapter was saved to")
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, QBLoRAConfig):
+        raise ConfigError(f"{folder} holds an adapter of type {config.peft_type}; to_lora converts type QBLORA only")
+    return config, load_peft_weights(str(folder), device="cpu")
+
+
+def _plain_config(config: QBLoRAConfig, rank: int, layers: list[str]) -> LoraConfig:
+    by_part = config.layers_to_transform is None and config.exclude_modules is None
+    listed = by_part and isinstance(config.target_modules, (set, list))
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(config.target_modules or ()) if listed else sorted(layers),
+        lora_dropout=config.lora_dropout,
+        bias=config.bias,
+        modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+    )

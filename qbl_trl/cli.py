@@ -1,0 +1,216 @@
+"""qbl-trl: quantize | inspect | merge | to-lora | export | verify | report.
+
+Each command is one public function of the package; `qbl-trl COMMAND --help` lists its options. An error of the
+package is one line on standard error and exit status 1; nothing half-written is left.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qbl_trl.errors import ConfigError, QblError
+from qbl_trl.onnx import options
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line, without running anything."""
+    parser = argparse.ArgumentParser(prog="qbl-trl", description=(__doc__ or "").split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    quantize = commands.add_parser("quantize", help="quantize a float model, or convert a 4-bit checkpoint untouched")
+    quantize.add_argument("model", help="model id or folder (with --from: the GPTQ, AWQ, HQQ or GGUF checkpoint)")
+    quantize.add_argument("output", type=Path)
+    quantize.add_argument("--from", dest="convert", action="store_true", help="keep the codes the checkpoint holds")
+    quantize.add_argument("--bits", type=int, default=4, choices=(2, 4, 8))
+    quantize.add_argument("--group-size", type=int, default=32)
+    quantize.add_argument("--symmetric", action="store_true")
+    quantize.add_argument("--algorithm", default="rtn", choices=("rtn", "mse", "hqq"))
+    quantize.add_argument("--scale-dtype", default="float16", choices=("float16", "bfloat16", "float32"))
+    quantize.add_argument("--dtype", default="float32", help="of what stays in float (default: %(default)s)")
+    quantize.add_argument("--overwrite", action="store_true")
+    quantize.set_defaults(run=_quantize)
+
+    inspect = commands.add_parser("inspect", help="layers, bits, bytes, quantization error, fitting factors")
+    inspect.add_argument("model", help="a quantized or merged folder")
+    inspect.add_argument("--against", type=Path, help="folder of the float weights, for the error of each layer")
+    inspect.set_defaults(run=_inspect)
+
+    merge = commands.add_parser("merge", help="adapter folder -> plain 4-bit model, exactly")
+    merge.add_argument("adapter", type=Path, help="a saved adapter")
+    merge.add_argument("output", type=Path)
+    merge.add_argument("--base", help="model id or folder of the base, if not the one the adapter names")
+    merge.add_argument("--lossy", choices=("requantize",), help="dequantize, add, quantize again; reports the loss")
+    merge.add_argument("--overwrite", action="store_true")
+    merge.set_defaults(run=_merge)
+
+    to_lora = commands.add_parser("to-lora", help="the same adapter as plain LoRA files")
+    to_lora.add_argument("adapter", type=Path)
+    to_lora.add_argument("output", type=Path)
+    to_lora.set_defaults(run=_to_lora)
+
+    export = commands.add_parser("export", help="model folder -> ONNX graph at 4 bits")
+    options.add_arguments(export)
+    export.set_defaults(run=options.run)
+
+    verify = commands.add_parser("verify", help="compare two models on the same text")
+    verify.add_argument("reference", help="folder of a torch or ONNX model")
+    verify.add_argument("candidate", help="folder of a torch or ONNX model")
+    verify.add_argument("--text", default="The quick brown fox jumps over the lazy dog.")
+    verify.add_argument("--tolerance", type=float, default=1e-3, help="largest logit difference (%(default)s)")
+    verify.set_defaults(run=_verify)
+
+    report = commands.add_parser("report", help="one HTML page about a training run")
+    report.add_argument("run_dir", type=Path)
+    report.set_defaults(run=_report)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, or 1 after an error that was explained."""
+    args = make_parser().parse_args(argv)
+    try:
+        return int(args.run(args) or 0)
+    except (QblError, OSError) as error:
+        print(f"qbl-trl {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    from qbl_trl.config import GroupQuantConfig
+    from qbl_trl.folders import check_free
+    from qbl_trl.quant.importers import convert_checkpoint
+
+    check_free(args.output, args.overwrite)
+    if args.convert:
+        convert_checkpoint(args.model, args.output)
+    else:
+        settings = GroupQuantConfig(
+            bits=args.bits,
+            group_size=args.group_size,
+            symmetric=args.symmetric,
+            algorithm=args.algorithm,
+            scale_dtype=args.scale_dtype,
+        )
+        _save(_load(args.model, args.dtype, settings), args.model, args.output, args.overwrite)
+    print(args.output)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from qbl_trl.quant.summary import summarize
+
+    layers = summarize(_load(args.model), args.against)
+    print(f"{'layer':<44} {'N x K':>14} {'bits':>4} {'group':>5} {'B/weight':>8} {'error':>8}  exact in_factors")
+    for layer in layers:
+        shape = f"{layer.out_features} x {layer.in_features}"
+        error = "-" if layer.error is None else f"{layer.error:.4f}"
+        factors = ", ".join(map(str, layer.in_factors[:6])) or "none"
+        print(
+            f"{layer.name:<44} {shape:>14} {layer.bits:>4} {layer.group_size:>5} {layer.bytes_per_weight:>8.3f} "
+            f"{error:>8}  {factors}"
+        )
+    weights = sum(layer.out_features * layer.in_features for layer in layers)
+    size = sum(layer.bytes_per_weight * layer.out_features * layer.in_features for layer in layers)
+    merged = sum(layer.delta is not None for layer in layers)
+    print(f"{len(layers)} layers, {weights / 1e6:.1f} M weights, {size / 1e6:.1f} MB, {merged} with a merged adapter")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from qbl_trl.folders import check_free
+    from qbl_trl.merging import merge
+
+    check_free(args.output, args.overwrite)
+    model = _load_adapter(args.adapter, args.base)
+    _save(merge(model, lossy=args.lossy), str(args.adapter), args.output, args.overwrite)
+    print(args.output)
+
+
+def _to_lora(args: argparse.Namespace) -> None:
+    from qbl_trl.adapter.to_lora import to_lora
+
+    print(to_lora(args.adapter, args.output))
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from transformers import AutoTokenizer
+
+    from qbl_trl.parity import verify
+
+    tokens = AutoTokenizer.from_pretrained(args.reference)(args.text, return_tensors="pt").input_ids
+    report = verify(args.reference, args.candidate, tokens)
+    print(report)
+    if not report.max_abs_difference <= args.tolerance:
+        print(f"largest logit difference {report.max_abs_difference:.1e} is over {args.tolerance:.1e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _report(args: argparse.Namespace) -> None:
+    from qbl_trl.trl.report import write_report
+
+    print(write_report(args.run_dir))
+
+
+def _load(name: str, dtype: str = "float32", settings: Any = None) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    wanted = getattr(torch, dtype, None)
+    if not isinstance(wanted, torch.dtype):
+        raise ConfigError(f"--dtype {dtype} is not known; allowed: float32, float16, bfloat16")
+    quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
+    return AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **quantize)
+
+
+def _load_adapter(adapter: Path, base: str | None) -> Any:
+    """The adapter on its base; a float base is quantized again the way it was for training."""
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoConfig
+
+    from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise ConfigError(f"{adapter} holds no adapter (no adapter_config.json); name a folder that save_model wrote")
+    saved = PeftConfig.from_pretrained(str(adapter))
+    named = base or saved.base_model_name_or_path
+    if not named:
+        raise ConfigError(f"{adapter} does not name its base model; add --base")
+    settings = None
+    if isinstance(saved, QBLoRAConfig) and saved.base_quantization:
+        settings = GroupQuantConfig(**saved.base_quantization)
+        if getattr(AutoConfig.from_pretrained(named), "quantization_config", None) is not None:
+            settings = None
+        elif settings.algorithm == "gptq":
+            raise ConfigError(
+                f"{adapter} was trained over a calibrated base, which {named} does not hold; save the quantized "
+                "base with save_pretrained and name its folder with --base"
+            )
+    return PeftModel.from_pretrained(_load(named, settings=settings), str(adapter))
+
+
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
+)
+
+
+def _save(model: Any, tokenizer_of: str, output: Path, overwrite: bool) -> None:
+    """The model and the tokenizer beside it; a folder's tokenizer files are copied as they are."""
+    from transformers import AutoTokenizer
+
+    from qbl_trl.folders import new_folder
+
+    with new_folder(output, overwrite) as draft:
+        model.save_pretrained(draft)
+        if Path(tokenizer_of).is_dir():
+            for name in _TOKENIZER_FILES:
+                if Path(tokenizer_of, name).is_file():
+                    shutil.copy(Path(tokenizer_of, name), draft)
+        else:
+            AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(draft)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""What a user sets: QBLoRAConfig for the adapter, GroupQuantConfig for the base. Data and validation only."""
+
+import dataclasses
+import importlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qbl_trl.errors import ConfigError
+from qbl_trl.peft_type import QBLORA
+
+QUANT_METHOD = "group_quant"
+ALLOWED_BITS = (2, 4, 8)
+ALLOWED_GROUP_SIZES = (16, 32, 64, 128, 256)
+SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+POOLINGS = ("mean", "rms", "sum")
+ALGORITHMS = ("rtn", "mse", "hqq", "gptq")
+
+# Features of PEFT's LoraConfig that change what the adapter computes and have no balanced form (yet).
+_UNSUPPORTED = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "target_parameters",
+    "megatron_config",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+    "corda_config",
+    "lora_ga_config",
+    "eva_config",
+)
+
+
+@dataclass(frozen=True)
+class LayerFormat:
+    """How one layer is stored; everything needed to allocate it before its values are known.
+
+    Attributes:
+        bits: width of a code, 2, 4 or 8.
+        group_size: weights along K that share a scale, a power of two from 16 to 256.
+        zeros: "none" (every zero point is 2**(bits-1)), "packed" (integers, packed like codes) or a float dtype name.
+        scale_dtype: "float16", "bfloat16" or "float32".
+        in_factor, out_factor: block of a merged delta (p, e), or None when nothing is merged.
+        delta_dtype: dtype of the merged delta.
+    """
+
+    bits: int = 4
+    group_size: int = 32
+    zeros: str = "packed"
+    scale_dtype: str = "float16"
+    in_factor: int | None = None
+    out_factor: int | None = None
+    delta_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.bits not in ALLOWED_BITS:
+            raise ConfigError(f"bits={self.bits!r} is not supported; allowed: {', '.join(map(str, ALLOWED_BITS))}")
+        if self.group_size not in ALLOWED_GROUP_SIZES:
+            allowed = ", ".join(map(str, ALLOWED_GROUP_SIZES))
+            raise ConfigError(f"group_size={self.group_size!r} is not supported; allowed: {allowed}")
+        if self.zeros not in ("none", "packed", *SCALE_DTYPES):
+            raise ConfigError(f"zeros={self.zeros!r} is not known; allowed: none, packed, {', '.join(SCALE_DTYPES)}")
+        for name in ("scale_dtype", "delta_dtype"):
+            if getattr(self, name) not in SCALE_DTYPES:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not known; allowed: {', '.join(SCALE_DTYPES)}")
+        if (self.in_factor is None) != (self.out_factor is None):
+            raise ConfigError("in_factor and out_factor of a merged delta are given together or not at all")
+
+
+@dataclass
+class QBLoRAConfig(LoraConfig):
+    """A balanced low-rank adapter: y = W x + (lora_alpha / r) * expand_e(B (A pool_p(x))).
+
+    Every field of `peft.LoraConfig` that is not named below keeps its meaning. The rank really used is matched to
+    the parameters of a plain LoRA of rank `r`: R = round(r (K + N) / (K / in_factor + N / out_factor)).
+
+    Attributes:
+        r: nominal rank, the rank of the plain LoRA with as many parameters. Default 64.
+        lora_alpha: scale numerator, the adapter is multiplied by lora_alpha / r. Default 16.
+        target_modules: names, a regular expression or "all-linear" (every linear layer but the output head).
+        in_factor: p, how many neighbouring inputs are pooled into one. Default 2, or the quantization group of the
+            base when `quantization_aware`.
+        out_factor: e, how many neighbouring outputs share one adapter output. Default 2.
+        quantization_aware: QA-BLoRA. Requires in_factor to be a multiple of the base's quantization group, so that
+            the trained adapter merges exactly into the zero points and the merged model stays at 4 bits.
+        pooling: "mean" (as published), "rms" (mean times sqrt(p), keeps the variance of the input) or "sum". The
+            default is the one whose learning rate is LoRA's, whatever p and e are: the pooling table of
+            integration/benchmarks/RESULTS.md.
+        adapter: "low_rank" trains A and B; "block" trains the whole block matrix D (QA-HiRA), from zero.
+        on_misfit: "error" raises when a factor does not divide a layer; "reduce" takes the largest that does.
+        in_factor_pattern, out_factor_pattern: factors of single layers, by full name or regular expression, as
+            `rank_pattern` names ranks. Placing the adapter writes down the factors that "reduce" or a layer's own
+            group size chose, so that a saved adapter states every factor.
+        base_quantization: the GroupQuantConfig of the base as a dictionary, recorded when the adapter is placed, so
+            that the same 4-bit base can be made again from its float checkpoint.
+
+    Raises:
+        ConfigError: on a value outside its range or a LoraConfig feature that has no balanced form.
+
+    Source: arXiv:2407.17029 (Q-BLoRA, QA-BLoRA; v1: QA-HiRA).
+    """
+
+    r: int = field(default=64, metadata={"help": "Nominal rank: that of the plain LoRA with as many parameters."})
+    lora_alpha: int = field(default=16, metadata={"help": "The adapter is scaled by lora_alpha / r."})
+    target_modules: list[str] | str | None = field(
+        default="all-linear", metadata={"help": "Names, a regular expression, or 'all-linear' (without the head)."}
+    )
+    in_factor: int | None = field(
+        default=None, metadata={"help": "Inputs pooled into one; 2, or the base's group if quantization_aware."}
+    )
+    out_factor: int = field(default=2, metadata={"help": "Outputs that share one adapter output."})
+    quantization_aware: bool = field(
+        default=False, metadata={"help": "Align in_factor with the base's groups: exact merge at 4 bits (QA-BLoRA)."}
+    )
+    pooling: str = field(default="rms", metadata={"help": "Scale of the pooled input: mean, rms or sum."})
+    adapter: str = field(default="low_rank", metadata={"help": "low_rank (A and B) or block (the whole D)."})
+    on_misfit: str = field(
+        default="error", metadata={"help": "error, or reduce to the largest factor that divides the layer."}
+    )
+    in_factor_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "in_factor of single layers, by full name or regular expression."}
+    )
+    out_factor_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "out_factor of single layers, by full name or regular expression."}
+    )
+    base_quantization: dict[str, Any] | None = field(
+        default=None, metadata={"help": "How the base was quantized; recorded when the adapter is placed."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = QBLORA
+        if self.in_factor is None and not self.quantization_aware:
+            self.in_factor = 2
+        for name in ("in_factor", "out_factor", "r"):
+            if name != "in_factor" or self.in_factor is not None:
+                _whole_number(name, getattr(self, name))
+        for name in ("in_factor_pattern", "out_factor_pattern"):
+            for layer, value in getattr(self, name).items():
+                _whole_number(f"{name}[{layer!r}]", value)
+        _one_of("QBLoRAConfig", "pooling", self.pooling, POOLINGS)
+        _one_of("QBLoRAConfig", "adapter", self.adapter, ("low_rank", "block"))
+        _one_of("QBLoRAConfig", "on_misfit", self.on_misfit, ("error", "reduce"))
+        for name in _UNSUPPORTED:
+            if getattr(self, name, None):
+                raise ConfigError(
+                    f"QBLoRAConfig: {name} has no balanced form; leave it unset, or use peft.LoraConfig for it"
+                )
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ConfigError(
+                f"QBLoRAConfig: init_lora_weights={self.init_lora_weights!r} rewrites the base weight, which a "
+                "quantized base does not allow; use True, False or 'gaussian' (for an initialization from the "
+                "quantization error see qbl_trl.adapter.initialize)"
+            )
+
+
+@dataclass(kw_only=True)
+class GroupQuantConfig(QuantizationConfigMixin):
+    """Affine group quantization of the linear layers: w = s (q - z), one scale and zero point per group along K.
+
+    Attributes:
+        bits: width of a code: 2, 4 or 8.
+        group_size: weights that share a scale: 16, 32, 64, 128 or 256.
+        symmetric: every zero point at 2**(bits-1); none is stored.
+        algorithm: how scales and zero points are chosen: "rtn" (range), "mse" (clip search), "hqq" (half-quadratic)
+            or "gptq" (calibrated, needs `calibration`).
+        modules_to_not_convert: names or name parts of layers that stay in float, beside the output head.
+        scale_dtype: "float16", "bfloat16" or "float32".
+        quantize_embeddings: also quantize the input embedding and the output head (tied or not).
+        calibration: for "gptq": batches of token ids, (batch, tokens) integers; never saved.
+        zeros: how zero points are stored; set by the quantizer ("none", "packed", or a float dtype).
+        in_factor, out_factor, delta_dtype: block of a merged adapter; set by `merge`.
+        layers: formats of single layers that differ from the above, by full name; set by the quantizer and `merge`.
+
+    Raises:
+        ConfigError: on a value outside its range or an unknown field.
+    """
+
+    bits: int = 4
+    group_size: int = 32
+    symmetric: bool = False
+    algorithm: str = "rtn"
+    modules_to_not_convert: list[str] | None = None
+    scale_dtype: str = "float16"
+    quantize_embeddings: bool = False
+    calibration: Any = None
+    zeros: str | None = None
+    in_factor: int | None = None
+    out_factor: int | None = None
+    delta_dtype: str = "float32"
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    quant_method: str = QUANT_METHOD
+
+    def __post_init__(self) -> None:
+        self.quant_method = QUANT_METHOD
+        if self.zeros is None:
+            self.zeros = "none" if self.symmetric else "packed"
+        _one_of("GroupQuantConfig", "algorithm", self.algorithm, ALGORITHMS)
+        _one_of("GroupQuantConfig", "scale_dtype", self.scale_dtype, tuple(SCALE_DTYPES))
+        if not isinstance(self.symmetric, bool):
+            raise ConfigError(f"GroupQuantConfig: symmetric={self.symmetric!r} must be true or false")
+        self.layer_format("")  # checks bits, group_size, zeros and the factors
+        for name in self.layers:
+            self.layer_format(name)
+
+    def layer_format(self, name: str) -> LayerFormat:
+        """How the layer of this full name is stored."""
+        fields = {f.name for f in dataclasses.fields(LayerFormat)}
+        common = {key: getattr(self, key) for key in fields}
+        special = self.layers.get(name, {})
+        unknown = set(special) - fields
+        if unknown:
+            raise ConfigError(f"GroupQuantConfig: layers[{name!r}] has unknown fields: {', '.join(sorted(unknown))}")
+        return LayerFormat(**{**common, **special})
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> "GroupQuantConfig | tuple[GroupQuantConfig, dict[str, Any]]":
+        """Rebuild from the dictionary in a saved config.json; unknown fields are refused."""
+        fields = {f.name for f in dataclasses.fields(cls)}
+        unknown = set(config_dict) - fields
+        if unknown:
+            raise ConfigError(
+                f"quantization_config has unknown fields: {', '.join(sorted(unknown))}; it was written by another "
+                "or a newer version of this package"
+            )
+        own = {key: value for key, value in kwargs.items() if key in fields}
+        config = cls(**{**config_dict, **own})
+        rest = {key: value for key, value in kwargs.items() if key not in fields}
+        return (config, rest) if return_unused_kwargs else config
+
+    @classmethod
+    def from_checkpoint(cls, source: str) -> "GroupQuantConfig":
+        """The configuration of a GPTQ, AWQ, AutoRound, HQQ, compressed-tensors or GGUF checkpoint (a folder or file).
+
+        Raises:
+            CheckpointError: if the format is not known or cannot be read without changing its codes.
+        """
+        importers = importlib.import_module("qbl_trl.quant.importers")  # the one look upwards: readers sit on formats
+        return cls(**importers.describe_checkpoint(source))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds; the calibration data never do."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values.pop("calibration")
+        return values
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Everything: a checkpoint states its format in full."""
+        return self.to_dict()
+
+
+def _whole_number(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"QBLoRAConfig: {name}={value!r} must be a whole number of at least 1")
+
+
+def _one_of(owner: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{owner}: {name}={value!r} is not known; allowed: {', '.join(allowed)}")
+
+
+__all__ = ["GroupQuantConfig", "QBLoRAConfig"]

@@ -1,0 +1,226 @@
+"""merge: a model with balanced adapters -> a plain transformers model, still at 4 bits, computing the same function.
+
+The caller's model is left as it was: the merged model shares the frozen tensors of the base (codes, scales, zeros,
+embeddings, norms) and owns only what changed, the block deltas. Each merged layer is compared with the layer it came
+from before the model is handed out.
+"""
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from qbl_trl.adapter.bases import float_weight
+from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
+from qbl_trl.adapter.wrapped import unwrap
+from qbl_trl.config import SCALE_DTYPES, GroupQuantConfig
+from qbl_trl.errors import ConfigError, MergeError
+from qbl_trl.quant.algorithms import quantize
+from qbl_trl.quant.hf_quantizer import GroupQuantizer, attach_
+from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.modules import plain_forward_, replace
+from qbl_trl.quant.packed import PackedWeight
+
+logger = logging.getLogger(__name__)
+
+# Two float32 evaluations of one sum of K products differ by rounding only; a wrong fold differs in the first digits.
+_LAYER_TOLERANCE = 1e-5
+_PROBE_ROWS = 4
+
+
+def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
+    """Merge the active balanced adapters and return a plain model; the given model is not changed.
+
+        codes, scales, zeros as they are;      delta[n // e, k // p] = (alpha / r) * pool_scale * (B A)
+
+    Over a float base the change is added to the weight. The result saves with `save_pretrained` and loads with
+    `AutoModelForCausalLM.from_pretrained` once `qbl_trl` is imported.
+
+    Args:
+        peft_model: a PeftModel, or a transformers model with adapters injected (also wrapped for distributed
+            training); its active adapters are merged.
+        lossy: None refuses whatever is not exact. "requantize" dequantizes such layers, adds the change and
+            quantizes again to affine groups; the loss is logged.
+
+    Returns:
+        The merged model in eval mode, every parameter frozen.
+
+    Raises:
+        ConfigError: if there is no balanced adapter, or `lossy` is unknown.
+        MergeError: if a layer cannot be merged exactly (in_factor no multiple of the quantization group; a
+            bitsandbytes base), or a merged layer does not compute what the trained layer computed.
+
+    Source: QA-LoRA, arXiv:2309.14717, section 3.3; arXiv:2407.17029, section 3.
+    """
+    if lossy not in (None, "requantize"):
+        raise ConfigError(f'merge: lossy={lossy!r} is not known; allowed: None, "requantize"')
+    source = unwrap(peft_model)
+    adapter_layers(source)
+    merged = _copy_sharing_tensors(source)
+    settings = _quantization_settings(merged)
+    errors = [
+        error
+        for name, module in list(merged.named_modules())
+        if isinstance(module, BalancedLinear)
+        for error in [_merge_layer_(merged, name, module, settings, lossy)]
+        if error is not None
+    ]
+    for name, module in list(merged.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            replace(merged, name, module.unload_and_optionally_merge_module(True, False, None))
+    if errors:
+        _requantize_rest_(merged, settings)
+        logger.warning(
+            "merge: %d layers were quantized again; relative weight error %.4f on average, %.4f at most",
+            len(errors),
+            sum(errors) / len(errors),
+            max(errors),
+        )
+    _describe_(merged, settings)
+    return _plain_(merged)
+
+
+def _copy_sharing_tensors(model: nn.Module) -> nn.Module:
+    """A second set of modules over the same storage; modules trained as a whole are copied for real."""
+    own = {id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()}
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        if id(parameter) not in own:
+            plain = type(parameter) is nn.Parameter
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer
+    return copy.deepcopy(model, memo)
+
+
+def _quantization_settings(model: nn.Module) -> GroupQuantConfig:
+    current = getattr(model.config, "quantization_config", None)  # type: ignore[union-attr]
+    return current if isinstance(current, GroupQuantConfig) else GroupQuantConfig()
+
+
+def _merge_layer_(
+    model: nn.Module, name: str, module: BalancedLinear, settings: GroupQuantConfig, lossy: str | None
+) -> float | None:
+    """Put the merged layer in the place of `module`; the relative weight error if it was quantized again."""
+    base = module.get_base_layer()
+    active = [adapter for adapter in module.active_adapters if adapter in module.rank]
+    exact = module.base.mergeable and (
+        module.base.group_size is None or all(module.in_factor[a] % module.base.group_size == 0 for a in active)
+    )
+    if not exact and lossy:
+        merged, error = _requantized(module, active, settings)
+        replace(model, name, merged)
+        return error
+    try:
+        probe = _probe(module)
+        module.merge(safe_merge=True, adapter_names=[a for a in active if a not in module.merged_adapters])
+        _check_layer(base, probe)
+    except MergeError as error:
+        raise MergeError(f"{name}: {error}") from error
+    replace(model, name, base)
+    return None
+
+
+def _probe(module: BalancedLinear) -> tuple[Tensor, Tensor] | None:
+    """Random inputs and what the trained layer answers, for layers whose merge is exact in float32."""
+    base = module.get_base_layer()
+    if not isinstance(base, GroupQuantLinear):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_PROBE_ROWS, base.in_features, generator=generator).to(base.weight.device)
+    module.eval()
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        return x, module(x)
+
+
+def _check_layer(layer: nn.Module, probe: tuple[Tensor, Tensor] | None) -> None:
+    if probe is None:
+        return
+    x, expected = probe
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        difference = float((layer(x) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    if not difference <= _LAYER_TOLERANCE:
+        raise MergeError(
+            f"the merged layer differs from the trained one by {difference:.1e} of its largest output (allowed: "
+            f"{_LAYER_TOLERANCE:.0e}); the adapter or the base is damaged"
+        )
+
+
+def _requantized(
+    module: BalancedLinear, active: list[str], settings: GroupQuantConfig
+) -> tuple[GroupQuantLinear, float]:
+    base = module.get_base_layer()
+    delta = sum((module.get_delta_weight(adapter).detach() for adapter in active), torch.zeros(()))
+    weight = float_weight(base) + delta
+    layer = _quantize_again(weight, base, settings)
+    return layer, float((layer.dequantize() - weight).norm() / weight.norm())
+
+
+def _quantize_again(weight: Tensor, old: nn.Module, settings: GroupQuantConfig) -> GroupQuantLinear:
+    affine = quantize(
+        weight,
+        bits=settings.bits,
+        group_size=settings.group_size,
+        symmetric=settings.symmetric,
+        algorithm="rtn" if settings.algorithm == "gptq" else settings.algorithm,
+        scale_dtype=SCALE_DTYPES[settings.scale_dtype],
+    )
+    bias = old.bias
+    return GroupQuantLinear.from_affine(
+        affine,
+        bits=settings.bits,
+        group_size=settings.group_size,
+        symmetric=settings.symmetric,
+        bias=bias if isinstance(bias, Tensor) else None,
+    )
+
+
+def _requantize_rest_(model: nn.Module, settings: GroupQuantConfig) -> None:
+    """Layers of a foreign 4-bit format that had no adapter: one checkpoint holds one format."""
+    for name, layer in list(model.named_modules()):
+        if type(layer).__name__ == "Linear4bit":
+            replace(model, name, _quantize_again(float_weight(layer), layer, settings))
+
+
+def _describe_(model: nn.Module, settings: GroupQuantConfig) -> None:
+    """Write the stored formats into the configuration, so that the checkpoint says how to load it."""
+    formats = {name: m.format for name, m in model.named_modules() if isinstance(m, PackedWeight)}
+    if not formats:
+        return
+    counts: dict[Any, int] = {}
+    for stored in formats.values():
+        counts[stored] = counts.get(stored, 0) + 1
+    common = max(counts, key=lambda stored: counts[stored])
+    values = vars(common)
+    config = GroupQuantConfig(
+        **{
+            **settings.to_dict(),
+            **values,
+            "layers": {
+                name: {key: value for key, value in vars(stored).items() if value != values[key]}
+                for name, stored in formats.items()
+                if stored != common
+            },
+        }
+    )
+    attach_(model, GroupQuantizer(config, pre_quantized=True))
+
+
+def _plain_(model: nn.Module) -> nn.Module:
+    """Drop what training left on the model."""
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        if name in vars(model):
+            delattr(model, name)
+    if getattr(model, "is_gradient_checkpointing", False):
+        model.gradient_checkpointing_disable()  # type: ignore[operator]
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = True  # type: ignore[union-attr]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return plain_forward_(model).eval()
+
+
+__all__ = ["merge", "unwrap"]

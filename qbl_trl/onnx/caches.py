@@ -1,0 +1,61 @@
+"""Cache inputs that ORTModelForCausalLM can fill.
+
+Before the first token, ORTModelForCausalLM feeds keys and values of no token whose other sizes it guesses from the
+configuration; for some architectures it guesses wrong. Such a tensor holds nothing, so the graph reshapes it to what
+the layers need: its declared sizes become symbols, and one Reshape per tensor restores them.
+"""
+
+from typing import Any
+
+import onnx_ir as ir
+
+from qbl_trl.onnx.graph import Editor
+
+# As optimum-onnx 0.1.0 reads configurations (onnxruntime/modeling_decoder.py).
+_READS_HEAD_DIM = {"gemma", "gemma3_text", "gpt_oss", "nemotron"}
+_READS_KV_HEADS = {
+    *("arcee", "deepseek_v3", "cohere", "gemma", "gemma3_text", "glm", "granite", "gpt_oss", "helium", "mistral"),
+    *("llama", "nemotron", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm", "falcon", "gpt_bigcode"),
+}
+
+
+def guessed_sizes(config: Any) -> tuple[int, int]:
+    """(heads, head size) of the empty cache that ORTModelForCausalLM feeds."""
+    heads = config.num_attention_heads
+    size = config.head_dim if config.model_type in _READS_HEAD_DIM else config.hidden_size // heads
+    return (config.num_key_value_heads if config.model_type in _READS_KV_HEADS else heads), size
+
+
+def accept_guessed_caches(editor: Editor, config: Any) -> int:
+    """Reshape cache inputs where the guess is wrong; returns how many there were."""
+    if config.model_type in ("falcon", "gpt_bigcode", "bloom", "deepseek_v3"):
+        return 0
+    guessed, count = guessed_sizes(config), 0
+    for value in list(editor.graph.inputs):
+        if not (value.name or "").startswith("past_key_values") or value.shape is None or len(value.shape) != 4:
+            continue
+        real = (value.shape[1], value.shape[3])
+        if real != guessed and all(isinstance(size, int) for size in real):
+            _reshape(editor, value)
+            count += 1
+    return count
+
+
+def _reshape(editor: Editor, value: ir.Value) -> None:
+    shape, users = value.shape, list(value.uses())
+    ids = next(item for item in editor.graph.inputs if item.name == "input_ids")
+    first = next(iter(editor.graph))
+    if shape is None:
+        return
+    parts = [
+        editor.add(first, "Shape", [ids], {"start": 0, "end": 1}, name="cache").outputs[0],
+        editor.constant([shape[1]]),
+        editor.add(first, "Shape", [value], {"start": 2, "end": 3}, name="cache").outputs[0],
+        editor.constant([shape[3]]),
+    ]
+    target = editor.add(first, "Concat", parts, {"axis": 0}, name="cache").outputs[0]
+    restored = editor.add(first, "Reshape", [value, target], {"allowzero": 1}, name=value.name, like=value).outputs[0]
+    restored.shape = shape
+    for user, index in users:
+        user.replace_input_with(index, restored)
+    value.shape = ir.Shape([shape[0], "num_key_value_heads", shape[2], "head_size"])

@@ -1,0 +1,213 @@
+"""export_onnx: a merged model, or a model with its adapters, as a 4-bit ONNX folder that computes the same function."""
+
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from transformers import PreTrainedModel
+
+from qbl_trl.errors import ExportError
+from qbl_trl.folders import check_free, new_folder
+from qbl_trl.onnx import companions
+from qbl_trl.onnx.files import MODEL_FILE, folder_bytes, save
+from qbl_trl.onnx.gate import Gate, check
+from qbl_trl.onnx.genai import write_genai_config
+from qbl_trl.onnx.kernels import cuda_fallbacks
+from qbl_trl.onnx.layers import LinearSource
+from qbl_trl.onnx.linears import LOWERINGS, LoweredLayer
+from qbl_trl.onnx.reference import float32_reference
+from qbl_trl.onnx.report import ExportReport
+from qbl_trl.onnx.retype import float16_to_bfloat16
+from qbl_trl.onnx.rewrite import Options, rewrite
+from qbl_trl.onnx.session import OnnxLogits
+from qbl_trl.onnx.skeleton import Unfusable, build_skeleton, fused_attention_traced
+from qbl_trl.onnx.sources import linear_sources
+from qbl_trl.onnx.trace import trace
+
+ATTENTIONS = ("auto", "attention", "gqa", "standard")
+_FASTEST = {"cpu": "attention", "cuda": "gqa"}
+DTYPES = {"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")}
+TOLERANCE = 1e-3
+
+
+def export_onnx(
+    model_or_path: Any,
+    output_dir: str | PathLike[str],
+    *,
+    provider: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    lowering: str = "auto",
+    attention: str = "auto",
+    accuracy_level: int | None = None,
+    logits: str = "all",
+    max_length: int | None = None,
+    tolerance: float | None = TOLERANCE,
+    overwrite: bool = False,
+    tokenizer: Any = None,
+) -> ExportReport:
+    """Write a model as an ONNX folder for ORTModelForCausalLM and ONNX Runtime GenAI, still at 4 bits.
+
+    The folder appears whole or not at all, and only after its graph, in float32 and without 8-bit activations, gave
+    the logits of the torch model. The model given is not changed.
+
+    Args:
+        model_or_path: a transformers model (merged), a PEFT model (its adapters stay as branches), or a folder of one.
+        output_dir: a new or empty folder.
+        provider: "cpu" or "cuda": which kernels the graph is written for.
+        dtype: "float32" (default on cpu) or "float16"; on cuda "float16" (default) or "bfloat16".
+        lowering: "auto" or "factored": codes and integer zero points as they are, the adapter beside them;
+            "float_zero_point": the adapter inside fractional zero points; "low_rank": the adapter's own two factors.
+        attention: "attention" (the ONNX operator: fastest on CPU), "gqa" (GroupQueryAttention: fastest on CUDA),
+            "standard" (as traced), or "auto": the fastest of the provider where it fits the model.
+        accuracy_level: 4 lets MatMulNBits quantize activations to 8 bits on CPU: faster, not exact; reported.
+        logits: "all" positions, or the "last" one only, as `generate` needs (not for ONNX Runtime GenAI).
+        max_length: positions of the rotary tables; the model's own maximum by default.
+        tolerance: largest logit difference allowed in float32; None reports without refusing.
+        overwrite: replace a folder that is not empty.
+        tokenizer: a tokenizer or a folder of one; by default what lies beside the model.
+
+    Returns:
+        ExportReport; its str() is readable, to_dict() is JSON.
+
+    Raises:
+        ExportError: if a setting, a layer, or the parity gate stands against it. Nothing is written then.
+    """
+    began = time.perf_counter()
+    target = check_free(output_dir, overwrite, ExportError)
+    float_type = _check_choices(provider, dtype, lowering, attention, accuracy_level, logits)
+    model = companions.load_model(model_or_path)
+    inner = companions.causal_lm(model)
+    sources = linear_sources(inner)
+    options = Options(
+        dtype=torch.float32,
+        lowering=lowering,
+        attention=_FASTEST[provider] if attention == "auto" else attention,
+        accuracy_level=None,
+        last_logits=logits == "last",
+        max_length=max_length or companions.max_positions(inner.config),
+    )
+    wanted = replace(options, dtype=float_type, accuracy_level=accuracy_level)
+    gate = Gate(float32_reference(model), inner.config.vocab_size)
+    with (
+        new_folder(target, overwrite, ExportError) as folder,
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=".qbl_") as side,
+    ):
+        exact_folder = folder if float_type == torch.float32 else Path(side)
+        exact = _build(inner, sources, options, attention, exact_folder)
+        reports = gate.measure(OnnxLogits(exact_folder))
+        check(reports, tolerance)
+        final, lossy = exact, None
+        if exact_folder is not folder:
+            settled = replace(wanted, attention=exact.attention)
+            final = _build(inner, sources, settled, attention, folder)
+        if accuracy_level:
+            set_accuracy_level(folder / MODEL_FILE, accuracy_level)
+        if wanted != options:
+            lossy = companions.measure_if_runnable(gate, folder)
+        companions.write(inner, model_or_path, tokenizer, folder, float_type)
+        if logits == "all":  # GenAI makes room for the logits of every position and refuses fewer
+            shares = final.attention == "gqa"
+            write_genai_config(inner.config, inner.generation_config, folder, MODEL_FILE, provider, shares)
+        size = folder_bytes(folder)
+    return ExportReport(
+        path=str(target),
+        provider=provider,
+        dtype=str(float_type).removeprefix("torch."),
+        attention=final.attention,
+        attention_reason=exact.reason,
+        layers=tuple(final.layers),
+        operators=dict(Counter(node.op_type for node in final.graph.graph)),
+        bytes=size,
+        parity=reports[0],
+        parity_cached=reports[1],
+        parity_as_written=lossy,
+        fallbacks=cuda_fallbacks(final.graph) if provider == "cuda" else (),
+        seconds=time.perf_counter() - began,
+    )
+
+
+@dataclass
+class _Built:
+    graph: ir.Model
+    layers: list[LoweredLayer]
+    attention: str
+    reason: str = ""
+
+
+def _build(
+    model: PreTrainedModel, sources: dict[str, LinearSource], options: Options, attention: str, folder: Path
+) -> _Built:
+    reason = ""
+    if options.attention != "standard":
+        try:
+            built = _trace_and_rewrite(model, sources, options)
+        except Unfusable as refusal:
+            if attention != "auto":
+                raise ExportError(
+                    f'attention="{attention}" does not fit this model: {refusal}; use "auto" or "standard"'
+                ) from None
+            reason = str(refusal)
+        else:
+            save(built.graph, folder)
+            return built
+    built = _trace_and_rewrite(model, sources, replace(options, attention="standard"))
+    built.reason = reason
+    save(built.graph, folder)
+    return built
+
+
+def _trace_and_rewrite(model: PreTrainedModel, sources: dict[str, LinearSource], options: Options) -> _Built:
+    fused = options.attention != "standard"
+    traced = torch.float16 if options.dtype == torch.bfloat16 else options.dtype
+    skeleton = build_skeleton(model, sources, traced, fused)
+    if fused:
+        with fused_attention_traced(skeleton):
+            graph = trace(skeleton, traced)
+    else:
+        graph = trace(skeleton, traced)
+    if traced != options.dtype:
+        float16_to_bfloat16(graph)
+    return _Built(graph, rewrite(graph, skeleton, options), options.attention)
+
+
+def set_accuracy_level(path: Path, level: int) -> None:
+    """Set `accuracy_level` on every MatMulNBits of a graph file, in place; its weights are not touched."""
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            node.attribute.append(onnx.helper.make_attribute("accuracy_level", level))
+    onnx.save(model, path)
+
+
+def _check_choices(
+    provider: str,
+    dtype: str | torch.dtype | None,
+    lowering: str,
+    attention: str,
+    accuracy_level: int | None,
+    logits: str,
+) -> torch.dtype:
+    for name, given, allowed in (
+        ("provider", provider, tuple(DTYPES)),
+        ("lowering", lowering, LOWERINGS),
+        ("attention", attention, ATTENTIONS),
+        ("accuracy_level", accuracy_level, (None, 0, 1, 2, 3, 4)),
+        ("logits", logits, ("all", "last")),
+    ):
+        if given not in allowed:
+            raise ExportError(f"export_onnx: {name}={given!r} is not known; allowed: {', '.join(map(str, allowed))}")
+    named = DTYPES[provider][0] if dtype is None else str(dtype).removeprefix("torch.")
+    if named not in DTYPES[provider]:
+        raise ExportError(
+            f"export_onnx: dtype={named} has no kernels on provider={provider!r}; allowed there: "
+            f"{', '.join(DTYPES[provider])}"
+        )
+    chosen: torch.dtype = getattr(torch, named)
+    return chosen

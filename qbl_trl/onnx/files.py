@@ -1,0 +1,19 @@
+"""The files of an exported graph."""
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+_INLINE_BYTES = 1024
+
+
+def save(model: ir.Model, folder: Path) -> None:
+    """Write the graph and its weights, one weight in memory at a time."""
+    ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=_INLINE_BYTES, max_workers=1)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files of a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,72 @@
+"""genai_config.json: the same folder runs in ONNX Runtime GenAI."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+_TYPES = ("gemma", "gemma2", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3", "granite", "olmo", "smollm3")
+
+
+def write_genai_config(config: Any, generation: Any, folder: Path, graph_file: str, provider: str, gqa: bool) -> None:
+    """Describe the graph of `folder` to ONNX Runtime GenAI.
+
+    Args:
+        config, generation: of the transformers model.
+        gqa: attention is GroupQueryAttention, whose cache may be one buffer of full length.
+    """
+    graph = onnx.load(folder / graph_file, load_external_data=False).graph
+    names = {value.name for value in graph.input}
+    key = next(value for value in graph.output if value.name == "present.0.key").type.tensor_type.shape.dim
+    inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in names}
+    length = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
+    eos = _first_set(getattr(generation, "eos_token_id", None), config.eos_token_id)
+    pad = _first_set(getattr(generation, "pad_token_id", None), config.pad_token_id, eos)
+    options = [] if provider == "cpu" else [{"cuda": {"enable_cuda_graph": "0"}}]
+    written = {
+        "model": {
+            "bos_token_id": _first_set(config.bos_token_id, 0),
+            "context_length": length,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": options},
+                "filename": graph_file,
+                "head_size": key[3].dim_value,
+                "hidden_size": config.hidden_size,
+                "inputs": {
+                    **inputs,
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+                "num_attention_heads": config.num_attention_heads,
+                "num_hidden_layers": config.num_hidden_layers,
+                "num_key_value_heads": key[1].dim_value,
+            },
+            "eos_token_id": eos,
+            "pad_token_id": pad[0] if isinstance(pad, list) else pad,
+            "type": config.model_type if config.model_type in _TYPES else "decoder",
+            "vocab_size": config.vocab_size,
+        },
+        "search": {
+            "do_sample": bool(getattr(generation, "do_sample", False)),
+            "max_length": length,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": gqa,
+            "repetition_penalty": float(getattr(generation, "repetition_penalty", None) or 1.0),
+            "temperature": float(getattr(generation, "temperature", None) or 1.0),
+            "top_k": int(getattr(generation, "top_k", None) or 50),
+            "top_p": float(getattr(generation, "top_p", None) or 1.0),
+        },
+    }
+    (folder / "genai_config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
+def _first_set(*values: Any) -> Any:
+    return next((value for value in values if value is not None), 0)

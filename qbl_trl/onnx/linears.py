@@ -1,0 +1,185 @@
+"""Linear placeholders -> MatMulNBits, MatMulBnb4 or MatMul, with the branches of MATH.md beside them.
+
+    factored           y = W(q, s, z) x + expand_e(D sum_p(x))         integer z, exact for every p and e
+    float_zero_point   y = W(q, s, z') x,  z' = z - D / s              one operator, needs p to be a multiple of g
+    low_rank           y = base(x) + expand_e(gain B (A sum_p(x)))     the two factors as trained
+
+Expanding D along its rows happens in the graph, on constants: the file holds (N / e, K / p), ONNX Runtime folds the
+expansion once when it loads, and a token pays one small product.
+"""
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+
+from qbl_trl.errors import ExportError
+from qbl_trl.onnx.graph import MS_DOMAIN, Editor
+from qbl_trl.onnx.layers import BlockDelta, Bnb4Base, Branch, DenseBase, GroupBase, LinearSource, Stored
+from qbl_trl.onnx.weights import Reader, folded_zeros, give, transposed, zero_shift
+
+LOWERINGS = ("auto", "factored", "float_zero_point", "low_rank")
+
+
+@dataclass(frozen=True)
+class LoweredLayer:
+    """How one layer was written, for the report."""
+
+    name: str
+    operator: str
+    correction: str
+    reason: str = ""
+
+
+class LinearLowering:
+    """Rewrites Linear placeholders of one graph.
+
+    Args:
+        lowering: "auto", "factored", "float_zero_point" or "low_rank".
+        shared: names of weights that other layers use too, by data pointer (a tied embedding).
+        accuracy_level: attribute of MatMulNBits; 4 quantizes activations to 8 bits on CPU, None and 0 do not.
+    """
+
+    def __init__(
+        self, editor: Editor, lowering: str, accuracy_level: int | None, shared: dict[tuple[int, ...], str]
+    ) -> None:
+        self.editor, self.lowering, self.accuracy_level = editor, lowering, accuracy_level
+        self.shared = shared
+        self.layers: list[LoweredLayer] = []
+        self._pooled: dict[tuple[ir.Value, int], ir.Value] = {}
+
+    def lower(self, node: ir.Node, source: LinearSource) -> None:
+        """Replace one placeholder.
+
+        Raises:
+            ExportError: if the lowering asked for cannot express this layer exactly.
+        """
+        editor, x, name = self.editor, node.inputs[0], source.name
+        if x is None:
+            raise ExportError(f"{name}: the traced layer has no input")
+        branches: tuple[Branch, ...] = source.branches
+        if isinstance(source.base, GroupBase):
+            y, branches = self._group(node, x, source, source.base)
+            operator = "MatMulNBits"
+        elif isinstance(source.base, Bnb4Base):
+            y, operator = self._bnb4(node, x, source, source.base), "MatMulBnb4"
+        else:
+            y, operator = self._dense(node, x, source, source.base), "MatMul"
+        corrections: list[str] = []
+        for branch in branches:
+            y = self._branch(node, x, y, name, branch, len(corrections))
+            corrections.append("block delta" if isinstance(branch, BlockDelta) else "low rank")
+        if source.bias is not None and operator != "MatMulNBits":
+            bias = editor.weight(f"{name}.bias", (source.out_features,), editor.dtype, give(source.bias))
+            y = editor.add(node, "Add", [y, bias], name=name, like=node.outputs[0]).outputs[0]
+        y.type, y.shape = node.outputs[0].type, node.outputs[0].shape
+        editor.replace(node.outputs[0], y)
+        editor.remove(node)
+        kept = ", ".join(corrections) or ("folded" if source.branches else "none")
+        self.layers.append(LoweredLayer(name, operator, kept))
+
+    def _group(
+        self, node: ir.Node, x: ir.Value, source: LinearSource, base: GroupBase
+    ) -> tuple[ir.Value, tuple[Branch, ...]]:
+        """MatMulNBits, and the branches that are left for a correction."""
+        editor, name, branches = self.editor, source.name, source.branches
+        rows, groups = base.scales.shape
+        fractional = base.zeros is not None and base.zeros.floating
+        read_zeros: Reader | None = None if base.zeros is None else give(base.zeros)
+        zero_dtype, zero_width = torch.uint8, -(-groups * base.bits // 8)
+        if self.lowering == "float_zero_point" and (branches or fractional):
+            read_zeros, branches = folded_zeros(name, base, branches), ()
+            zero_dtype, zero_width = editor.dtype, groups
+        elif fractional:
+            # Written symmetric; the fractional rest of the base's own zero points goes into a correction.
+            read_zeros, branches = None, (BlockDelta(Stored.of(zero_shift(base)), base.group_size, 1), *branches)
+        stem = self.shared.get(base.weight.pointers, name)
+        blob = base.group_size * base.bits // 8
+        inputs: list[ir.Value | None] = [
+            x,
+            editor.weight(f"{stem}.weight", (rows, groups, blob), torch.uint8, give(base.weight)),
+            editor.weight(f"{stem}.scales", (rows, groups), editor.dtype, give(base.scales)),
+            None,
+            None,
+            None,
+        ]
+        if read_zeros is not None:
+            inputs[3] = editor.weight(f"{stem}.zeros", (rows, zero_width), zero_dtype, read_zeros)
+        if source.bias is not None:
+            inputs[5] = editor.weight(f"{name}.bias", (rows,), editor.dtype, give(source.bias))
+        while inputs[-1] is None:
+            inputs.pop()
+        attributes = {"K": source.in_features, "N": rows, "bits": base.bits, "block_size": base.group_size}
+        if self.accuracy_level:
+            attributes["accuracy_level"] = self.accuracy_level
+        made = editor.add(node, "MatMulNBits", inputs, attributes, domain=MS_DOMAIN, name=name, like=node.outputs[0])
+        return made.outputs[0], branches
+
+    def _bnb4(self, node: ir.Node, x: ir.Value, source: LinearSource, base: Bnb4Base) -> ir.Value:
+        editor, name = self.editor, source.name
+        codes = editor.weight(f"{name}.weight", tuple(base.codes.shape), torch.uint8, give(base.codes))
+        absmax = editor.weight(f"{name}.absmax", tuple(base.absmax.shape), editor.dtype, give(base.absmax))
+        attributes = {
+            "K": source.in_features,
+            "N": source.out_features,
+            "block_size": base.block_size,
+            "quant_type": int(base.codebook == "nf4"),
+        }
+        made = editor.add(
+            node, "MatMulBnb4", [x, codes, absmax], attributes, domain=MS_DOMAIN, name=name, like=node.outputs[0]
+        )
+        return made.outputs[0]
+
+    def _dense(self, node: ir.Node, x: ir.Value, source: LinearSource, base: DenseBase) -> ir.Value:
+        editor, name, weight = self.editor, source.name, base.weight
+        value = editor.weight(
+            f"{self.shared.get(weight.pointers, name)}.weight", weight.shape, editor.dtype, give(weight)
+        )
+        if base.transposed:
+            return editor.add(node, "MatMul", [x, value], name=name, like=node.outputs[0]).outputs[0]
+        # The weight stays (N, K), as an embedding tied to it needs it.
+        made = editor.add(
+            node, "FusedMatMul", [x, value], {"transB": 1}, domain=MS_DOMAIN, name=name, like=node.outputs[0]
+        )
+        return made.outputs[0]
+
+    def _branch(self, node: ir.Node, x: ir.Value, y: ir.Value, name: str, branch: Branch, index: int) -> ir.Value:
+        editor = self.editor
+        label = name if index == 0 else f"{name}.{index}"
+        hidden = self._pool(node, x, branch.in_factor)
+        if isinstance(branch, BlockDelta):
+            up, gain, kind = branch.delta, 1.0, "delta"
+        else:
+            down, up, gain, kind = branch.down, Stored.of(branch.up), branch.gain, "lora_B"
+            shape = (down.shape[1], down.shape[0])
+            first = editor.weight(f"{label}.lora_A", shape, editor.dtype, transposed(give(down)))
+            hidden = editor.add(node, "MatMul", [hidden, first], name=label).outputs[0]
+        rows, columns = up.shape
+        weight = editor.weight(f"{label}.{kind}", (columns, rows), editor.dtype, transposed(give(up), gain))
+        expanded = self._expand(node, weight, columns, rows, branch.out_factor)
+        added = editor.add(node, "MatMul", [hidden, expanded], name=label, like=node.outputs[0]).outputs[0]
+        return editor.add(node, "Add", [y, added], name=label, like=node.outputs[0]).outputs[0]
+
+    def _expand(self, node: ir.Node, weight: ir.Value, columns: int, rows: int, e: int) -> ir.Value:
+        if e == 1:
+            return weight
+        editor = self.editor
+        shape = editor.constant([columns, rows, 1])
+        split = editor.add(node, "Reshape", [weight, shape], name=weight.name, like=weight).outputs[0]
+        spread = editor.add(node, "Expand", [split, editor.constant([columns, rows, e])], name=weight.name, like=weight)
+        target = editor.constant([columns, rows * e])
+        return editor.add(node, "Reshape", [spread.outputs[0], target], name=weight.name, like=weight).outputs[0]
+
+    def _pool(self, node: ir.Node, x: ir.Value, p: int) -> ir.Value:
+        """sum_p(x), once per input however many layers read it."""
+        if p == 1:
+            return x
+        if (x, p) not in self._pooled:
+            editor = self.editor
+            shape = node.outputs[0].shape
+            rank = 3 if shape is None else len(shape)
+            target = editor.constant([0] * (rank - 1) + [-1, p])
+            split = editor.add(node, "Reshape", [x, target], like=x).outputs[0]
+            axes, keep = editor.constant([-1]), {"keepdims": 0}
+            self._pooled[x, p] = editor.add(node, "ReduceSum", [split, axes], keep, like=x).outputs[0]
+        return self._pooled[x, p]

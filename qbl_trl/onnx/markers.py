@@ -1,0 +1,176 @@
+"""Placeholders that stand for a layer while a model is traced.
+
+Tracing a 4-bit model through its arithmetic would copy every weight into the trace and bury each layer under dozens
+of nodes. Instead each layer that has a lowering of its own is replaced, in a skeleton of the model, by a placeholder
+that emits one node of the domain `qbl_trl.trace` holding the layer's name; `lower.py` and its siblings rewrite these
+nodes afterwards, with weights read from the real model. No node of this domain survives an export.
+
+| node | inputs | output | attributes |
+| --- | --- | --- | --- |
+| Linear | x (..., K) | (..., N) | name |
+| Embedding | ids (...) | (..., N) | name |
+| Norm | x (..., K) | (..., K) | name |
+| RotaryTable | x, position_ids (B, S) | cos, sin (B, S, R) | name |
+| Rotary | x (B, H, S, D), cos, sin | (B, H, S, D) | |
+| Attention | query (B, H, S, D), key, value (B, KV, T, D) | (B, S, H, D) | heads, scale, window, softcap |
+
+During the trace the outputs are zeros: only shapes matter, and no weight is read.
+"""
+
+# ruff: noqa: ARG004 - torch.autograd.Function passes to `forward` what only `symbolic` needs
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TRACE_DOMAIN = "qbl_trl.trace"
+
+
+def _typed(value: Any, like: Any, sizes: list[int | None]) -> Any:
+    """Give a traced value an element type and a rank: an unknown one makes later shape arithmetic fold wrongly."""
+    value.setType(like.type().with_sizes(sizes))
+    return value
+
+
+def _sizes(value: Any) -> list[int | None]:
+    """Sizes as far as the tracer knows them; None where an axis is dynamic."""
+    return list(value.type().varyingSizes())
+
+
+def _emit(function: Any, *args: Any) -> Any:
+    """Run a placeholder; while tracing, this records its node."""
+    return function.apply(*args)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str, features: int) -> Tensor:  # type: ignore[override]
+        return x.new_zeros(*x.shape[:-1], features)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, name: str, features: int) -> Any:
+        sizes = _sizes(x)
+        return _typed(g.op(f"{TRACE_DOMAIN}::Linear", x, name_s=name), x, [*sizes[:-1], features])
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:  # type: ignore[override]
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, name: str) -> Any:
+        return _typed(g.op(f"{TRACE_DOMAIN}::Norm", x, name_s=name), x, _sizes(x))
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, like: Tensor, name: str, features: int) -> Tensor:  # type: ignore[override]
+        return like.new_zeros(*ids.shape, features)
+
+    @staticmethod
+    def symbolic(g: Any, ids: Any, like: Any, name: str, features: int) -> Any:
+        sizes = _sizes(ids)
+        return _typed(g.op(f"{TRACE_DOMAIN}::Embedding", ids, name_s=name), like, [*sizes, features])
+
+
+class _RotaryTable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, position_ids: Tensor, name: str, width: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return x.new_zeros(*position_ids.shape, width), x.new_zeros(*position_ids.shape, width)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, position_ids: Any, name: str, width: int) -> Any:
+        cos, sin = g.op(f"{TRACE_DOMAIN}::RotaryTable", x, position_ids, name_s=name, outputs=2)
+        sizes = _sizes(position_ids)
+        return tuple(_typed(value, x, [*sizes, width]) for value in (cos, sin))
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, cos: Any, sin: Any) -> Any:
+        return _typed(g.op(f"{TRACE_DOMAIN}::Rotary", x, cos, sin), x, _sizes(x))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float, window: int, softcap: float
+    ) -> Tensor:
+        return torch.zeros_like(query).transpose(1, 2).contiguous()
+
+    @staticmethod
+    def symbolic(
+        g: Any, query: Any, key: Any, value: Any, heads: int, scale: float, window: int, softcap: float
+    ) -> Any:
+        attributes = {"heads_i": heads, "scale_f": scale, "window_i": window, "softcap_f": softcap}
+        node = g.op(f"{TRACE_DOMAIN}::Attention", query, key, value, **attributes)
+        sizes = _sizes(query)
+        return _typed(node, query, [sizes[0], sizes[2], sizes[1], sizes[3]])
+
+
+class LinearMarker(nn.Module):
+    """Stands for a linear layer: (..., K) -> (..., out_features)."""
+
+    def __init__(self, name: str, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.name, self.in_features, self.out_features = name, in_features, out_features
+        # Models look at `.weight.dtype` and `.bias`; nothing of the kind is ever used for arithmetic here.
+        self.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
+        self.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _emit(_Linear, x, self.name, self.out_features)
+        return y
+
+
+class EmbeddingMarker(nn.Module):
+    """Stands for a token embedding: ids (...) -> (..., embedding_dim)."""
+
+    def __init__(self, name: str, num_embeddings: int, embedding_dim: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.name, self.num_embeddings, self.embedding_dim = name, num_embeddings, embedding_dim
+        self.register_buffer("weight", torch.zeros(1, dtype=dtype), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = _emit(_Embedding, ids, self.weight, self.name, self.embedding_dim)
+        return y
+
+
+class NormMarker(nn.Module):
+    """Stands for a root-mean-square norm over the last dimension."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _emit(_Norm, x, self.name)
+        return y
+
+
+class RotaryTableMarker(nn.Module):
+    """Stands for the module that turns positions into cosines and sines, (B, S) -> two of (B, S, width)."""
+
+    def __init__(self, name: str, width: int) -> None:
+        super().__init__()
+        self.name, self.width = name, width
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        tables: tuple[Tensor, Tensor] = _emit(_RotaryTable, x, position_ids, self.name, self.width)
+        return tables
+
+
+def mark_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    """Stands for `apply_rotary_pos_emb` of a modeling file."""
+    return _emit(_Rotary, q, cos, sin), _emit(_Rotary, k, cos, sin)
+
+
+def mark_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    """Stands for causal attention; window and softcap are 0 where unused."""
+    y: Tensor = _emit(_Attention, query, key, value, int(query.shape[1]), scale, window, softcap)
+    return y

@@ -1,0 +1,116 @@
+"""Masks and positions that every layer shares, computed once per run at the head of the graph.
+
+padding         (B, 1, S, T): a large negative number on padded keys
+causal(window)  padding, and the same on keys after the query, or `window` and more before it
+lengths         seqlens_k (B,) = T - 1 and total_sequence_length = T, both int32
+"""
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from qbl_trl.onnx.graph import Editor
+from qbl_trl.onnx.skeleton import Unfusable
+
+# Finite, so that a row of padding attends evenly instead of to nothing; far below any score.
+_HIDDEN = {torch.float32: -3.0e38, torch.float16: -6.0e4, torch.bfloat16: -3.0e38}
+
+
+class Masks:
+    """Shared values of one graph, made on first use.
+
+    Raises:
+        Unfusable: if the graph has no input_ids.
+    """
+
+    def __init__(self, editor: Editor) -> None:
+        self.editor = editor
+        ids = self._input("input_ids")
+        if ids is None:
+            raise Unfusable("the graph has no input_ids")
+        self.ids, self.mask = ids, self._input("attention_mask") or self._add_mask_input()
+        self.first = next(iter(editor.graph))
+        self._made: dict[str, ir.Value] = {}
+
+    def lengths(self) -> tuple[ir.Value, ir.Value]:
+        """seqlens_k and total_sequence_length of GroupQueryAttention."""
+        if "seqlens" not in self._made:
+            whole = self._add("Shape", [self.mask], start=1, end=2)
+            total = self._add("Squeeze", [self._add("Cast", [whole], to=ir.DataType.INT32)])
+            last = self._add("Sub", [total, self.editor.constant(1, np.int32)])
+            self._made["seqlens"] = self._add("Expand", [last, self._add("Shape", [self.ids], start=0, end=1)])
+            self._made["total"] = total
+        return self._made["seqlens"], self._made["total"]
+
+    def padding(self) -> ir.Value:
+        """Additive mask of padded keys, (B, 1, S, T)."""
+        if "padding" not in self._made:
+            one = self.editor.constant([1])
+            target = self._add("Concat", [one, one, self._steps(), one], axis=0)
+            self._made["padding"] = self._add("Expand", [self._hide(self._padded()), target])
+        return self._made["padding"]
+
+    def causal(self, window: int) -> ir.Value:
+        """Additive mask of padded and unreachable keys, (B, 1, S, T)."""
+        key = f"causal {window}"
+        if key not in self._made:
+            constant, zero, one = self.editor.constant, self.editor.constant(0), self.editor.constant(1)
+            total = self._add("Squeeze", [self._add("Shape", [self.mask], start=1, end=2)])
+            past = self._add("Sub", [total, self._add("Squeeze", [self._steps()])])
+            keys = self._add("Range", [zero, total, one])
+            queries = self._add("Unsqueeze", [self._add("Range", [past, total, one]), constant([1])])
+            hidden = self._add("Greater", [keys, queries])
+            if window:
+                far = self._add("LessOrEqual", [keys, self._add("Sub", [queries, constant(window)])])
+                hidden = self._add("Or", [hidden, far])
+            self._made[key] = self._hide(self._add("Or", [hidden, self._padded()]))
+        return self._made[key]
+
+    def positions(self, value: ir.Value | None) -> ir.Value:
+        """Positions as (B, S): as they are where they are an input, repeated for every row where they are not."""
+        if value is None:
+            raise Unfusable("the rotary embedding has no positions")
+        if value.is_graph_input():
+            return value
+        key = f"positions {value.name}"
+        if key not in self._made:
+            rows = self._add("Shape", [self.ids])
+            producer = value.producer()
+            if producer is None:
+                raise Unfusable("the rotary embedding's positions are constant")
+            node = ir.node("Expand", [value, rows], name=f"mask/{key}")
+            node.outputs[0].name = f"mask/{key}/out"
+            self.editor.graph.append(node)  # sorted into place when the graph is finished
+            self._made[key] = node.outputs[0]
+        return self._made[key]
+
+    def _padded(self) -> ir.Value:
+        """True on padded keys, (B, 1, 1, T)."""
+        if "padded" not in self._made:
+            absent = self._add("Equal", [self.mask, self.editor.constant(0)])
+            self._made["padded"] = self._add("Unsqueeze", [absent, self.editor.constant([1, 2])])
+        return self._made["padded"]
+
+    def _hide(self, hidden: ir.Value) -> ir.Value:
+        editor = self.editor
+        depth = editor.weight("mask.hidden", (), editor.dtype, lambda: torch.tensor(_HIDDEN[editor.dtype]))
+        seen = editor.weight("mask.seen", (), editor.dtype, lambda: torch.tensor(0.0))
+        return self._add("Where", [hidden, depth, seen])
+
+    def _steps(self) -> ir.Value:
+        if "steps" not in self._made:
+            self._made["steps"] = self._add("Shape", [self.ids], start=1, end=2)
+        return self._made["steps"]
+
+    def _add(self, op: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
+        return self.editor.add(self.first, op, inputs, attributes, name="mask").outputs[0]
+
+    def _input(self, name: str) -> ir.Value | None:
+        return next((value for value in self.editor.graph.inputs if value.name == name), None)
+
+    def _add_mask_input(self) -> ir.Value:
+        """The mask as Optimum declares it: the tracer drops it, because placeholders do not read it."""
+        axes = ["batch_size", "past_sequence_length + sequence_length"]
+        mask = ir.Value(name="attention_mask", shape=ir.Shape(axes), type=ir.TensorType(ir.DataType.INT64))
+        self.editor.graph.inputs.insert(1, mask)
+        return mask

@@ -1,0 +1,87 @@
+"""The torch model an exported graph is held against, in float32, without touching the caller's model."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qbl_trl.onnx.layers import Bnb4Base
+from qbl_trl.onnx.sources import linear_source
+from qbl_trl.quant.embedding import GroupQuantEmbedding
+from qbl_trl.quant.modules import plain_forward_
+from qbl_trl.quant.packed import PackedWeight
+
+
+def float32_reference(model: nn.Module) -> nn.Module:
+    """The model itself if its floats are float32 already; else a copy that is, sharing the packed weights.
+
+    bitsandbytes layers are always replaced by their dequantized equals: their own eval-mode forward may repack the
+    codes on CPUs, and what would be exported afterwards is garbage.
+    """
+    foreign = any(_is_bnb4(module) for module in model.modules())
+    floats = [p for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()]
+    packed = {id(buffer) for module in _packed(model) for buffer in [*module.buffers(), *module.parameters()]}
+    if not foreign and all(p.dtype == torch.float32 or id(p) in packed for p in floats):
+        return model
+    memo: dict[int, Any] = {id(module): _Shared(module) for module in _packed(model)}
+    for name, module in model.named_modules():
+        if _is_bnb4(module):
+            memo[id(module)] = _Dequantized(name, module)
+    made = plain_forward_(copy.deepcopy(model, memo))
+    return made.float().eval()
+
+
+def _packed(model: nn.Module) -> list[PackedWeight]:
+    return [module for module in model.modules() if isinstance(module, PackedWeight)]
+
+
+def _is_bnb4(module: nn.Module) -> bool:
+    return type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes")
+
+
+class _Shared(nn.Module):
+    """Runs another model's packed layer without owning it."""
+
+    def __init__(self, layer: PackedWeight) -> None:
+        super().__init__()
+        self._run = [layer]  # in a list: not registered, so neither copied nor cast
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self._run[0].weight
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self._run[0]
+        if isinstance(layer, GroupQuantEmbedding):  # its own forward rounds to the dtype of the model
+            return layer.dequantize_rows(x.reshape(-1)).view(*x.shape, layer.embedding_dim)
+        y: Tensor = layer(x)
+        return y
+
+
+class _Dequantized(nn.Module):
+    """A bitsandbytes layer by the definition of its codes: y = codebook[code] * absmax[block] x + bias."""
+
+    def __init__(self, name: str, layer: nn.Module) -> None:
+        super().__init__()
+        source = linear_source(name, layer)
+        self._source = [source]
+
+    def forward(self, x: Tensor) -> Tensor:
+        source = self._source[0]
+        if source is None or not isinstance(source.base, Bnb4Base):
+            raise TypeError("not a 4-bit bitsandbytes layer")
+        weight = dequantize_bnb4(source.base, source.out_features, source.in_features)
+        bias = None if source.bias is None else source.bias.read().to(x.dtype)
+        return nn.functional.linear(x, weight.to(x.dtype), bias)
+
+
+def dequantize_bnb4(base: Bnb4Base, rows: int, columns: int) -> Tensor:
+    """(N, K) float32: two codes a byte, the first in the high nibble, blocks along the flattened weight."""
+    from bitsandbytes.functional import get_4bit_type
+
+    book = get_4bit_type(base.codebook, device="cpu").float()
+    codes = torch.stack([base.codes >> 4, base.codes & 15], -1).reshape(-1).long()
+    scale = base.absmax.repeat_interleave(base.block_size)[: codes.numel()]
+    return (book[codes] * scale).view(rows, columns)

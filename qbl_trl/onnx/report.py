@@ -1,0 +1,68 @@
+"""What an export did, as data and as text."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from qbl_trl.onnx.linears import LoweredLayer
+from qbl_trl.parity import ParityReport
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """Result of `export_onnx`.
+
+    Attributes:
+        path: the folder written.
+        provider, dtype: what the graph is for.
+        attention: "gqa" or "standard", and why where "auto" chose standard.
+        layers: how each linear layer was written.
+        operators: number of nodes by operator.
+        bytes: size of the folder.
+        parity: graph against the torch model in float32, all tokens in one pass.
+        parity_cached: the same over the cache, one token at a time.
+        parity_as_written: in the dtype and accuracy level asked for, where they are not exact float32.
+        fallbacks: nodes that the chosen provider would hand to the CPU, with the reason.
+        seconds: wall clock of the export.
+    """
+
+    path: str
+    provider: str
+    dtype: str
+    attention: str
+    layers: tuple[LoweredLayer, ...]
+    operators: dict[str, int]
+    bytes: int
+    parity: ParityReport | None
+    parity_cached: ParityReport | None
+    seconds: float
+    attention_reason: str = ""
+    parity_as_written: ParityReport | None = None
+    fallbacks: tuple[str, ...] = field(default_factory=tuple)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        kinds = Counter(f"{layer.operator} + {layer.correction}" for layer in self.layers)
+        lines = [
+            f"{self.path}: {self.bytes / 1e6:.1f} MB, {self.dtype}, {self.provider}, {self.seconds:.1f} s",
+            f"attention: {self.attention}" + (f" ({self.attention_reason})" if self.attention_reason else ""),
+            "layers: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())),
+            "nodes: " + ", ".join(f"{count} {name}" for name, count in sorted(self.operators.items(), key=_by_count)),
+        ]
+        for title, parity in (
+            ("parity", self.parity),
+            ("parity over the cache", self.parity_cached),
+            ("parity as written", self.parity_as_written),
+        ):
+            if parity is not None:
+                lines.append(f"{title}: {parity}")
+        if self.fallbacks:
+            lines.append(f"would fall back to CPU: {'; '.join(self.fallbacks)}")
+        return "\n".join(lines)
+
+
+def _by_count(item: tuple[str, int]) -> tuple[int, str]:
+    return -item[1], item[0]

@@ -1,0 +1,97 @@
+"""From a traced graph with placeholders to the graph that is written."""
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+
+from qbl_trl.errors import ExportError
+from qbl_trl.onnx.attention import fuse_attention
+from qbl_trl.onnx.branches import choose_branches
+from qbl_trl.onnx.caches import accept_guessed_caches
+from qbl_trl.onnx.embeddings import lower_embeddings
+from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute
+from qbl_trl.onnx.linears import LinearLowering, LoweredLayer
+from qbl_trl.onnx.markers import TRACE_DOMAIN
+from qbl_trl.onnx.norms import RMS_NORM_OPSET, lower_norms
+from qbl_trl.onnx.packing import pack_projections
+from qbl_trl.onnx.skeleton import Skeleton
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user chose, checked.
+
+    Attributes:
+        dtype: float type of the graph.
+        lowering: see `linears.py`.
+        attention: "attention" or "gqa": what the placeholders become; "standard": there are none.
+        accuracy_level: attribute of MatMulNBits, or None.
+        last_logits: write logits of the last position only, (B, 1, V).
+        max_length: rows of the rotary tables.
+    """
+
+    dtype: torch.dtype
+    lowering: str
+    attention: str
+    accuracy_level: int | None
+    last_logits: bool
+    max_length: int
+
+
+def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> list[LoweredLayer]:
+    """Replace every placeholder of `model`, in place.
+
+    Raises:
+        Unfusable: if fused attention does not fit (trace again with standard operators).
+        ExportError: if a layer cannot be lowered as asked.
+    """
+    editor = Editor(model, options.dtype)
+    if options.attention != "standard":
+        fuse_attention(editor, skeleton, options.attention, options.max_length)
+    if options.last_logits:
+        _keep_last(editor)
+    lower_norms(editor, skeleton.norms)
+    shared = lower_embeddings(editor, skeleton.embeddings)
+    linears = pack_projections(editor, choose_branches(skeleton.linears, options.lowering))
+    accept_guessed_caches(editor, skeleton.model.config)
+    lowering = LinearLowering(editor, options.lowering, options.accuracy_level, shared)
+    for node in [node for node in editor.graph if node.domain == TRACE_DOMAIN and node.op_type == "Linear"]:
+        lowering.lower(node, linears[attribute(node, "name")])
+    _finish(model)
+    return lowering.layers
+
+
+def _keep_last(editor: Editor) -> None:
+    """Cut the head's input to the last position."""
+    node = next(value for value in editor.graph.outputs if value.name == "logits").producer()
+    while node is not None and node.domain != TRACE_DOMAIN:
+        node = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    if node is None or node.op_type != "Linear":
+        raise ExportError('logits="last": the layer that makes the logits was not found; export with logits="all"')
+    bounds = [editor.constant([-1]), editor.constant([torch.iinfo(torch.int64).max]), editor.constant([1])]
+    cut = editor.add(node, "Slice", [node.inputs[0], *bounds], like=node.inputs[0])
+    node.replace_input_with(0, cut.outputs[0])
+
+
+def _finish(model: ir.Model) -> None:
+    left = sorted(
+        {
+            f"{node.op_type}({node.attributes['name'].value if 'name' in node.attributes else ''})"
+            for node in model.graph
+            if node.domain == TRACE_DOMAIN
+        }
+    )
+    if left:
+        raise ExportError(f"placeholders were left in the graph: {', '.join(left)}; this is a defect of qbl_trl")
+    model.graph.opset_imports[""] = RMS_NORM_OPSET
+    model.graph.opset_imports[MS_DOMAIN] = 1
+    model.graph.opset_imports.pop(TRACE_DOMAIN, None)
+    cleanup = ir.passes.Sequential(
+        passes.RemoveUnusedNodesPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.TopologicalSortPass(),
+    )
+    cleanup(model)

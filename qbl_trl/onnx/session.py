@@ -1,0 +1,113 @@
+"""Run an exported folder with a bare ONNX Runtime session: logits for parity, greedy tokens for tests."""
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+from torch import Tensor
+
+from qbl_trl.errors import ExportError
+from qbl_trl.parity import positions
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+def graph_file(folder: Path) -> Path:
+    """The one graph of a folder.
+
+    Raises:
+        ExportError: if there is none or more than one.
+    """
+    if folder.is_file():
+        return folder
+    found = sorted(folder.glob("*.onnx"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise ExportError(f"{folder}: expected exactly one .onnx file, found {names}; export into a folder of its own")
+    return found[0]
+
+
+def check_external_data(path: Path) -> None:
+    """Refuse a graph whose weights are missing, cut short, or said to lie outside its folder.
+
+    Raises:
+        ExportError: naming the tensor and the file.
+    """
+    model = onnx.load(path, load_external_data=False)
+    root = path.parent.resolve()
+    for tensor in model.graph.initializer:
+        if not uses_external_data(tensor):
+            continue
+        info = ExternalDataInfo(tensor)
+        data = Path(root, info.location).resolve()
+        if Path(info.location).is_absolute() or root not in data.parents:
+            raise ExportError(
+                f"{path}: weight {tensor.name} is said to lie in {info.location!r}, outside the model's folder; "
+                "the file was tampered with, export the model again"
+            )
+        if not data.is_file():
+            raise ExportError(
+                f"{path}: weight {tensor.name} needs {data.name}, which is missing; copy the whole folder"
+            )
+        if data.stat().st_size < (info.offset or 0) + (info.length or 0):
+            raise ExportError(f"{path}: {data.name} is too short for weight {tensor.name}; copy or export it again")
+
+
+class OnnxLogits:
+    """Callable (input_ids, attention_mask) -> logits (B, S, V) float32 over one session.
+
+    Args:
+        folder: an exported folder, or its .onnx file.
+        provider: "cpu" or "cuda".
+        threads: intra-op threads, 0 for ONNX Runtime's choice.
+    """
+
+    def __init__(self, folder: str | PathLike[str], provider: str = "cpu", threads: int = 0) -> None:
+        path = graph_file(Path(folder))
+        check_external_data(path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDERS[provider]])
+        self.inputs = {value.name: value for value in self.session.get_inputs()}
+        self.outputs = {value.name: value for value in self.session.get_outputs()}
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """One pass over all tokens."""
+        logits, _ = self.step(input_ids, attention_mask, self.empty_cache(input_ids.shape[0]))
+        return logits
+
+    def with_cache(self, input_ids: Tensor, attention_mask: Tensor, prefix: int) -> Tensor:
+        """The same logits, computed as generation does: a prefix, then one token at a time over the cache."""
+        cache, parts = self.empty_cache(input_ids.shape[0]), []
+        ends = [prefix, *range(prefix + 1, input_ids.shape[1] + 1)]
+        for start, stop in zip([0, *ends], ends, strict=False):
+            logits, cache = self.step(input_ids[:, start:stop], attention_mask[:, :stop], cache)
+            parts.append(logits)
+        return torch.cat(parts, 1)
+
+    def empty_cache(self, batch: int) -> dict[str, Any]:
+        """Keys and values of no token."""
+        cache = {}
+        for name, value in self.inputs.items():
+            if name.startswith("past_key_values"):
+                present = self.outputs[name.replace("past_key_values", "present")].shape
+                cache[name] = np.zeros([batch, present[1], 0, present[3]], _NUMPY[value.type])
+        return cache
+
+    def step(self, input_ids: Tensor, attention_mask: Tensor, cache: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """New tokens (B, S) over a cache; the mask (B, T) covers the cache and them."""
+        feed: dict[str, Any] = {"input_ids": input_ids.numpy(), **cache}
+        if "attention_mask" in self.inputs:
+            feed["attention_mask"] = attention_mask.numpy()
+        if "position_ids" in self.inputs:
+            feed["position_ids"] = positions(attention_mask)[:, -input_ids.shape[1] :].numpy()
+        made = dict(zip(self.outputs, self.session.run(None, feed), strict=True))
+        logits = torch.from_numpy(made.pop("logits")).float()
+        return logits, {name.replace("present", "past_key_values"): value for name, value in made.items()}

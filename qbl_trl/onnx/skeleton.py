@@ -1,0 +1,221 @@
+"""A copy of the model's structure, with placeholders where layers have a lowering of their own.
+
+The copy shares no tensor that matters with the model and owns almost none: linear layers, embeddings and norms are
+not copied. The caller's model is never touched.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import AttentionInterface
+
+from qbl_trl.onnx.layers import EmbeddingSource, LinearSource
+from qbl_trl.onnx.markers import (
+    EmbeddingMarker,
+    LinearMarker,
+    NormMarker,
+    RotaryTableMarker,
+    mark_attention,
+    mark_rotary,
+)
+from qbl_trl.onnx.sources import embedding_source
+from qbl_trl.quant.modules import plain_forward_
+
+TRACED_ATTENTION = "qbl_trl_trace"
+_DYNAMIC_ROPE = ("dynamic", "longrope")
+
+
+class Unfusable(Exception):
+    """Why fused attention cannot express this model; the standard operators can.
+
+    A signal between modules of this package: it becomes text of the report, or an ExportError.
+    """
+
+
+@dataclass
+class Norm:
+    """A root-mean-square norm: y = x / sqrt(mean(x^2) + epsilon) * weight, with weight (K,)."""
+
+    weight: Tensor
+    epsilon: float
+
+
+@dataclass
+class Skeleton:
+    """What a trace needs.
+
+    Attributes:
+        model: the structure with placeholders, parameters that are left in the trace's dtype.
+        linears, embeddings, norms, rotary: what the placeholders stand for, by name.
+        caps_scores: the model's attention function honours `softcap`; that of torch ("sdpa") does not.
+    """
+
+    model: PreTrainedModel
+    linears: dict[str, LinearSource]
+    embeddings: dict[str, EmbeddingSource] = field(default_factory=dict)
+    norms: dict[str, Norm] = field(default_factory=dict)
+    rotary: dict[str, nn.Module] = field(default_factory=dict)
+    caps_scores: bool = True
+
+
+def build_skeleton(
+    model: PreTrainedModel, sources: dict[str, LinearSource], dtype: torch.dtype, fused_attention: bool
+) -> Skeleton:
+    """Copy the structure of `model` with placeholders.
+
+    Raises:
+        Unfusable: if fused attention was asked for and the model's rotary embedding or attention has no fused form.
+    """
+    made = Skeleton(model, sources)
+    memo: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        marker = _marker(name, module, made, dtype, fused_attention)
+        if marker is not None:
+            memo[id(module)] = marker
+    skeleton = plain_forward_(copy.deepcopy(model, memo))
+    skeleton.eval()
+    for parameter in skeleton.parameters():
+        parameter.requires_grad_(False)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    own = str(model.config._attn_implementation)
+    # The tracer writes torch's attention with float32 constants: half precision takes the spelled-out one.
+    standard = "sdpa" if own != "eager" and dtype == torch.float32 else "eager"
+    skeleton.config._attn_implementation = TRACED_ATTENTION if fused_attention else standard
+    made.model, made.caps_scores = skeleton, own != "sdpa"
+    return made
+
+
+def _marker(name: str, module: nn.Module, made: Skeleton, dtype: torch.dtype, fused: bool) -> nn.Module | None:
+    source = made.linears.get(name)
+    if source is not None:
+        return LinearMarker(name, source.in_features, source.out_features, dtype)
+    embedding = embedding_source(name, module)
+    if embedding is not None:
+        made.embeddings[name] = embedding
+        return EmbeddingMarker(name, embedding.num_embeddings, embedding.embedding_dim, dtype)
+    norm = _rms_norm(module)
+    if norm is not None:
+        made.norms[name] = norm
+        return NormMarker(name)
+    if fused and type(module).__name__.endswith("RotaryEmbedding"):
+        width = _static_rotary_width(name, module)
+        made.rotary[name] = module
+        return RotaryTableMarker(name, width)
+    return None
+
+
+def _rms_norm(module: nn.Module) -> Norm | None:
+    """Recognize a norm by what it computes, not by its name alone: its output is compared with the formula."""
+    weight = getattr(module, "weight", None)
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if "RMSNorm" not in type(module).__name__ or not isinstance(weight, Tensor) or weight.dim() != 1:
+        return None
+    if not isinstance(epsilon, float):
+        return None
+    x = torch.randn(2, weight.shape[0], generator=torch.Generator().manual_seed(0))
+    gains = weight.detach().float().cpu()
+    with torch.no_grad():
+        y = module(x.to(weight)).float().cpu()
+    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+    tolerance = 1e-5 if weight.dtype == torch.float32 else 3e-2
+    for gain in (gains, gains + 1):  # Gemma stores its weight minus one
+        if torch.allclose(normed * gain, y, rtol=tolerance, atol=tolerance):
+            return Norm(gain, epsilon)
+    return None
+
+
+def _static_rotary_width(name: str, module: nn.Module) -> int:
+    kind = str(getattr(module, "rope_type", "default"))
+    if kind in _DYNAMIC_ROPE:
+        raise Unfusable(f"{name}: rotary angles of type {kind!r} change with the length of the text")
+    cos, sin = rotary_table(module, 4)
+    half = cos.shape[-1] // 2
+    if not (torch.equal(cos[:, :half], cos[:, half:]) and torch.equal(sin[:, :half], sin[:, half:])):
+        raise Unfusable(f"{name}: rotary angles are not laid out in two equal halves")
+    return int(cos.shape[-1])
+
+
+def rotary_table(module: nn.Module, length: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions 0 .. length - 1 as the model computes them, two of (length, R) float32."""
+    positions = torch.arange(length).unsqueeze(0)
+    device = next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
+    with torch.no_grad():
+        cos, sin = module(torch.zeros(1, dtype=torch.float32, device=device), positions.to(device))
+    return cos[0].float().cpu(), sin[0].float().cpu()
+
+
+@contextmanager
+def fused_attention_traced(skeleton: Skeleton) -> Iterator[None]:
+    """While open, attention and rotary embedding of the skeleton's modeling files emit placeholders.
+
+    Raises:
+        Unfusable: if a modeling file rotates in another way than the fused operator does.
+    """
+    AttentionInterface.register(TRACED_ATTENTION, partial(_traced_attention, skeleton.caps_scores))
+    replaced: list[tuple[Any, Callable[..., Any]]] = []
+    try:
+        if skeleton.rotary:
+            files = {type(module).__module__ for module in skeleton.model.modules()}
+            for file in sorted(files):
+                module = sys.modules[file]
+                original = module.__dict__.get("apply_rotary_pos_emb")
+                if original is not None:
+                    _check_rotation(file, original)
+                    replaced.append((module, original))
+                    module.apply_rotary_pos_emb = mark_rotary  # type: ignore[attr-defined]
+        yield
+    finally:
+        for module, original in replaced:
+            module.apply_rotary_pos_emb = original
+
+
+def _check_rotation(file: str, rotate: Callable[..., Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 2, 3, 8, generator=generator), torch.randn(1, 1, 3, 8, generator=generator)
+    angles = torch.randn(1, 3, 4, generator=generator)
+    cos, sin = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
+
+    def expected(x: Tensor) -> Tensor:
+        half = torch.cat([-x[..., 4:], x[..., :4]], -1)
+        return x * cos.unsqueeze(1) + half * sin.unsqueeze(1)
+
+    rotated = rotate(q, k, cos, sin)
+    if not all(torch.allclose(y, expected(x), atol=1e-5) for x, y in zip((q, k), rotated, strict=True)):
+        raise Unfusable(f"{file}: its rotary embedding pairs features in another way than the fused operator")
+
+
+def _traced_attention(
+    caps_scores: bool,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    where = type(module).__name__
+    extra = sorted(name for name, given in others.items() if given is not None and name in _MEANINGFUL)
+    if extra or not getattr(module, "is_causal", True):
+        raise Unfusable(f"{where}: attention with {', '.join(extra) or 'is_causal=False'} has no fused form")
+    if attention_mask is not None:
+        raise Unfusable(f"{where}: attention with a mask of its own has no fused form")
+    cap = float(softcap or 0) if caps_scores else 0.0
+    scale = int(query.shape[-1]) ** -0.5 if scaling is None else float(scaling)
+    return mark_attention(query, key, value, scale, sliding_window or 0, cap), None
+
+
+# Arguments of attention functions that change the result; the others (position_ids, cache_position, ...) do not.
+_MEANINGFUL = ("head_mask", "s_aux", "position_bias", "relative_position", "block_bias", "alibi")

@@ -1,0 +1,186 @@
+"""Do two models compute the same function? Compare their logits on the same tokens.
+
+    reference, candidate: a transformers or PEFT model, an ORTModelForCausalLM, a folder of any of these (an ONNX
+    folder is recognized by its .onnx file), or any callable (input_ids, attention_mask) -> logits (B, S, V).
+
+Positions masked out are not compared. Nothing here imports ONNX Runtime: a folder with a graph is opened by
+`qbl_trl.onnx.session`, looked up by name when it is needed.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qbl_trl.errors import ConfigError
+
+Logits = Callable[[Tensor, Tensor], Tensor]
+
+_ROWS_AT_ONCE = 256  # positions whose distributions are held in float64 at the same time
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """How far two sets of logits are apart.
+
+    Attributes:
+        tokens: positions compared.
+        max_abs_difference, mean_abs_difference: over all logits of these positions.
+        kl_per_token: mean of KL(reference || candidate), nats.
+        top1_agreement: share of positions with the same best token.
+        ties: positions that disagree although the reference's two best logits are closer than the largest difference
+            can resolve.
+    """
+
+    tokens: int
+    max_abs_difference: float
+    mean_abs_difference: float
+    kl_per_token: float
+    top1_agreement: float
+    ties: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        ties = f" ({self.ties} ties)" if self.ties else ""
+        return (
+            f"max difference {self.max_abs_difference:.2e}, mean {self.mean_abs_difference:.2e}, "
+            f"KL per token {self.kl_per_token:.2e}, same best token {self.top1_agreement:.2%}{ties}, "
+            f"{self.tokens} tokens"
+        )
+
+
+def verify(reference: Any, candidate: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> ParityReport:
+    """Compare two models on the same tokens.
+
+    Args:
+        reference, candidate: see the module's description.
+        input_ids: (B, S) or (S,) integers.
+        attention_mask: (B, S), 1 on real tokens; None means all are real.
+
+    Raises:
+        ConfigError: if an argument is nothing that gives logits, or the logits do not fit each other.
+    """
+    ids = torch.as_tensor(input_ids)
+    ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
+    mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask).view_as(ids)
+    return compare(logits_of(reference)(ids, mask), logits_of(candidate)(ids, mask), mask)
+
+
+def compare(reference: Tensor, candidate: Tensor, attention_mask: Tensor | None = None) -> ParityReport:
+    """Compare logits (B, S, V); see `ParityReport`.
+
+    Raises:
+        ConfigError: if shapes differ or a logit is not finite.
+    """
+    if reference.shape != candidate.shape:
+        raise ConfigError(
+            f"logits of shape {tuple(reference.shape)} and {tuple(candidate.shape)} cannot be compared; a graph "
+            'exported with logits="last" gives the last position only'
+        )
+    kept = torch.ones(reference.shape[:-1], dtype=torch.bool) if attention_mask is None else attention_mask.bool().cpu()
+    first, second = reference.detach().cpu()[kept], candidate.detach().cpu()[kept]
+    if not first.numel():
+        raise ConfigError("no position is left to compare: the attention mask is all zero")
+    largest, total, kl, same, gaps = 0.0, 0.0, 0.0, 0, []
+    for start in range(0, first.shape[0], _ROWS_AT_ONCE):
+        p, q = first[start : start + _ROWS_AT_ONCE].double(), second[start : start + _ROWS_AT_ONCE].double()
+        difference = (p - q).abs()
+        if not torch.isfinite(difference).all():
+            raise ConfigError("logits hold NaN or infinite values; one of the two models is broken")
+        largest = max(largest, float(difference.max()))
+        total += float(difference.sum())
+        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+        kl += float((log_p.exp() * (log_p - log_q)).sum())
+        best = p.topk(2, dim=-1)
+        differs = best.indices[:, 0] != q.argmax(-1)
+        same += int((~differs).sum())
+        gaps += (best.values[:, 0] - best.values[:, 1])[differs].tolist()
+    count = first.shape[0]
+    ties = sum(gap <= 2 * largest for gap in gaps)
+    return ParityReport(count, largest, total / first.numel(), max(kl / count, 0.0), same / count, ties)
+
+
+def logits_of(source: Any) -> Logits:
+    """A function (input_ids, attention_mask) -> logits for anything `verify` accepts.
+
+    Raises:
+        ConfigError: if `source` is none of these.
+    """
+    if isinstance(source, (str, PathLike)):
+        return logits_of(_open(Path(source)))
+    if isinstance(source, nn.Module):
+        return _torch_logits(source)
+    if hasattr(source, "generate") and callable(getattr(source, "forward", None)):  # ORTModelForCausalLM
+        return _model_logits(source, "position_ids" in getattr(source, "input_names", ()))
+    if callable(source):
+        given: Logits = source
+        return given
+    raise ConfigError(
+        f"verify: a {type(source).__name__} gives no logits; pass a model, a model folder, or a callable "
+        "(input_ids, attention_mask) -> logits"
+    )
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Position of each token as `generate` counts it: padding on the left does not count, (B, S)."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _model_logits(model: Any, with_positions: bool) -> Logits:
+    def run(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        named = {"position_ids": positions(attention_mask)} if with_positions else {}
+        logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, **named).logits
+        return logits.float()
+
+    return run
+
+
+def _torch_logits(model: nn.Module) -> Logits:
+    unwrap: Any = getattr(model, "get_base_model", lambda: model)
+    inner = unwrap()
+    run = _model_logits(model, "position_ids" in inspect.signature(inner.forward).parameters)
+
+    def logits(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        device = next(model.parameters()).device
+        with _evaluating(model), torch.no_grad():
+            return run(input_ids.to(device), attention_mask.to(device))
+
+    return logits
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off while open; every module gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _open(folder: Path) -> Any:
+    if not folder.is_dir():
+        raise ConfigError(f"verify: {folder} is no folder")
+    if any(folder.glob("*.onnx")):
+        return importlib.import_module("qbl_trl.onnx.session").OnnxLogits(folder)
+    importlib.import_module("qbl_trl")  # registers our quantization config and adapter type
+    if (folder / "adapter_config.json").is_file():
+        return importlib.import_module("peft").AutoPeftModelForCausalLM.from_pretrained(folder)
+    if (folder / "config.json").is_file():
+        return importlib.import_module("transformers").AutoModelForCausalLM.from_pretrained(folder)
+    raise ConfigError(
+        f"verify: {folder} holds neither an ONNX graph (*.onnx), nor an adapter (adapter_config.json), nor a model "
+        "(config.json)"
+    )

@@ -1,0 +1,194 @@
+"""Running calibration batches through a model piece by piece, in the order in which it computes.
+
+A decoder is a chain: block i + 1 reads exactly what block i returned. The hidden states between two blocks are kept,
+so that a block can be replayed on its own; a model without such a chain is replayed as a whole, which costs more and
+gives the same numbers. Layers outside the chain (an output head, projections before it) come before or after it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from qbl_trl.errors import ConfigError
+
+Batch = Tensor | Mapping[str, Any]
+Call = Callable[[], Any]  # runs one calibration batch
+
+
+class Stop(Exception):
+    """Raised by a hook to end a forward pass early: what was wanted has been seen."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the model and how to run the calibration batches through it.
+
+    Attributes:
+        scope: the model or one block.
+        prefix: full name of the scope with a dot, or "".
+        names: layers of interest, relative to the scope.
+        calls: one per batch; valid while the piece is the current one.
+    """
+
+    scope: nn.Module
+    prefix: str
+    names: list[str]
+    calls: Sequence[Call]
+
+
+def walk(model: nn.Module, names: Sequence[str], calibration: Iterable[Batch]) -> Iterator[Piece]:
+    """Yield the pieces that hold the named layers; layers changed in one piece are seen by those that follow.
+
+    Args:
+        calibration: batches, each (batch, tokens) integer ids or a mapping of the model's arguments, without padding.
+
+    Raises:
+        ConfigError: if there is no batch, or one is padded.
+    """
+    device = next(model.parameters()).device
+    batches = [_arguments(batch, device) for batch in calibration]
+    if not batches:
+        raise ConfigError("calibration: no batch was given; give a few (batch, tokens) integer tensors")
+    calls = [_bound(model, (), batch) for batch in batches]
+    blocks = find_chain(model, names, calls[0])
+    inside = {name for name in names if any(name.startswith(f"{block}.") for block in blocks)}
+    outside = [name for name in names if name not in inside]
+    ahead = _called_before(model, outside, blocks[0], calls[0]) if blocks else outside
+    yield Piece(model, "", ahead, calls)
+    if blocks:
+        hidden, rest = _block_inputs(model, blocks, calls)
+        for block in blocks:
+            scope, prefix = model.get_submodule(block), f"{block}."
+            mine = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+            replay = [_bound(scope, (x, *args), kwargs) for x, (args, kwargs) in zip(hidden, rest[block], strict=True)]
+            yield Piece(scope, prefix, mine, replay)
+            hidden = [_hidden(call()) for call in replay]
+    yield Piece(model, "", [name for name in outside if name not in ahead], calls)
+
+
+def run(calls: Sequence[Call], hooks: Iterable[RemovableHandle], enough: Callable[[], bool] = lambda: False) -> None:
+    """Run the calls with hooks in place, until `enough`; the hooks are gone afterwards."""
+    handles = list(hooks)
+    try:
+        for call in calls:
+            if enough():
+                break
+            try:
+                call()
+            except Stop:
+                continue
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients and without a key-value cache; everything is put back afterwards."""
+    config, was_training = getattr(model, "config", None), model.training
+    use_cache = getattr(config, "use_cache", None)
+    model.eval()
+    if use_cache is not None:
+        config.use_cache = False  # type: ignore[union-attr]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+        if use_cache is not None:
+            config.use_cache = use_cache  # type: ignore[union-attr]
+
+
+def find_chain(model: nn.Module, names: Sequence[str], call: Call) -> list[str]:
+    """Names of the blocks of the model's main chain, in order; empty where there is none.
+
+    The candidate is the ModuleList that holds most of the named layers. It is a chain if in one real forward pass
+    each block is called once, in order, on the very tensor that the block before it returned.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    held = {name: sum(target.startswith(f"{name}.") for target in names) for name, _ in lists}
+    if not any(held.values()):
+        return []
+    name, found = max(lists, key=lambda item: held[item[0]])
+    blocks = [f"{name}.{i}" for i in range(len(found))]
+    if set(names) & set(blocks):
+        return []  # a list of plain layers
+    order: list[str] = []
+    links: list[bool] = []
+    last: Tensor | None = None
+
+    def enter(block: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            order.append(block)
+            links.append(bool(args) and (last is None or args[0] is last))
+
+        return hook
+
+    def leave(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal last
+        last = _hidden(output)
+
+    hooks = [m.register_forward_pre_hook(enter(b), with_kwargs=True) for b, m in zip(blocks, found, strict=True)]
+    run([call], [*hooks, *(module.register_forward_hook(leave) for module in found)])
+    return blocks if order == blocks and all(links) else []
+
+
+def _block_inputs(
+    model: nn.Module, blocks: Sequence[str], calls: Sequence[Call]
+) -> tuple[list[Tensor], dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]]:
+    """The first block's hidden states, one per batch, and each block's other arguments per batch (masks, rotary)."""
+    hidden: list[Tensor] = []
+    rest: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {block: [] for block in blocks}
+
+    def keep(block: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if block == blocks[0]:
+                hidden.append(args[0])
+            rest[block].append((args[1:], kwargs))
+            if block == blocks[-1]:
+                raise Stop
+
+        return hook
+
+    run(calls, [model.get_submodule(b).register_forward_pre_hook(keep(b), with_kwargs=True) for b in blocks])
+    return hidden, rest
+
+
+def _called_before(model: nn.Module, names: Sequence[str], block: str, call: Call) -> list[str]:
+    """Those of the named layers that run before the given block does."""
+    seen: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if name == block:
+                raise Stop
+            seen.append(name)
+
+        return hook
+
+    run([call], [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in (*names, block)])
+    return [name for name in names if name in seen]
+
+
+def _arguments(batch: Batch, device: torch.device) -> dict[str, Any]:
+    arguments = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    mask = arguments.pop("attention_mask", None)
+    if mask is not None and not bool(torch.as_tensor(mask).all()):
+        raise ConfigError(
+            "calibration: a batch is padded (zeros in attention_mask), and padding would count as data; "
+            "cut or pack the texts to full rows"
+        )
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    return lambda: module(*args, **kwargs)
+
+
+def _hidden(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output

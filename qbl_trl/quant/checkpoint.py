@@ -1,0 +1,118 @@
+"""Strict reading of safetensors folders: what is wrong is said, with the file's name, before a tensor is loaded.
+
+Only headers are read: 8 bytes of length, a JSON table of names, dtypes, shapes and byte ranges, then the data. A byte
+flipped inside the data is beyond this check; a cut file, a damaged header, a wrong shape, a missing shard are not.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from qbl_trl.errors import CheckpointError
+
+_DTYPES = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "BOOL": torch.bool,
+}
+_MAX_HEADER = 100_000_000
+
+
+class Stored(NamedTuple):
+    """One tensor as a file declares it."""
+
+    file: Path
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+
+
+def read_headers(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a folder's safetensors files, by name.
+
+    Raises:
+        CheckpointError: if a file is cut short, its header is damaged, or a shard of the index is missing.
+    """
+    found: dict[str, Stored] = {}
+    for file in _files(folder):
+        found.update(_read_header(file))
+    return found
+
+
+def check_tensors(folder: Path, expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    """Compare what a folder holds with what the model's packed layers need.
+
+    Raises:
+        CheckpointError: on a missing tensor, a wrong shape or a wrong dtype.
+    """
+    stored = read_headers(folder)
+    for name, (shape, dtype) in expected.items():
+        if name not in stored:
+            raise CheckpointError(
+                f"{folder}: tensor {name!r} is missing although quantization_config in config.json calls for it"
+            )
+        file, found_dtype, found_shape = stored[name]
+        if found_shape != shape or found_dtype != dtype:
+            raise CheckpointError(
+                f"{file}: tensor {name!r} is {found_dtype} {found_shape}, quantization_config in config.json calls "
+                f"for {dtype} {shape}; the two do not belong together"
+            )
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        single = folder / "model.safetensors"
+        return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not a readable index of shards ({error})") from error
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: shard {name!r} lies outside the checkpoint's folder")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: this shard is named in {index.name} but is missing")
+    return [folder / name for name in names]
+
+
+def _read_header(file: Path) -> dict[str, Stored]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1
+        if length > min(size - 8, _MAX_HEADER):
+            raise CheckpointError(f"{file}: not a whole safetensors file ({size} bytes, header cut or damaged)")
+        raw = stream.read(length)
+    try:
+        table = json.loads(raw)
+        table.pop("__metadata__", None)
+        found = {name: _entry(file, entry) for name, entry in table.items()}
+        end = max((entry["data_offsets"][1] for entry in table.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{file}: its header is damaged ({error})") from error
+    if end != size - 8 - length:
+        raise CheckpointError(
+            f"{file}: cut short or padded; the header describes {end} bytes of data, it holds {size - 8 - length}"
+        )
+    return found
+
+
+def _entry(file: Path, entry: dict[str, object]) -> Stored:
+    begin, end = entry["data_offsets"]  # type: ignore[misc]
+    shape = tuple(int(side) for side in entry["shape"])  # type: ignore[attr-defined]
+    dtype = _DTYPES.get(str(entry["dtype"]))
+    if dtype is not None and math.prod(shape) * dtype.itemsize != end - begin:  # type: ignore[has-type]
+        raise ValueError(f"{entry['dtype']} of shape {list(shape)} does not fill {end - begin} bytes")  # type: ignore[has-type]
+    return Stored(file, dtype, shape)

@@ -1,0 +1,107 @@
+"""A packed model as a GGUF file: Q4_1 for linear layers, everything else as a template file has it.
+
+    w = d q + m,      d = scales (float16, as stored),      m = D - s z, rounded to float16
+
+Metadata, tokenizer, tensor names and the order of q and k rows come from the template, a GGUF file of the same model
+in any type. Tensors that are not packed are copied byte for byte where the model still holds the same values, and
+written as float32 where it does not (trained norms or embeddings).
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qbl_trl.errors import ConfigError
+from qbl_trl.quant.importers.gguf import GGUFReader
+from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.writers import folded, packed_layers
+
+_GROUP = 32
+
+
+def q4_1_blocks(layer: GroupQuantLinear, name: str) -> tuple[Tensor, float]:
+    """Q4_1 bytes of one layer, rows in the layer's order.
+
+    Returns:
+        (N, K / 32 * 20) uint8, and the largest change that rounding m to float16 makes to a weight.
+
+    Raises:
+        ConfigError: if the layer is not 4-bit in groups of 32 times a power of two with float16 scales.
+    """
+    if (
+        layer.bits != 4
+        or layer.group_size % _GROUP
+        or layer.scales.dtype != torch.float16
+        or layer.in_features % _GROUP
+    ):
+        raise ConfigError(
+            f"write_checkpoint: {name} has {layer.bits} bits, groups of {layer.group_size}, {layer.scales.dtype} "
+            "scales; GGUF Q4_1 holds 4 bits in groups of 32 (or 64, 128, 256, repeated) with float16 scales"
+        )
+    codes, scales, zeros = folded(layer)
+    repeats = layer.group_size // _GROUP
+    groups = layer.in_features // _GROUP
+    scales, zeros = (part.repeat_interleave(repeats, 1)[:, :groups] for part in (scales, zeros))
+    exact = -(scales.double() * zeros.double())
+    offsets = exact.half()
+    rounding = float((offsets.double() - exact).abs().max())
+    nibbles = codes.reshape(len(codes), groups, 2, _GROUP // 2)
+    body = nibbles[:, :, 0] | (nibbles[:, :, 1] << 4)
+    head = torch.stack([scales, offsets], dim=-1).contiguous().view(torch.uint8)
+    return torch.cat([head, body], dim=-1).flatten(1), rounding
+
+
+def write_gguf(model: nn.Module, path: Path, template: Path) -> tuple[int, float]:
+    """Write the file; returns the number of packed layers and the largest rounding of a weight.
+
+    Raises:
+        ConfigError: if a layer has no place in the template or does not fit Q4_1.
+        CheckpointError: if the template cannot be read.
+    """
+    import gguf
+
+    layers, source = packed_layers(model), GGUFReader(template)
+    places = source.sources()
+    homeless = sorted(name for name in layers if f"{name}.weight" not in places)
+    if homeless:
+        raise ConfigError(f"write_checkpoint: {template} has no tensor for {homeless[0]}; it is another model's file")
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(partial, source.architecture)
+    _copy_metadata(writer, source, gguf)
+    state, largest = model.state_dict(), 0.0
+    for name, place in places.items():
+        module = name.removesuffix(".weight")
+        raw = source.raw(name)
+        if module in layers:
+            blocks, rounding = q4_1_blocks(layers[module], module)
+            data = blocks[source.row_order(name, len(blocks)).argsort()].numpy()
+            writer.add_tensor(place, data, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+            largest = max(largest, rounding)
+        elif name in state and not torch.equal(state[name].float().cpu(), source.tensor(name)):
+            values = state[name].float().cpu()
+            writer.add_tensor(place, values[source.row_order(name, len(values)).argsort()].numpy())
+        else:
+            writer.add_tensor(place, np.array(raw.data), raw_dtype=raw.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    os.replace(partial, path)
+    return len(layers), largest
+
+
+def _copy_metadata(writer: Any, source: GGUFReader, gguf: Any) -> None:
+    """Every key of the template; the file type becomes "mostly Q4_1"."""
+    own = ("general.architecture", "general.file_type", "general.quantization_version")
+    for field in source.fields():
+        if field.name not in own and not field.name.startswith("GGUF."):
+            kind = field.types[0]
+            inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

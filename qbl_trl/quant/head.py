@@ -1,0 +1,107 @@
+"""The input embedding and the output head at few bits, tied or not (GroupQuantConfig.quantize_embeddings).
+
+A tied pair is one table: the head is a view of the embedding's tensors and adds nothing to the saved file.
+"""
+
+from torch import Tensor, nn
+
+from qbl_trl.config import SCALE_DTYPES, GroupQuantConfig
+from qbl_trl.errors import ConfigError
+from qbl_trl.quant.affine import Affine
+from qbl_trl.quant.algorithms import quantize
+from qbl_trl.quant.embedding import GroupQuantEmbedding
+from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.modules import replace, same_module_name
+
+
+def quantize_embeddings_(model: nn.Module, config: GroupQuantConfig) -> None:
+    """Replace the embedding and the head of a loaded float model by packed ones, in place.
+
+    Raises:
+        ConfigError: if the embedding does more than look rows up.
+    """
+    table, head = _pair(model)
+    tied = head is not None and head.weight is table.weight
+    packed = GroupQuantEmbedding.from_affine(
+        _affine(table.weight, config),
+        bits=config.bits,
+        group_size=config.group_size,
+        symmetric=config.symmetric,
+        padding_idx=table.padding_idx,
+        dtype=table.weight.dtype,
+    )
+    replace(model, same_module_name(model, table), packed)
+    if head is None:
+        return
+    if tied:
+        packed_head = GroupQuantLinear(head.in_features, head.out_features, format=packed.format, device="meta")
+        packed.as_head_(packed_head)
+    else:
+        packed_head = GroupQuantLinear.from_affine(
+            _affine(head.weight, config), bits=config.bits, group_size=config.group_size, symmetric=config.symmetric
+        )
+    packed_head.bias = head.bias
+    replace(model, same_module_name(model, head), packed_head)
+
+
+def empty_embeddings_(model: nn.Module, config: GroupQuantConfig) -> None:
+    """Put empty packed layers in the places of the embedding and the head, before packed files are loaded."""
+    table, head = _pair(model)
+    name = same_module_name(model, table)
+    packed = GroupQuantEmbedding(
+        table.num_embeddings,
+        table.embedding_dim,
+        table.padding_idx,
+        format=config.layer_format(name),
+        device="meta",
+        dtype=table.weight.dtype,
+    )
+    replace(model, name, packed)
+    if head is None:
+        return
+    name = same_module_name(model, head)
+    packed_head = GroupQuantLinear(
+        head.in_features,
+        head.out_features,
+        bias=head.bias is not None,
+        format=config.layer_format(name),
+        device="meta",
+        dtype=head.weight.dtype,
+    )
+    if _is_tied(model):
+        packed.as_head_(packed_head)
+    replace(model, name, packed_head)
+
+
+def tie_again_(model: nn.Module) -> None:
+    """After loading: a tied head points at the tensors the embedding has got."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if isinstance(table, GroupQuantEmbedding) and isinstance(head, GroupQuantLinear) and _is_tied(model):
+        table.as_head_(head)
+
+
+def _is_tied(model: nn.Module) -> bool:
+    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))  # type: ignore[operator, union-attr]
+
+
+def _pair(model: nn.Module) -> tuple[nn.Embedding, nn.Linear | None]:
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if type(table) is not nn.Embedding or not isinstance(head, nn.Linear | None):
+        raise ConfigError(
+            f"quantize_embeddings=True needs a plain nn.Embedding and nn.Linear head, {type(model).__name__} has "
+            f"{type(table).__name__} and {type(head).__name__}; set quantize_embeddings=False"
+        )
+    return table, head
+
+
+def _affine(weight: Tensor, config: GroupQuantConfig) -> Affine:
+    # A calibrated algorithm has no inputs to calibrate a table on.
+    algorithm = "rtn" if config.algorithm == "gptq" else config.algorithm
+    return quantize(
+        weight.detach(),
+        bits=config.bits,
+        group_size=config.group_size,
+        symmetric=config.symmetric,
+        algorithm=algorithm,
+        scale_dtype=SCALE_DTYPES[config.scale_dtype],
+    )

@@ -1,0 +1,33 @@
+"""Quantization on load as an operation of transformers 5's weight loading (that module does not exist before)."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+
+from qbl_trl.quant.hf_quantizer import GroupQuantizer, quantize_layer_
+
+
+class GroupQuantize(ConversionOps):  # type: ignore[misc]
+    """Takes one float weight and puts the packed layer in place of the layer it belongs to."""
+
+    def __init__(self, hf_quantizer: GroupQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        model: nn.Module | None = None,
+        full_layer_name: str | None = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Returns nothing to set: the packed layer is already in its place."""
+        (value,) = input_dict.values()
+        weight = value[0] if isinstance(value, list) else value
+        if model is not None and full_layer_name is not None:
+            name = full_layer_name.rpartition(".")[0]
+            quantize_layer_(model, name, weight, self.hf_quantizer.quantization_config)
+            if missing_keys is not None:
+                missing_keys.discard(full_layer_name)
+        return {}

@@ -1,0 +1,258 @@
+"""GroupQuantizer: the plugin that lets `from_pretrained` quantize while it loads, and reload what was saved.
+
+A float checkpoint is quantized layer by layer as its tensors arrive, so the float model never exists as a whole. A
+packed checkpoint is loaded into packed layers, after its headers were checked. Both generations of the loading code
+are served: transformers 4.57 calls `create_quantized_param`, transformers 5 runs the operation of `get_quantize_ops`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+
+from qbl_trl.config import QUANT_METHOD, SCALE_DTYPES, GroupQuantConfig
+from qbl_trl.errors import ConfigError
+from qbl_trl.quant.algorithms import quantize
+from qbl_trl.quant.checkpoint import check_tensors, read_headers
+from qbl_trl.quant.head import empty_embeddings_, quantize_embeddings_, tie_again_
+from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.modules import replace
+from qbl_trl.quant.packed import PackedWeight
+
+
+class GroupQuantizer(HfQuantizer):
+    """Affine group quantization of linear layers, on load or from packed files; see GroupQuantConfig."""
+
+    requires_calibration = False
+    requires_parameters_quantization = True
+
+    quantization_config: GroupQuantConfig
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """The first sight of the configuration in transformers 4.57: the files are checked before any is opened."""
+        return self._check_files(config)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The same in transformers 5."""
+        return self._check_files(config)
+
+    def _check_files(self, config: Any) -> Any:
+        folder = Path(getattr(config, "_name_or_path", ""))
+        if self.pre_quantized and folder.is_dir():
+            read_headers(folder)
+        return config
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        self.targets = target_layers(model, self.quantization_config)
+        if not self.targets:
+            raise ConfigError(
+                f"{type(model).__name__} has no linear layer to quantize once its head and modules_to_not_convert="
+                f"{self.quantization_config.modules_to_not_convert} are left out"
+            )
+        if self.pre_quantized:
+            for name in self.targets:
+                replace(model, name, _empty_layer(model.get_submodule(name), self.quantization_config, name))
+            if self.quantization_config.quantize_embeddings:
+                empty_embeddings_(model, self.quantization_config)
+            folder = Path(getattr(model.config, "_name_or_path", ""))  # type: ignore[arg-type]
+            if folder.is_dir():
+                check_tensors(folder, _expected_tensors(model))
+        return model
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        layer, _, kind = param_name.rpartition(".")
+        later = self.quantization_config.algorithm == "gptq"  # needs the float model whole
+        return not self.pre_quantized and not later and kind == "weight" and layer in self._targets_of(model)
+
+    def create_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, **kwargs: Any
+    ) -> None:
+        """Quantize one weight as it arrives and put the packed layer in its place (transformers 4.57)."""
+        name = param_name.rpartition(".")[0]
+        quantize_layer_(model, name, param_value.to(target_device), self.quantization_config)
+
+    def get_quantize_ops(self) -> Any:
+        """The same as an operation of transformers 5's loading pipeline."""
+        from qbl_trl.quant.hf_conversion import GroupQuantize
+
+        return GroupQuantize(self)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.pre_quantized:
+            tie_again_(model)
+        else:
+            finish_(model, self.quantization_config, self.targets)
+        return model
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """True, so that a trainer accepts the base before a callback has placed adapters on it."""
+        return True
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        wanted = dtype or getattr(model, "dtype", None) or torch.float32
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, GroupQuantLinear):
+                dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+                dense.weight = nn.Parameter(layer.dequantize().to(wanted), requires_grad=False)
+                if layer.bias is not None:
+                    dense.bias = layer.bias
+                replace(model, name, dense)
+        return model
+
+    def _targets_of(self, model: nn.Module) -> set[str]:
+        return set(self.targets)
+
+
+def quantize_model_(model: PreTrainedModel, config: GroupQuantConfig) -> PreTrainedModel:
+    """Quantize a float model that is already in memory, in place, as loading it with `config` would have.
+
+    Raises:
+        ConfigError: if the model has no layer to quantize.
+    """
+    quantizer = GroupQuantizer(config, pre_quantized=False)
+    quantizer._process_model_before_weight_loading(model)
+    if config.algorithm != "gptq":
+        for name in quantizer.targets:
+            quantize_layer_(model, name, model.get_submodule(name).weight.data, config)  # type: ignore[arg-type]
+    finish_(model, config, quantizer.targets)
+    attach_(model, quantizer)
+    return model
+
+
+def attach_(model: PreTrainedModel, quantizer: GroupQuantizer) -> None:
+    """Mark a model as quantized, the way `from_pretrained` marks it."""
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+    model.config.quantization_config = quantizer.quantization_config
+
+
+def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
+    """Full names of the linear layers to quantize: all but the head and what the configuration leaves out."""
+    skipped = set(HfQuantizer.get_modules_to_not_convert(model, None))
+    skipped |= set(config.modules_to_not_convert or [])
+
+    def is_skipped(name: str) -> bool:
+        return any(name == key or name.endswith("." + key) or f".{key}." in f".{name}." for key in skipped)
+
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and name and not is_skipped(name)
+    ]
+
+
+def quantize_layer_(model: nn.Module, name: str, weight: Tensor, config: GroupQuantConfig) -> None:
+    """Replace the float layer `name` by its quantized form; `weight` is stored as that layer stores it."""
+    old: Any = model.get_submodule(name)
+    matrix = weight.T if isinstance(old, Conv1D) else weight
+    affine = quantize(
+        matrix,
+        bits=config.bits,
+        group_size=config.group_size,
+        symmetric=config.symmetric,
+        algorithm=config.algorithm,
+        scale_dtype=SCALE_DTYPES[config.scale_dtype],
+    )
+    layer = GroupQuantLinear.from_affine(
+        affine, bits=config.bits, group_size=config.group_size, symmetric=config.symmetric
+    )
+    if old.bias is not None:
+        layer.bias = old.bias
+        layer.bias.requires_grad_(False)
+    layer.train(old.training)
+    replace(model, name, layer)
+
+
+def finish_(model: nn.Module, config: GroupQuantConfig, targets: list[str]) -> None:
+    """Calibrated algorithms run now; then the configuration records what was really stored."""
+    if config.algorithm == "gptq":
+        from qbl_trl.quant.gptq import gptq_model_
+
+        if config.calibration is None:
+            raise ConfigError(
+                'GroupQuantConfig: algorithm="gptq" needs calibration=[token id tensors of (batch, tokens)]'
+            )
+        gptq_model_(model, config, targets)
+    if config.quantize_embeddings:
+        quantize_embeddings_(model, config)
+    # Layers whose weight the checkpoint lacks (a fresh classification head) stay as they are.
+    stored = [(name, model.get_submodule(name)) for name in targets]
+    fresh = [name for name, layer in stored if not isinstance(layer, GroupQuantLinear)]
+    if fresh:
+        config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *fresh]
+    kinds = {layer.format.zeros for _, layer in stored if isinstance(layer, GroupQuantLinear)}
+    if len(kinds) == 1:
+        config.zeros = kinds.pop()
+
+
+def _empty_layer(old: nn.Module, config: GroupQuantConfig, name: str) -> GroupQuantLinear:
+    columns, rows = (old.nx, old.nf) if isinstance(old, Conv1D) else (old.in_features, old.out_features)
+    bias = old.bias
+    return GroupQuantLinear(
+        columns,  # type: ignore[arg-type]
+        rows,  # type: ignore[arg-type]
+        bias=bias is not None,
+        format=config.layer_format(name),
+        device="meta",
+        dtype=bias.dtype if isinstance(bias, Tensor) else None,
+    )
+
+
+def _expected_tensors(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {
+        f"{name}.{part}": (tuple(tensor.shape), tensor.dtype)
+        for name, layer in model.named_modules()
+        if isinstance(layer, PackedWeight) and "scales" not in layer._non_persistent_buffers_set
+        for part in ("weight", "scales", "zeros", "delta")
+        if (tensor := getattr(layer, part)) is not None
+    }
+
+
+def _keep_stored_dtypes() -> None:
+    """transformers 4.57 casts every float tensor of a quantized checkpoint to the model's dtype while loading it.
+
+    Scales, zeros and deltas are part of the packed format: cast to bfloat16 they are other weights. There is no hook
+    around that cast, so the one function that chooses the dtype is wrapped. transformers 5 needs nothing.
+    """
+    from transformers import modeling_utils
+
+    original = getattr(modeling_utils, "_infer_parameter_dtype", None)
+    if original is None or getattr(original, "keeps_group_quant", False):
+        return
+
+    def infer(model: nn.Module, param_name: str, *args: Any, **kwargs: Any) -> Any:
+        layer, _, part = param_name.rpartition(".")
+        if part in ("scales", "zeros", "delta") and isinstance(model.get_submodule(layer), PackedWeight):
+            return True, None
+        return original(model, param_name, *args, **kwargs)
+
+    infer.keeps_group_quant = True  # type: ignore[attr-defined]
+    modeling_utils._infer_parameter_dtype = infer
+
+
+def register() -> None:
+    """Make `quant_method: group_quant` known to transformers (once)."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(GroupQuantConfig)
+        register_quantizer(QUANT_METHOD)(GroupQuantizer)
+    if int(transformers.__version__.split(".")[0]) < 5:
+        _keep_stored_dtypes()
+
+
+register()

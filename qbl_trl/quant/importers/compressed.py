@@ -1,0 +1,80 @@
+"""compressed-tensors checkpoints, format "pack-quantized" (llm-compressor, and what vLLM serves).
+
+| tensor | shape | content |
+| --- | --- | --- |
+| weight_packed | (N, ceil(K bits / 32)) int32 | q + 2**(bits-1) along K, little-endian |
+| weight_scale | (N, G) float | |
+| weight_zero_point | (ceil(N bits / 32), G) int32 | z + 2**(bits-1) along N; absent if symmetric |
+| weight_shape | (2,) int64 | N, K |
+| weight_g_idx | (K,) int32 | only with actorder="group": refused unless trivial |
+
+Source: compressed-tensors, compressors/pack_quantized.
+"""
+
+import torch
+
+from qbl_trl.config import ALLOWED_BITS
+from qbl_trl.errors import CheckpointError
+from qbl_trl.quant.affine import Affine
+from qbl_trl.quant.importers.folders import CODES_ARE_KEPT, FolderReader
+from qbl_trl.quant.importers.reader import build, split_words
+from qbl_trl.quant.linear import GroupQuantLinear
+
+
+class CompressedReader(FolderReader):
+    """Reads compressed-tensors folders."""
+
+    kind = "compressed-tensors"
+    marker, scales = "weight_packed", "weight_scale"
+    parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+
+    def check(self) -> None:
+        groups = self.quantization.get("config_groups", {}).values()
+        layouts = {group.get("format") or self.quantization.get("format") for group in groups}
+        if layouts != {"pack-quantized"}:
+            raise CheckpointError(
+                f"{self.folder}: compressed-tensors format {', '.join(sorted(map(str, layouts))) or 'none'} is not "
+                f"read; allowed: pack-quantized. {CODES_ARE_KEPT}"
+            )
+        for group in groups:
+            if group.get("input_activations") is not None:
+                raise CheckpointError(
+                    f"{self.folder}: activations are quantized too, this package quantizes weights. {CODES_ARE_KEPT}"
+                )
+            strategy = (group.get("weights") or {}).get("strategy")
+            if strategy not in ("group", "channel"):
+                raise CheckpointError(f"{self.folder}: strategy={strategy!r} is not read; allowed: group, channel")
+
+    @property
+    def stated_group_size(self) -> int:
+        sizes = {(group["weights"].get("group_size") or -1) for group in self.quantization["config_groups"].values()}
+        return int(sizes.pop()) if len(sizes) == 1 else -1
+
+    def geometry(self, name: str) -> tuple[int, int, int]:
+        in_features = int(self.part(name, "weight_shape")[1])
+        words = self.shards.shape(f"{name}.weight_packed")[1]
+        fitting = [bits for bits in ALLOWED_BITS if -(-in_features * bits // 32) == words]
+        return (fitting or [words * 32 // in_features])[0], in_features, self.shards.shape(f"{name}.weight_scale")[1]
+
+    def zeros_kind(self, name: str) -> str:
+        return "packed" if f"{name}.weight_zero_point" in self.shards else "none"
+
+    def layer(self, name: str) -> GroupQuantLinear:
+        bits, own_size, size = self.sizes(name)
+        rows, columns = self.part(name, "weight_shape").tolist()
+        codes = split_words(self.part(name, "weight_packed"), bits, 1)[:, :columns]
+        scales = self.part(name, "weight_scale")
+        if f"{name}.weight_g_idx" in self.shards:
+            index = self.part(name, "weight_g_idx").long()
+            if not torch.equal(index, torch.arange(columns) // own_size):
+                raise CheckpointError(
+                    f"{self.folder}: {name} was quantized with actorder=group: its groups are scattered over the "
+                    f"inputs. {CODES_ARE_KEPT}, or take a checkpoint made with actorder=static or none"
+                )
+        symmetric = self.zeros_kind(name) == "none"
+        if symmetric:
+            zeros = torch.full_like(scales, 1 << (bits - 1), dtype=torch.uint8)
+        else:
+            zeros = split_words(self.part(name, "weight_zero_point"), bits, 0)[:rows]
+        affine = Affine(codes, scales, zeros)
+        return build(affine, bits=bits, own_size=own_size, group_size=size, symmetric=symmetric, bias=self.bias(name))

@@ -1,0 +1,114 @@
+"""Readers of safetensors folders whose layers share one shape of storage: a few tensors behind a module's name.
+
+An output head that was quantized too is dequantized to float32, which is exact: heads stay float in this package
+unless embeddings are quantized with them.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qbl_trl.config import ALLOWED_BITS, LayerFormat
+from qbl_trl.errors import CheckpointError
+from qbl_trl.quant.importers.reader import Reader, dtype_name, stored_group_size
+from qbl_trl.quant.importers.shards import Shards, read_json
+
+_HEADS = ("lm_head", "embed_out")
+CODES_ARE_KEPT = "Load it with the library that wrote it and quantize the dequantized weights again (lossy)"
+
+
+class FolderReader(Reader):
+    """A folder whose quantized layers are recognised by one tensor each.
+
+    Attributes:
+        marker: suffix of the tensor that every quantized layer has.
+        parts: suffixes of all tensors that the format may keep for a layer, marker included, bias excluded.
+        scales: suffix of the tensor of scales.
+    """
+
+    marker: str
+    parts: tuple[str, ...]
+    scales: str
+
+    def __init__(self, folder: Path, quantization: Mapping[str, Any]) -> None:
+        self.folder, self.quantization = folder, quantization
+        self.shards = Shards(folder)
+        self._formats: dict[str, LayerFormat] = {}
+        self._own_sizes: dict[str, int] = {}
+        self.check()
+        for tensor in self.shards.names():
+            if tensor.endswith(f".{self.marker}"):
+                name = tensor.removesuffix(f".{self.marker}")
+                self._formats[name] = self._format(name)
+        if not self.formats():
+            raise CheckpointError(f"{folder}: says {self.kind}, but no tensor is called *.{self.marker}")
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise CheckpointError for settings of the format that cannot be read without changing codes."""
+
+    @abstractmethod
+    def geometry(self, name: str) -> tuple[int, int, int]:
+        """bits, in_features and number of groups of one layer, from shapes."""
+
+    @property
+    @abstractmethod
+    def stated_group_size(self) -> int:
+        """The configured group size; zero or less for one group per row."""
+
+    def zeros_kind(self, name: str) -> str:
+        """How the layer's zero points are stored; "packed" unless the format says otherwise."""
+        return "packed"
+
+    def formats(self) -> dict[str, LayerFormat]:
+        return {name: stored for name, stored in self._formats.items() if not _is_head(name)}
+
+    def config(self) -> dict[str, Any]:
+        config = read_json(self.folder / "config.json")
+        config.pop("quantization_config", None)
+        return config
+
+    def others(self) -> dict[str, tuple[int, ...]]:
+        own = {f"{name}.{part}" for name in self._formats for part in self.parts}
+        own |= {f"{name}.bias" for name in self.formats()}
+        heads = {f"{name}.weight": self._head(name).shape for name in self._formats if _is_head(name)}
+        rest = {name: self.shards.shape(name) for name in self.shards.names() if name not in own}
+        return rest | {name: tuple(shape) for name, shape in heads.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        module = name.removesuffix(".weight")
+        return self._head(module) if module in self._formats else self.shards.get(name)
+
+    def part(self, name: str, suffix: str) -> Tensor:
+        """One tensor of a layer."""
+        return self.shards.get(f"{name}.{suffix}")
+
+    def bias(self, name: str) -> Tensor | None:
+        """The layer's bias, or None."""
+        return self.part(name, "bias") if f"{name}.bias" in self.shards else None
+
+    def sizes(self, name: str) -> tuple[int, int, int]:
+        """bits, the file's group size and the stored one."""
+        stored = self._formats[name]
+        return stored.bits, self._own_sizes[name], stored.group_size
+
+    def _head(self, name: str) -> Tensor:
+        return self.layer(name).dequantize()
+
+    def _format(self, name: str) -> LayerFormat:
+        bits, in_features, groups = self.geometry(name)
+        if bits not in ALLOWED_BITS:
+            raise CheckpointError(
+                f"{self.folder}: {name} has {bits}-bit codes; this package stores 2, 4 or 8 bits. {CODES_ARE_KEPT}"
+            )
+        where = f"{self.folder}: {name}"
+        self._own_sizes[name], size = stored_group_size(where, in_features, groups, self.stated_group_size)
+        scale_dtype = dtype_name(f"{where}.{self.scales}", self.shards.dtype(f"{name}.{self.scales}"))
+        return LayerFormat(bits, size, self.zeros_kind(name), scale_dtype)
+
+
+def _is_head(name: str) -> bool:
+    return name.rpartition(".")[2] in _HEADS

@@ -1,0 +1,203 @@
+"""GGUF files: Q4_0, Q4_1 and Q8_0 matrices of linear layers, in groups of 32.
+
+| type | one group of 32 weights | weight | ours |
+| --- | --- | --- | --- |
+| Q4_0 | fp16 d, 16 bytes | d (q - 8) | scales d, symmetric 4-bit |
+| Q4_1 | fp16 d, fp16 m, 16 bytes | d q + m | scales d, zeros -m / d in float32 |
+| Q8_0 | fp16 d, 32 signed bytes | d q | scales d, codes q + 128, symmetric 8-bit |
+
+The 16 bytes hold codes 0-15 in their low and 16-31 in their high nibbles. -m / d is rounded once in float32, so a
+weight moves by at most |m| 2**-24. A group with d = 0 is constant; it becomes scale m, codes 0, zero point -1.
+
+transformers names the tensors and knows which architectures permute the rows of q and k: its tensor processors are
+applied to row *numbers* here, so codes move with their rows and are never recomputed. Matrices of other types (K
+quants, i-quants), embeddings and output heads are dequantized to float32, which is exact, and stay float.
+
+Source: ggml, ggml-quants.c (dequantize_row_q4_0, _q4_1, _q8_0); transformers, modeling_gguf_pytorch_utils.py.
+"""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import modeling_gguf_pytorch_utils as hf_gguf
+from transformers.pytorch_utils import Conv1D
+
+from qbl_trl.config import LayerFormat
+from qbl_trl.errors import CheckpointError
+from qbl_trl.quant.affine import Affine
+from qbl_trl.quant.importers.reader import Reader
+from qbl_trl.quant.linear import GroupQuantLinear
+
+_GROUP = 32
+FORMATS = {
+    "Q4_0": LayerFormat(4, _GROUP, "none", "float16"),
+    "Q4_1": LayerFormat(4, _GROUP, "float32", "float16"),
+    "Q8_0": LayerFormat(8, _GROUP, "none", "float16"),
+}
+
+
+class GGUFReader(Reader):
+    """Reads one GGUF file of a causal language model that transformers can name."""
+
+    kind = "gguf"
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import gguf
+        except ImportError as error:
+            raise CheckpointError(f"{path}: reading GGUF needs the package gguf: pip install gguf") from error
+        self.path, self._gguf = path, gguf
+        try:
+            self._file = gguf.GGUFReader(path)
+            parsed = hf_gguf.load_gguf_checkpoint(str(path), return_tensors=False)
+        except (ValueError, OSError, IndexError, KeyError) as error:
+            raise CheckpointError(f"{path} cannot be read as GGUF: {error}") from error
+        self._config = parsed["config"]
+        self.architecture: str = self._file.fields["general.architecture"].contents()
+        kind = hf_gguf.TENSOR_PROCESSORS.get(self.architecture, hf_gguf.TensorProcessor)
+        self._processor = kind(config=self._config)
+        self._tensors = {tensor.name: tensor for tensor in self._file.tensors}
+        fused = [name for name in self._tensors if "_exps." in name]
+        if fused:
+            raise CheckpointError(
+                f"{path}: experts fused into one tensor ({fused[0]}) are not read; import a checkpoint whose experts "
+                "are separate linear layers (GPTQ, AWQ or compressed-tensors)"
+            )
+        model = self._skeleton()
+        self._model_config = model.config.to_dict()
+        self._sources = self._names(model)
+        self._formats = {
+            module: FORMATS[kind]
+            for module, kind in ((name, self._type(f"{name}.weight")) for name in _linear_layers(model))
+            if kind in FORMATS
+        }
+
+    def config(self) -> dict[str, Any]:
+        return _portable(self._model_config)
+
+    def formats(self) -> dict[str, LayerFormat]:
+        return dict(self._formats)
+
+    def others(self) -> dict[str, tuple[int, ...]]:
+        own = {f"{name}.{part}" for name in self._formats for part in ("weight", "bias")}
+        return {name: tuple(map(int, self.raw(name).shape[::-1])) for name in self._sources if name not in own}
+
+    def tensor(self, name: str) -> Tensor:
+        raw = self.raw(name)
+        values = self._gguf.quants.dequantize(raw.data, raw.tensor_type)
+        return torch.from_numpy(np.array(self._processed(values, raw.name), dtype=np.float32, copy=True))
+
+    def layer(self, name: str) -> GroupQuantLinear:
+        raw = self.raw(f"{name}.weight")
+        affine = split_blocks(torch.from_numpy(np.array(raw.data, copy=True)), raw.tensor_type.name)
+        order = self.row_order(f"{name}.weight", int(raw.shape[1]))
+        bias = self.tensor(f"{name}.bias") if f"{name}.bias" in self._sources else None
+        stored = self._formats[name]
+        return GroupQuantLinear.from_affine(
+            Affine(*(part[order] for part in affine)),
+            bits=stored.bits,
+            group_size=stored.group_size,
+            bias=bias,
+            symmetric=stored.zeros == "none",
+        )
+
+    def sources(self) -> dict[str, str]:
+        """Name in transformers -> name in the file, for every tensor that is imported."""
+        return dict(self._sources)
+
+    def raw(self, name: str) -> Any:
+        """A tensor as the file holds it (gguf.ReaderTensor), by its name in transformers."""
+        return self._tensors[self._sources[name]]
+
+    def fields(self) -> list[Any]:
+        """The metadata of the file (gguf.ReaderField)."""
+        return list(self._file.fields.values())
+
+    def row_order(self, name: str, rows: int) -> Tensor:
+        """(rows,) int64: which row of the file each row of the model is.
+
+        Raises:
+            CheckpointError: if the architecture stores this tensor other than with permuted rows.
+        """
+        numbers = self._processed(np.arange(rows, dtype=np.float64)[:, None], self._sources[name]).reshape(-1)
+        order = torch.from_numpy(np.ascontiguousarray(numbers)).long()
+        if not torch.equal(order.sort().values, torch.arange(rows)):
+            raise CheckpointError(f"{self.path}: {name} is stored with more than its rows permuted; it cannot be kept")
+        return order
+
+    def _skeleton(self) -> Any:
+        settings = dict(self._config)
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+
+    def _names(self, model: nn.Module) -> dict[str, str]:
+        """Name in transformers -> name in the file, for every tensor of the file."""
+        mapping = hf_gguf.get_gguf_hf_weights_map
+        if "processor" in inspect.signature(mapping).parameters:  # transformers 5
+            names = mapping(model, self._processor)
+        else:
+            names = mapping(model)
+        if self._config.get("tie_word_embeddings"):
+            names.pop("output.weight", None)
+        elif "output.weight" in self._tensors:
+            names.setdefault("output.weight", "lm_head.weight")
+        unknown = sorted(set(self._tensors) - set(names) - {"rope_freqs.weight"})
+        if unknown:
+            raise CheckpointError(f"{self.path}: transformers has no place for {', '.join(unknown[:4])}")
+        return {names[name]: name for name in self._tensors if name in names}
+
+    def _type(self, name: str) -> str | None:
+        return self.raw(name).tensor_type.name if name in self._sources else None  # type: ignore[no-any-return]
+
+    def _processed(self, values: Any, source: str) -> Any:
+        parameters: dict[str, Any] = {"tensors": {}}
+        result = self._processor.process(values, name=source, tensor_key_mapping={}, parsed_parameters=parameters)
+        return result.weights
+
+
+def split_blocks(data: Tensor, kind: str) -> Affine:
+    """Blocks of a GGUF matrix as codes, scales and zeros, in the file's order of rows.
+
+    Args:
+        data: (N, bytes of a row) uint8.
+        kind: "Q4_0", "Q4_1" or "Q8_0".
+
+    Returns:
+        Affine: codes (N, K) uint8, scales (N, K / 32) float16, zeros (N, K / 32) uint8 or, for Q4_1, float32.
+    """
+    width = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[kind]
+    blocks = data.view(len(data), -1, width)
+    scales = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
+    if kind == "Q8_0":
+        codes = blocks[..., 2:] ^ 0x80  # two's complement plus 128
+        return Affine(codes.flatten(1), scales, torch.full_like(scales, 128, dtype=torch.uint8))
+    nibbles = blocks[..., width - 16 :]
+    codes = torch.cat([nibbles & 0x0F, nibbles >> 4], dim=-1)
+    if kind == "Q4_0":
+        return Affine(codes.flatten(1), scales, torch.full_like(scales, 8, dtype=torch.uint8))
+    offsets = blocks[..., 2:4].contiguous().view(torch.float16).squeeze(-1)
+    constant = scales == 0
+    zeros = torch.where(constant, -1.0, -offsets.float() / scales.float())
+    codes = codes.masked_fill(constant.unsqueeze(-1), 0)
+    return Affine(codes.flatten(1), torch.where(constant, offsets, scales), zeros)
+
+
+def _linear_layers(model: nn.Module) -> list[str]:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    modules = model.named_modules()
+    return [name for name, module in modules if isinstance(module, nn.Linear | Conv1D) and module is not head]
+
+
+def _portable(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json that transformers 4 and 5 both read: 5 moved the rotary base, 4 looks for it at the top."""
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+    dropped = ("quantization_config", "_name_or_path", "_model_name_or_path")
+    return {key: value for key, value in config.items() if key not in dropped} | {"torch_dtype": "float32"}

@@ -1,0 +1,94 @@
+"""GPTQ checkpoints (AutoGPTQ, GPTQModel, AutoRound's gptq packing).
+
+| tensor | shape | content |
+| --- | --- | --- |
+| qweight | (K bits / 32, N) int32 | codes packed along K, little-endian |
+| qzeros | (G, N bits / 32) int32 | zero points packed along N; format v1 stores them less one |
+| scales | (G, N) float16 | |
+| g_idx | (K,) int32 | group of each input; k // group_size unless "act order" permuted the inputs |
+
+Version 1 subtracted one from every packed word, borrows and all; adding the same word back with wrap-around restores
+each zero point. Groups permuted by act order are not contiguous along K, so no group-wise kernel or fold applies:
+such a file is refused.
+
+Source: GPTQModel, gptqmodel/utils/model.py (convert_gptq_v1_to_v2_format), and its TorchLinear.
+"""
+
+import torch
+
+from qbl_trl.errors import CheckpointError
+from qbl_trl.quant.affine import Affine
+from qbl_trl.quant.importers.folders import CODES_ARE_KEPT, FolderReader
+from qbl_trl.quant.importers.reader import build, split_words
+from qbl_trl.quant.linear import GroupQuantLinear
+
+
+class GPTQReader(FolderReader):
+    """Reads GPTQ folders, v1 and v2."""
+
+    kind = "gptq"
+    marker, parts, scales = "qweight", ("qweight", "qzeros", "scales", "g_idx"), "scales"
+
+    def check(self) -> None:
+        layout = self._layout()
+        if layout not in ("gptq", "gptq_v2"):
+            raise CheckpointError(
+                f"{self.folder}: checkpoint_format={layout!r} reorders codes for one kernel; allowed: gptq, gptq_v2. "
+                "Save it in one of these with GPTQModel first"
+            )
+
+    @property
+    def stated_group_size(self) -> int:
+        return int(self.quantization.get("group_size") or -1)
+
+    def geometry(self, name: str) -> tuple[int, int, int]:
+        groups, out_features = self.shards.shape(f"{name}.scales")
+        bits = self.shards.shape(f"{name}.qzeros")[1] * 32 // out_features
+        return bits, self.shards.shape(f"{name}.qweight")[0] * 32 // max(bits, 1), groups
+
+    def zeros_kind(self, name: str) -> str:
+        return "none" if self._symmetric() else "packed"
+
+    def layer(self, name: str) -> GroupQuantLinear:
+        bits, own_size, size = self.sizes(name)
+        codes = split_words(self.part(name, "qweight"), bits, 0).T
+        self._check_order(name, codes.shape[1], own_size)
+        words = self.part(name, "qzeros")
+        if self._layout() == "gptq":
+            words = words + _ones_word(bits)
+        scales = self.part(name, "scales").T
+        zeros = split_words(words, bits, 1).T[: codes.shape[0]]
+        symmetric = self._symmetric()
+        if symmetric and not bool((zeros == 1 << (bits - 1)).all()):
+            raise CheckpointError(
+                f"{self.folder}: the configuration says sym=true, but {name} has zero points other than "
+                f"{1 << (bits - 1)}; set sym to false, or checkpoint_format to "
+                f"{'gptq_v2' if self._layout() == 'gptq' else 'gptq'}, whichever is true of the file"
+            )
+        affine = Affine(codes, scales, zeros)
+        return build(affine, bits=bits, own_size=own_size, group_size=size, symmetric=symmetric, bias=self.bias(name))
+
+    def _check_order(self, name: str, in_features: int, own_size: int) -> None:
+        if f"{name}.g_idx" not in self.shards:
+            return
+        index = self.part(name, "g_idx").long()
+        if not torch.equal(index, torch.arange(in_features) // own_size):
+            raise CheckpointError(
+                f"{self.folder}: {name} was quantized with desc_act=true (act order): its groups are scattered over "
+                f"the inputs, so they have no shared zero point to fold into. {CODES_ARE_KEPT}, or take a checkpoint "
+                "made with desc_act=false or act_group_aware=true"
+            )
+
+    def _layout(self) -> str:
+        packing = self.quantization.get("packing_format")
+        if packing is not None:  # AutoRound: only its auto_gptq packing subtracts one
+            return "gptq" if "auto_gptq" in packing else "gptq_v2"
+        return str(self.quantization.get("checkpoint_format") or "gptq")
+
+    def _symmetric(self) -> bool:
+        return bool(self.quantization.get("sym", False))
+
+
+def _ones_word(bits: int) -> int:
+    """A 32-bit word with a one in every field of `bits` bits, as a signed integer."""
+    return sum(1 << shift for shift in range(0, 32, bits))

@@ -1,0 +1,84 @@
+"""HQQ checkpoints in safetensors (transformers' and hqq's own); zero points are floats.
+
+| tensor | shape | content |
+| --- | --- | --- |
+| W_q | (N G bits / 8, group_size) uint8 | one group per row; the first rows sit in the highest bits of a byte |
+| scale, zero | (N G, 1) float | w = (q - zero) scale |
+| nbits, shape, axis, packing, ... | scalars, byte strings | the layer's own settings |
+
+Only axis = 1 (groups along K) has the layout of this package; axis = 0 is refused.
+
+Source: hqq, hqq/core/bitpack.py and quantize.py.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qbl_trl.errors import CheckpointError
+from qbl_trl.quant.affine import Affine
+from qbl_trl.quant.importers.folders import CODES_ARE_KEPT, FolderReader
+from qbl_trl.quant.importers.reader import build, dtype_name
+from qbl_trl.quant.linear import GroupQuantLinear
+
+_SETTINGS = (
+    *("nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale"),
+    *("quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise"),
+    *("optimize", "round_zero"),
+)
+
+
+class HQQReader(FolderReader):
+    """Reads HQQ folders."""
+
+    kind = "hqq"
+    marker, scales = "W_q", "scale"
+    parts = ("W_q", "scale", "zero", *_SETTINGS)
+
+    def check(self) -> None:
+        return None  # every layer states its own settings
+
+    @property
+    def stated_group_size(self) -> int:
+        return -1  # follows from the shapes
+
+    def geometry(self, name: str) -> tuple[int, int, int]:
+        where = f"{self.folder}: {name}"
+        if self._setting(name, "axis") != 1:
+            raise CheckpointError(f"{where}: HQQ with axis=0 groups along the outputs. {CODES_ARE_KEPT}, or use axis=1")
+        if self._setting(name, "quant_scale") or self._setting(name, "quant_zero"):
+            raise CheckpointError(f"{where}: its scales or zeros are quantized themselves. {CODES_ARE_KEPT}")
+        bits, packing = self._setting(name, "nbits"), self._text(name, "packing")
+        if packing != f"{bits}bit_u8":
+            raise CheckpointError(
+                f"{where}: HQQ packing {packing!r} is not read; allowed: 2bit_u8, 4bit_u8, 8bit_u8. {CODES_ARE_KEPT}"
+            )
+        rows, columns = self.part(name, "shape").tolist()
+        return bits, columns, self.shards.shape(f"{name}.scale")[0] // rows
+
+    def zeros_kind(self, name: str) -> str:
+        return dtype_name(f"{self.folder}: {name}.zero", self.shards.dtype(f"{name}.zero"))
+
+    def layer(self, name: str) -> GroupQuantLinear:
+        bits, own_size, size = self.sizes(name)
+        rows, columns = self.part(name, "shape").tolist()
+        packed = self.part(name, "W_q")
+        if packed.is_floating_point():  # view_as_float: the same bytes under a float dtype
+            packed = packed.view(torch.uint8)
+        codes = _split_rows(packed, bits)[: rows * columns // own_size].reshape(rows, columns)
+        scales, zeros = (self.part(name, part).reshape(rows, -1) for part in ("scale", "zero"))
+        affine = Affine(codes, scales, zeros)
+        return build(affine, bits=bits, own_size=own_size, group_size=size, symmetric=False, bias=self.bias(name))
+
+    def _setting(self, name: str, key: str) -> Any:
+        return self.part(name, key).item() if f"{name}.{key}" in self.shards else 0
+
+    def _text(self, name: str, key: str) -> str:
+        return bytes(self.part(name, key).tolist()).decode()
+
+
+def _split_rows(packed: Tensor, bits: int) -> Tensor:
+    """(R, C) bytes -> (R * 8 / bits, C) codes; the first R rows sit in the highest bits."""
+    mask = (1 << bits) - 1
+    return torch.cat([(packed >> shift) & mask for shift in range(8 - bits, -1, -bits)])

@@ -1,0 +1,123 @@
+"""Which format a checkpoint has, and what it holds."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qbl_trl.errors import CheckpointError
+from qbl_trl.quant.importers.awq import AWQReader
+from qbl_trl.quant.importers.compressed import CompressedReader
+from qbl_trl.quant.importers.gptq import GPTQReader
+from qbl_trl.quant.importers.hqq import HQQReader
+from qbl_trl.quant.importers.reader import Reader
+from qbl_trl.quant.importers.shards import read_json
+from qbl_trl.quant.linear import GroupQuantLinear
+
+KINDS = "GPTQ, AWQ, AutoRound, HQQ, compressed-tensors (folders), GGUF (a file or a folder with one)"
+_READERS: dict[str, Callable[[Path, dict[str, Any]], Reader]] = {
+    "gptq": GPTQReader,
+    "awq": AWQReader,
+    "hqq": HQQReader,
+    "compressed-tensors": CompressedReader,
+}
+_OLD_FILES = ("quantize_config.json", "quant_config.json")  # AutoGPTQ, AutoAWQ before config.json held it
+
+
+def open_reader(source: str | os.PathLike[str]) -> Reader:
+    """A reader for a checkpoint folder or a GGUF file.
+
+    Raises:
+        CheckpointError: if the source is missing, damaged, of an unknown format, or cannot be read exactly.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _gguf(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or folder; download the checkpoint first and give its folder")
+    if not (path / "config.json").is_file():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) != 1:
+            raise CheckpointError(f"{path}: no config.json and {len(files)} GGUF files; name the one file to import")
+        return _gguf(files[0])
+    quantization = _quantization(path)
+    method = str(quantization.get("quant_method", "")).lower()
+    if method in ("auto-round", "auto_round", "intel/auto-round"):
+        packing = str(quantization.get("packing_format", ""))
+        method = "awq" if "awq" in packing else "gptq"
+    if method not in _READERS:
+        raise CheckpointError(f"{path}: quantization method {method or 'none'!r} cannot be imported; allowed: {KINDS}")
+    return _READERS[method](path, quantization)
+
+
+def describe(reader: Reader) -> dict[str, Any]:
+    """The fields of GroupQuantConfig that state how a checkpoint's layers are stored.
+
+    The commonest format of a layer is the configuration; `layers` names those that differ, and
+    `modules_to_not_convert` the matrices that the checkpoint keeps in float.
+    """
+    formats = reader.formats()
+    common = Counter(formats.values()).most_common(1)[0][0]
+    base = asdict(common)
+    special = {
+        name: {key: value for key, value in asdict(stored).items() if value != base[key]}
+        for name, stored in formats.items()
+        if stored != common
+    }
+    kept = [
+        name.removesuffix(".weight")
+        for name, shape in reader.others().items()
+        if name.endswith(".weight") and len(shape) == 2
+    ]
+    keys = ("bits", "group_size", "zeros", "scale_dtype")
+    return {key: base[key] for key in keys} | {
+        "symmetric": common.zeros == "none",
+        "modules_to_not_convert": sorted(kept),
+        "layers": special,
+    }
+
+
+def describe_checkpoint(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """`describe` for a checkpoint on disk; only headers and small tensors are read.
+
+    Raises:
+        CheckpointError: see `open_reader`.
+    """
+    return describe(open_reader(source))
+
+
+def read_layers(source: str | os.PathLike[str]) -> Iterator[tuple[str, GroupQuantLinear | Tensor]]:
+    """Stream a checkpoint: (module name, GroupQuantLinear) for quantized layers, (tensor name, Tensor) for the rest.
+
+    Raises:
+        CheckpointError: see `open_reader`; also where a layer's codes cannot be taken over exactly.
+    """
+    reader = open_reader(source)
+    for name in reader.formats():
+        yield name, reader.layer(name)
+    for name in reader.others():
+        yield name, reader.tensor(name)
+
+
+def _gguf(path: Path) -> Reader:
+    from qbl_trl.quant.importers.gguf import GGUFReader  # loads transformers' modelling code
+
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(f"{path} is not a GGUF file; allowed: {KINDS}")
+    return GGUFReader(path)
+
+
+def _quantization(folder: Path) -> dict[str, Any]:
+    found = read_json(folder / "config.json").get("quantization_config")
+    if isinstance(found, dict):
+        return found
+    for name in _OLD_FILES:
+        if (folder / name).is_file():
+            method = "awq" if name == "quant_config.json" else "gptq"
+            return {"quant_method": method} | read_json(folder / name)
+    return {}

@@ -1,0 +1,105 @@
+"""What every importer offers, and the steps they share: words of codes, groups of any size, one layer.
+
+A reader never rounds: codes, scales and zeros come out as the file states them. Where the file's own groups have a
+size that we do not store (a whole row, 96, 512), they are split into equal smaller ones that repeat the scale.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qbl_trl.config import ALLOWED_GROUP_SIZES, SCALE_DTYPES, LayerFormat
+from qbl_trl.errors import CheckpointError
+from qbl_trl.quant.affine import Affine, group_count
+from qbl_trl.quant.linear import GroupQuantLinear
+
+_DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
+
+
+class Reader(ABC):
+    """One foreign checkpoint, read layer by layer.
+
+    Attributes:
+        kind: name of the format, for messages and metadata.
+    """
+
+    kind: str
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """The model's config.json without its quantization_config."""
+
+    @abstractmethod
+    def formats(self) -> dict[str, LayerFormat]:
+        """Full module name -> format, for every quantized linear layer; reads headers only."""
+
+    @abstractmethod
+    def layer(self, name: str) -> GroupQuantLinear:
+        """One quantized layer, bias included, in the format that `formats` states."""
+
+    @abstractmethod
+    def others(self) -> dict[str, tuple[int, ...]]:
+        """Tensors that belong to no quantized layer: full name -> shape."""
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """One of the other tensors."""
+
+
+def split_words(words: Tensor, bits: int, dim: int) -> Tensor:
+    """Codes packed little-endian into int32 words along one dimension: (.., W, ..) int32 -> (.., W * 32 / bits, ..)."""
+    moved = words.movedim(dim, -1).contiguous()
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    codes = (moved.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    return codes.flatten(-2).to(torch.uint8).movedim(-1, dim)
+
+
+def stored_group_size(name: str, in_features: int, groups: int, stated: int) -> tuple[int, int]:
+    """The file's group size and the one we store, which divides it.
+
+    Args:
+        stated: the configured group size; zero or less for one group per row.
+
+    Raises:
+        CheckpointError: if it fits neither the number of groups nor any size we store.
+    """
+    own = stated if stated > 0 and group_count(in_features, stated) == groups else -(-in_features // groups)
+    if group_count(in_features, own) != groups:
+        raise CheckpointError(f"{name}: {groups} groups do not cover {in_features} inputs; the file is damaged")
+    if groups == 1:
+        whole = [size for size in ALLOWED_GROUP_SIZES if size <= in_features]
+        return own, own if own in ALLOWED_GROUP_SIZES else max(whole, default=min(ALLOWED_GROUP_SIZES))
+    fitting = [size for size in ALLOWED_GROUP_SIZES if own % size == 0]
+    if not fitting:
+        allowed = ", ".join(map(str, ALLOWED_GROUP_SIZES))
+        raise CheckpointError(
+            f"{name}: groups of {own} weights cannot be split into whole groups of {allowed}; "
+            "requantize the model from its float weights"
+        )
+    return own, max(fitting)
+
+
+def build(
+    affine: Affine, *, bits: int, own_size: int, group_size: int, symmetric: bool, bias: Tensor | None
+) -> GroupQuantLinear:
+    """A layer from codes (N, K), scales and zeros (N, groups of own_size), regrouped to `group_size`."""
+    codes, scales, zeros = affine
+    if own_size != group_size:
+        groups = group_count(codes.shape[1], group_size)
+        index = torch.arange(groups) * group_size // own_size
+        scales, zeros = scales[:, index], zeros[:, index]
+    affine = Affine(codes.contiguous(), scales.contiguous(), zeros.contiguous())
+    return GroupQuantLinear.from_affine(affine, bits=bits, group_size=group_size, bias=bias, symmetric=symmetric)
+
+
+def dtype_name(name: str, dtype: torch.dtype | None) -> str:
+    """The name of a dtype that scales and float zero points can have.
+
+    Raises:
+        CheckpointError: for any other dtype.
+    """
+    if dtype not in _DTYPE_NAMES:
+        raise CheckpointError(f"{name}: {dtype} is not supported here; allowed: {', '.join(SCALE_DTYPES)}")
+    return _DTYPE_NAMES[dtype]

@@ -1,0 +1,76 @@
+"""Named tensors of a foreign safetensors folder, opened one tensor at a time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qbl_trl.errors import CheckpointError
+from qbl_trl.quant.checkpoint import Stored, read_headers
+
+
+class Shards:
+    """The tensors of one folder, by name.
+
+    Raises:
+        CheckpointError: if there is no safetensors file, a shard is missing, or a header is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._stored = read_headers(folder)
+        self._open: dict[Path, Any] = {}
+        if not self._stored:
+            raise CheckpointError(
+                f"{folder}: no *.safetensors file. Pickled weights (*.bin, *.pt) are not read: load the model with "
+                "the library that wrote it and save it as safetensors"
+            )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
+    def names(self) -> list[str]:
+        """Every tensor's name, in the order of the files."""
+        return list(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape from the header; nothing is loaded."""
+        return self._find(name).shape
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Dtype from the header; None for one that torch lacks."""
+        return self._find(name).dtype
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, copied out of its file."""
+        file = self._find(name).file
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(file, framework="pt")
+            tensor: Tensor = self._open[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: {name} cannot be read: {error}; fetch the file again") from error
+        return tensor
+
+    def _find(self, name: str) -> Stored:
+        if name not in self._stored:
+            raise CheckpointError(f"{self.folder}: no tensor is called {name}; the checkpoint is incomplete")
+        return self._stored[name]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: if the file is missing or is no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return content

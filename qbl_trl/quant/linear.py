@@ -1,0 +1,103 @@
+"""GroupQuantLinear: a frozen linear layer over packed affine codes.
+
+    y = x W^T + b,      W[n, k] = scales[n, j] * (codes[n, k] - zeros[n, j]) + delta[n // e, k // p],    j = k // g
+
+The backward pass reaches x only and recomputes W from its codes, so the layer saves no activation.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qbl_trl.config import LayerFormat
+from qbl_trl.quant.blocks import add_expanded, pool
+from qbl_trl.quant.packed import PackedWeight
+
+_BLOCK_WEIGHTS = 1 << 20  # 4 MB of float32: stays in a core's cache, and large enough for a full-speed product
+
+
+class GroupQuantLinear(PackedWeight, nn.Linear):  # type: ignore[misc]
+    """A linear layer whose frozen weight stays at 2, 4 or 8 bits; storage as on PackedWeight.
+
+    Attributes:
+        bias: (out_features,) float frozen parameter, or None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        format: LayerFormat | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self._allocate(format or LayerFormat(), device)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def _empty(  # type: ignore[override]
+        cls, in_features: int, out_features: int, format: LayerFormat, bias: Tensor | None = None
+    ) -> "GroupQuantLinear":
+        layer = cls(in_features, out_features, format=format, device="meta")
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
+
+    def row_blocks(self) -> list[tuple[int, int]]:
+        """Row ranges whose float weight fits a processor's cache; one range for all rows on an accelerator."""
+        if self.weight.device.type != "cpu":
+            return [(0, self.out_features)]
+        step = max(_BLOCK_WEIGHTS // self.in_features, 1)
+        return [(row, min(row + step, self.out_features)) for row in range(0, self.out_features, step)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features) in the dtype of x (or of autocast).
+
+        A merged delta is applied as it was trained, y = W x + expand_e(delta sum_p(x)): the large product is then the
+        training model's bit for bit, and a ragged or tiny shift is not rounded into it.
+        """
+        wide = x
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y: Tensor = _FrozenLinear.apply(x, self)  # type: ignore[no-untyped-call]
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        if self.delta is not None:
+            pooled = pool(wide, self.format.in_factor or 1, self.delta.dtype)
+            y = add_expanded(y, nn.functional.linear(pooled, self.delta), self.format.out_factor or 1)
+        return y
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """y = x W^T with W recomputed from its codes in both directions; nothing but the layer is remembered.
+
+    On a CPU, W is made and used a block of rows at a time: it never exists as a whole.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: GroupQuantLinear) -> Tensor:
+        ctx.layer = layer
+        flat = x.reshape(-1, layer.in_features)
+        y = x.new_empty(*x.shape[:-1], layer.out_features)  # returned as it is: a view could not be added to in place
+        rows = y.view(-1, layer.out_features)
+        for start, stop in layer.row_blocks():
+            torch.mm(flat, layer.dequantize_rows(slice(start, stop)).to(x.dtype).T, out=rows[:, start:stop])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        layer, flat = ctx.layer, grad.reshape(-1, grad.shape[-1])
+        dx = flat.new_zeros(flat.shape[0], layer.in_features)
+        for start, stop in layer.row_blocks():
+            dx.addmm_(flat[:, start:stop], layer.dequantize_rows(slice(start, stop)).to(grad.dtype))
+        return dx.view(*grad.shape[:-1], layer.in_features), None

@@ -1,0 +1,51 @@
+"""Finding, replacing and cleaning modules of a transformers model."""
+
+from typing import Any, TypeVar
+
+import transformers
+from accelerate.hooks import add_hook_to_module
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+PATCHES = ("forward", "_original_forward")  # what trainers set on a module itself, hiding its class's own
+
+# transformers 4 initializes module by module, and some modules (GPT-2's attention) reach into their children for it.
+# transformers 5 asks each tensor, and fills the buffers of a module that is not marked.
+_PARENTS_INITIALIZE_CHILDREN = int(transformers.__version__.split(".")[0]) < 5
+
+
+def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer in the place of another; transformers will not initialize it again, nor its parents for it."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+    for parameter in layer.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    if not _PARENTS_INITIALIZE_CHILDREN:
+        return
+    while parent:
+        holder: Any = model.get_submodule(parent)
+        if not any(True for _ in holder.parameters(recurse=False)):
+            holder._is_hf_initialized = True
+        parent = parent.rpartition(".")[0]
+
+
+def same_module_name(model: nn.Module, wanted: nn.Module) -> str:
+    """Full name of a module that is known to be in the model."""
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def plain_forward_(model: Model) -> Model:
+    """Take off what trainers put on instances, in place: a copied module's patched `forward` runs the original.
+
+    TRL's fused head and Accelerate's autocast both replace `forward` on the instance, in a closure over the old one.
+    Accelerate's placement of a model over several devices is put back.
+    """
+    for module in model.modules():
+        for name in PATCHES:
+            vars(module).pop(name, None)
+        hook = vars(module).pop("_hf_hook", None)
+        if hook is not None:
+            vars(module).pop("_old_forward", None)
+            add_hook_to_module(module, hook)
+    return model

@@ -1,0 +1,86 @@
+"""What a checkpoint holds, layer by layer, and which adapters fit it: the facts behind `qbl-trl inspect`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import nn
+
+from qbl_trl.errors import CheckpointError
+from qbl_trl.quant.checkpoint import read_headers
+from qbl_trl.quant.linear import GroupQuantLinear
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One packed layer.
+
+    Attributes:
+        name, out_features, in_features, bits, group_size, zeros: as stored.
+        bytes_per_weight: codes, scales, zeros and delta over out_features * in_features.
+        delta: (in_factor, out_factor) of a merged adapter, or None.
+        error: relative error against the float weights, ||W - W_q|| / ||W||, if those were given.
+        in_factors, out_factors: the factors an exact (quantization-aware) adapter can have here.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    bits: int
+    group_size: int
+    zeros: str
+    bytes_per_weight: float
+    delta: tuple[int, int] | None
+    error: float | None
+    in_factors: tuple[int, ...]
+    out_factors: tuple[int, ...]
+
+
+def summarize(model: nn.Module, float_folder: str | Path | None = None) -> list[LayerSummary]:
+    """Describe every packed layer of a model.
+
+    Args:
+        model: any model with GroupQuantLinear layers.
+        float_folder: a safetensors folder of the float weights of the same model, read one layer at a time.
+
+    Raises:
+        CheckpointError: if the model has no packed layer, or the float folder lacks one of its weights.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, GroupQuantLinear)}
+    if not layers:
+        raise CheckpointError(f"{type(model).__name__} holds no group-quantized layer")
+    stored = read_headers(Path(float_folder)) if float_folder else {}
+    return [_summary(name, layer, _error(name, layer, stored) if stored else None) for name, layer in layers.items()]
+
+
+def _summary(name: str, layer: GroupQuantLinear, error: float | None) -> LayerSummary:
+    parts = [t for t in (layer.weight, layer.scales, layer.zeros, layer.delta) if t is not None]
+    stored = layer.format
+    k, n, g = layer.in_features, layer.out_features, layer.group_size
+    return LayerSummary(
+        name,
+        n,
+        k,
+        layer.bits,
+        g,
+        stored.zeros,
+        sum(t.numel() * t.element_size() for t in parts) / (n * k),
+        None if stored.in_factor is None or stored.out_factor is None else (stored.in_factor, stored.out_factor),
+        error,
+        tuple(p for p in range(g, k + 1, g) if k % p == 0),
+        tuple(e for e in (1, 2, 4, 8, 16, 32) if n % e == 0),
+    )
+
+
+def _error(name: str, layer: GroupQuantLinear, stored: dict) -> float:
+    key = f"{name}.weight"
+    if key not in stored:
+        raise CheckpointError(f"the float checkpoint has no tensor {key!r}; it is of another model")
+    with safe_open(stored[key].file, framework="pt") as file:  # type: ignore[no-untyped-call]
+        weight = file.get_tensor(key).float()
+    if weight.shape != (layer.out_features, layer.in_features):
+        weight = weight.T  # GPT-2's Conv1D stores (in, out)
+    return float((layer.dequantize() - weight).norm() / weight.norm())
+
+
+__all__ = ["LayerSummary", "summarize"]

@@ -1,0 +1,1 @@
+"""The trainer half: one callback that places adapters, watches them, merges, verifies and reports."""

@@ -1,0 +1,265 @@
+"""QBLoRACallback: one line in a script that people already have.
+
+    init         adapters placed (config given) or found (peft_config=), factors checked, one layer of each kind probed
+    logging      zero-point shift, stable rank, norm: in the logs of every reporter
+    evaluation   the merged model's loss beside the adapter's (eval_merged_loss)
+    save         the checkpoint marked whole; the merged 4-bit model beside the adapter (save_merged)
+    end          merged, verified on real tokens, written (merged_output_dir), exported (onnx_output_dir), reported
+
+Whatever is written appears whole or not at all, from the main process only.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
+from qbl_trl.config import QBLoRAConfig
+from qbl_trl.errors import ConfigError
+from qbl_trl.merging import unwrap
+from qbl_trl.trl import checkpoints, finish, gather, run_record
+from qbl_trl.trl.inject import check_launch, check_merges, find_trainer, place_
+from qbl_trl.trl.layers import merges_exactly
+from qbl_trl.trl.merged_loss import merged_loss
+from qbl_trl.trl.metrics import check_finite, measure, summarize
+from qbl_trl.trl.outputs import Outputs
+from qbl_trl.trl.probe import probe
+from qbl_trl.trl.rounding import DeltaRounding, check_rounding
+from qbl_trl.trl.tokens import FirstTokens, random_tokens
+
+logger = logging.getLogger(__name__)
+
+REPORT = run_record.REPORT
+
+
+class QBLoRACallback(TrainerCallback):
+    """Balanced adapters in any transformers or TRL trainer: placed, checked, watched, merged, verified.
+
+        SFTTrainer(model, args, train_dataset=ds, callbacks=[QBLoRACallback(QBLoRAConfig(quantization_aware=True))])
+        SFTTrainer(model, args, train_dataset=ds, peft_config=QBLoRAConfig(...), callbacks=[QBLoRACallback()])
+
+    Both forms train, save, resume and load the best checkpoint alike. Only the second works over a bitsandbytes base,
+    and with GRPO and RLOO at beta != 0: those trainers want the adapters before any callback runs.
+
+    Args:
+        config: the adapter to place; None to watch the balanced adapters that are there.
+        merged_output_dir: where to write the merged 4-bit model when training ends; None to verify only.
+        onnx_output_dir: where to export the merged model to when training ends (needs the [onnx] extra).
+        onnx_options: keyword arguments of `export_onnx`.
+        save_merged: also write the merged model into every checkpoint, as checkpoint-N/merged.
+        eval_merged_loss: at every evaluation, also the loss of the merged model, as `eval_merged_loss`.
+        overwrite: replace merged_output_dir and onnx_output_dir if they hold files.
+        stored_delta: "float16", "bfloat16" or "int8", where deployment stores the merged change so: the merged model
+            holds the rounded values, and training rounds alike, with a straight-through gradient. None: no rounding.
+        round_from_step: first optimizer step that sees the rounding.
+
+    Writes `qblora_report.json` into the trainer's output_dir at every save and at the end.
+
+    Raises (from the trainer's constructor, nothing written):
+        ConfigError: adapters twice, or none, or of another method; factors that do not fit a layer; an output folder
+            that is not empty; a merged output from adapters that have no exact merge.
+        MergeError: if a merged layer does not compute what the trained layer computes.
+    """
+
+    def __init__(
+        self,
+        config: QBLoRAConfig | None = None,
+        *,
+        merged_output_dir: str | os.PathLike[str] | None = None,
+        onnx_output_dir: str | os.PathLike[str] | None = None,
+        onnx_options: Mapping[str, Any] | None = None,
+        save_merged: bool = False,
+        eval_merged_loss: bool = False,
+        overwrite: bool = False,
+        stored_delta: str | None = None,
+        round_from_step: int = 0,
+    ) -> None:
+        if config is not None and not isinstance(config, QBLoRAConfig):
+            raise ConfigError(f"QBLoRACallback: config is a {type(config).__name__}, it must be a QBLoRAConfig or None")
+        self.config = config
+        self.outputs = Outputs(
+            merged=None if merged_output_dir is None else Path(merged_output_dir),
+            onnx=None if onnx_output_dir is None else Path(onnx_output_dir),
+            onnx_options=dict(onnx_options or {}),
+            overwrite=overwrite,
+            stored_delta=stored_delta,
+        )
+        self.save_merged, self.eval_merged_loss, self.round_from_step = save_merged, eval_merged_loss, round_from_step
+        self._trainer: Trainer | None = None
+        self._layers: dict[str, BalancedLinear] = {}
+        self._gatherer = gather.Gatherer()
+        self._tokens: FirstTokens | None = None
+        self._rounding: DeltaRounding | None = None
+        self.record = run_record.RunRecord()
+
+    # -- before training ------------------------------------------------------------------------------------------
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        trainer = find_trainer(model)
+        if args.should_save:
+            self.outputs.check_free()
+        if self.config is not None:
+            model = place_(trainer, model, self.config)
+        layers = adapter_layers(model)
+        self._check(trainer, layers)
+        probed = probe(layers)
+        self.record = run_record.RunRecord.start(model, layers, probed)
+        self._trainer, self._layers = trainer, layers
+        if trainer is not None:
+            callbacks = trainer.callback_handler.callbacks
+            callbacks.insert(0, callbacks.pop(callbacks.index(self)))  # what is added to a log reaches every reporter
+            if trainer.is_fsdp_enabled:
+                self._gatherer = gather.Gatherer(model)
+            if state.is_world_process_zero:
+                checkpoints.set_aside_parts(args.output_dir)
+            trainer.accelerator.wait_for_everyone()
+        logger.info("%s", self.record.describe())
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if self.config is not None and not self._layers:
+            raise ConfigError(
+                "QBLoRACallback(config) was added after the trainer was built; pass it in callbacks=[...] of the "
+                "trainer, or give the trainer peft_config=QBLoRAConfig(...) and add QBLoRACallback()"
+            )
+        self._layers = adapter_layers(model)  # sharding may have replaced modules
+        if not self.record.layers:
+            self.record = run_record.RunRecord.start(model, self._layers, probe(self._layers))
+        self._tokens = FirstTokens(unwrap(model))
+        if self.outputs.stored_delta is not None:
+            check_rounding(self._layers, self.outputs.stored_delta)
+            self._rounding = DeltaRounding(self._layers, self.outputs.stored_delta)
+        self.record.begin()
+
+    # -- during training ------------------------------------------------------------------------------------------
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._rounding is not None and state.global_step >= self.round_from_step:
+            self._rounding.install()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._rounding is not None and self._rounding.installed:
+            self._rounding.refresh()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs or not self._layers or gather.is_partitioned(self._layers):
+            return
+        start = time.perf_counter()
+        measured = measure(self._layers)
+        check_finite(measured, state.global_step, args.output_dir)
+        line = summarize(measured)
+        if self._rounding is not None and self._rounding.installed:
+            line["qbl/rounding_cost"] = self._rounding.cost
+        logs.update(line)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(line)
+        self.record.measured(measured, time.perf_counter() - start)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.eval_merged_loss and self._trainer is not None and metrics is not None:
+            metrics.update(merged_loss(self._trainer, metrics, self.outputs.stored_delta))
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        whole = self._gatherer.whole(model, state.is_world_process_zero) if self.save_merged else None
+        if state.is_world_process_zero:
+            if whole is not None:
+                with self._unrounded():
+                    merged, _ = finish.merge_and_verify(whole, self._input_ids(whole), self.outputs.stored_delta)
+                if merged is not None:
+                    finish.write_merged(merged, kwargs.get("processing_class"), folder / "merged", overwrite=True)
+            checkpoints.mark_whole(folder)
+            self.record.write(args, state, finished=False)
+        self._wait()
+
+    # -- after training -------------------------------------------------------------------------------------------
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        partitioned = gather.is_partitioned(self._layers)
+        self.record.end([] if partitioned else measure(self._layers))
+        if self._rounding is not None:
+            self.record.rounding = {"stored": self._rounding.stored, "cost": self._rounding.cost}
+            self._rounding.remove()
+        # Without an exact merge nothing is computed from the weights, and a sharded model stays as it is.
+        exact = all(merges_exactly(layer) for layer in self._layers.values())
+        whole = self._gatherer.whole(model, state.is_world_process_zero) if exact and not partitioned else model
+        if whole is not None and state.is_world_process_zero:
+            if partitioned:
+                self.record.merge = {"exact": False, "reason": gather.PARTITIONED}
+            else:
+                tokenizer = kwargs.get("processing_class")
+                self.outputs.finish(self.record, args, state, whole, self._input_ids(whole), tokenizer)
+            if "parity" in self.record.merge and self._trainer is not None:
+                difference = self.record.merge["parity"]["max_abs_difference"]
+                Trainer.log(self._trainer, {"qbl/merged_max_logit_difference": difference})
+            self.record.write(args, state, finished=True)
+            logger.info("%s", self.record.describe())
+        self._wait()
+
+    # -- small parts ----------------------------------------------------------------------------------------------
+
+    def _check(self, trainer: Trainer | None, layers: dict[str, BalancedLinear]) -> None:
+        options = {"merged_output_dir": self.outputs.merged, "save_merged": self.save_merged}
+        wanted = [name for name, value in options.items() if value]
+        check_merges(layers, wanted + ["eval_merged_loss"] * self.eval_merged_loss)
+        check_rounding(layers, self.outputs.stored_delta)
+        if trainer is not None:
+            check_launch(trainer, layers, wanted)
+        if self.eval_merged_loss and (trainer is None or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            raise ConfigError(
+                "QBLoRACallback: eval_merged_loss needs a trainer with the whole model on every process; leave it out "
+                "under FSDP and DeepSpeed"
+            )
+
+    def _input_ids(self, model: nn.Module) -> torch.Tensor:
+        if self._tokens is not None and self._tokens.ids is not None:
+            return self._tokens.ids
+        return random_tokens(unwrap(model).get_input_embeddings().num_embeddings)  # type: ignore[operator, union-attr]
+
+    @contextmanager
+    def _unrounded(self) -> Iterator[None]:
+        """Merging reads the plain factors; the hooks come back afterwards."""
+        installed = self._rounding is not None and self._rounding.installed
+        if self._rounding is not None:
+            self._rounding.remove()
+        yield
+        if self._rounding is not None and installed:
+            self._rounding.install()
+
+    def _wait(self) -> None:
+        if self._trainer is not None:
+            self._trainer.accelerator.wait_for_everyone()
+
+
+__all__ = ["REPORT", "QBLoRACallback"]

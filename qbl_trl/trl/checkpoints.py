@@ -1,0 +1,128 @@
+"""Which checkpoint folders are whole. A trainer writes checkpoint-N file by file: killed in between, it leaves a part.
+
+A folder is whole if the note `qblora_complete.json` in it names files that are all there with the sizes it states. The
+callback writes that note last, in one rename. Without a note (a folder written before the callback was used, or a kill
+just after the last file), the folder is whole if `trainer_state.json`, which the trainer writes last, can be read and
+every safetensors and torch file in it has its end.
+"""
+
+import json
+import logging
+import os
+import re
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from qbl_trl.errors import CheckpointError
+from qbl_trl.quant.checkpoint import read_headers
+
+logger = logging.getLogger(__name__)
+
+NOTE = "qblora_complete.json"
+_STATE = "trainer_state.json"
+_NAME = re.compile(r"checkpoint-(\d+)$")
+_ASIDE = "incomplete-"
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that is whole or absent at every moment."""
+    handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as stream:
+            json.dump(content, stream, indent=1)
+            stream.write("\n")
+        os.chmod(draft, 0o644)
+        os.replace(draft, path)
+    except BaseException:
+        os.unlink(draft)
+        raise
+
+
+def mark_whole(folder: Path) -> None:
+    """Note down every file of a checkpoint that has just been written."""
+    files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+    files.pop(NOTE, None)
+    write_json(folder / NOTE, {"files": files})
+
+
+def check_checkpoint(folder: str | os.PathLike[str]) -> None:
+    """Read what tells a whole checkpoint from a part of one; no tensor is loaded.
+
+    Raises:
+        CheckpointError: naming the file that is missing, cut short or damaged.
+    """
+    path = Path(folder)
+    if (path / NOTE).is_file():
+        for name, size in _noted(path / NOTE).items():
+            file = path / name
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing although the checkpoint was complete once")
+            if file.stat().st_size != size:
+                raise CheckpointError(
+                    f"{file}: {file.stat().st_size} bytes, {size} were written; it was cut or replaced"
+                )
+        return
+    state = path / _STATE
+    try:
+        json.loads(state.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is no whole checkpoint: {_STATE}, which is written last, is missing or cut ({error}); "
+            "resume from an earlier one"
+        ) from error
+    read_headers(path)
+    for file in [*path.glob("*.pt"), *path.glob("*.pth"), *path.glob("*.bin")]:
+        if not zipfile.is_zipfile(file):
+            raise CheckpointError(f"{file} is cut short; the checkpoint is not whole, resume from an earlier one")
+
+
+def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """The newest checkpoint-N of a run that is whole: what to pass as resume_from_checkpoint. None if there is none."""
+    return next((str(folder) for folder in reversed(_checkpoints(Path(output_dir))) if _problem(folder) is None), None)
+
+
+def set_aside_parts(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """Rename every half-written checkpoint-N, so that `resume_from_checkpoint=True` finds the last whole one.
+
+    Nothing is deleted. Returns the new names.
+    """
+    moved = []
+    for folder in _checkpoints(Path(output_dir)):
+        problem = _problem(folder)
+        if problem is None:
+            continue
+        aside = folder.with_name(_ASIDE + folder.name)
+        while aside.exists():
+            aside = aside.with_name(aside.name + "-")
+        folder.rename(aside)
+        logger.warning("half-written checkpoint moved to %s: %s", aside, problem)
+        moved.append(aside)
+    return moved
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """Every checkpoint-N, oldest first."""
+    if not output_dir.is_dir():
+        return []
+    found = [(int(m[1]), f) for f in output_dir.iterdir() if f.is_dir() and (m := _NAME.fullmatch(f.name))]
+    return [folder for _, folder in sorted(found)]
+
+
+def _problem(folder: Path) -> str | None:
+    try:
+        check_checkpoint(folder)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _noted(note: Path) -> dict[str, int]:
+    try:
+        return {str(name): int(size) for name, size in json.loads(note.read_text())["files"].items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{note} cannot be read ({error})") from error
+
+
+__all__ = ["check_checkpoint", "last_whole_checkpoint", "mark_whole", "set_aside_parts", "write_json"]

@@ -1,0 +1,140 @@
+"""What happens once training is over: merge, verify on real tokens, write, export, say so."""
+
+import importlib
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qbl_trl.adapter.layer import adapter_layers
+from qbl_trl.errors import MergeError
+from qbl_trl.folders import new_folder
+from qbl_trl.merging import merge, unwrap
+from qbl_trl.parity import compare, logits_of
+from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.modules import PATCHES
+from qbl_trl.trl.layers import merges_exactly
+from qbl_trl.trl.rounding import round_deltas_, rounded
+
+logger = logging.getLogger(__name__)
+
+# Of the largest logit. The layers themselves were compared in float32 by `merge`; what is left is rounding, once per
+# layer, in the dtype the model computes in.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2}
+_COARSE = 5e-2
+
+
+def merge_and_verify(
+    model: nn.Module, input_ids: Tensor, stored: str | None = None
+) -> tuple[nn.Module | None, dict[str, Any]]:
+    """Merge the trained adapters and compare the two models' logits; the trained model is not changed.
+
+    Args:
+        model: the trained PeftModel, whole (not sharded).
+        input_ids: (B, S) token ids to compare on.
+        stored: narrower type of the merged delta, which the trained model is then compared with likewise; or None.
+
+    Returns:
+        The merged model and the report's "merge" entry. None and the reason where no exact merge exists.
+
+    Raises:
+        MergeError: if the merged model disagrees with the trained one, or an adapter weight is not finite.
+    """
+    layers = adapter_layers(model)
+    inexact = [name for name, layer in layers.items() if not merges_exactly(layer)]
+    if inexact:
+        reason = (
+            f"{len(inexact)} layers (first: {inexact[0]}) have no exact merge: their base is no affine group base or "
+            "in_factor is no multiple of its group. The adapter deploys beside its base, exactly: export_onnx(adapter)"
+        )
+        return None, {"exact": False, "reason": reason}
+    start = time.perf_counter()
+    merged = merge(model)
+    round_deltas_(merged, stored)
+    with rounded(layers, stored):
+        parity = _parity(model, merged, input_ids)
+    tolerance = max(_TOLERANCE.get(dtype, _COARSE) for dtype in _dtypes(model))
+    parity["tolerance"] = tolerance * max(parity.pop("largest_logit"), 1.0)
+    if not parity["max_abs_difference"] <= parity["tolerance"]:
+        raise MergeError(
+            f"the merged model's logits differ from the trained model's by {parity['max_abs_difference']:.1e} (allowed "
+            f"here: {parity['tolerance']:.1e}); it was not written. The adapter is intact: save and deploy it with "
+            "export_onnx(adapter_dir), and please report the model and the configuration"
+        )
+    return merged, {"exact": True, "parity": parity, "seconds": time.perf_counter() - start}
+
+
+def write_merged(model: nn.Module, tokenizer: Any, folder: Path, overwrite: bool) -> None:
+    """Save the merged model, and the tokenizer beside it, in one move."""
+    with new_folder(folder, overwrite) as draft:
+        model.save_pretrained(draft)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
+
+
+def export(model_dir: Path, output_dir: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the ONNX graph with the package's public `export_onnx`, looked up now: training never loads ONNX."""
+    export_onnx = importlib.import_module("qbl_trl").export_onnx
+    report = export_onnx(model_dir, output_dir, **options)
+    return {"output": str(output_dir), "summary": str(report), "bytes": folder_bytes(output_dir)}
+
+
+def sizes(model: nn.Module, merged: nn.Module | None) -> dict[str, int]:
+    """Bytes: what was trained, the merged model, and the same model in 16 bits."""
+    inner = unwrap(model)
+    trained = sum(p.numel() * p.element_size() for p in inner.parameters() if p.requires_grad)
+    found = {"adapter": trained}
+    if merged is not None:
+        tensors = {t.data_ptr(): t for t in [*merged.parameters(), *merged.buffers()]}
+        found["merged"] = sum(t.numel() * t.element_size() for t in tensors.values())
+        packed = [m for m in merged.modules() if isinstance(m, GroupQuantLinear)]
+        weights = {id(m.weight): m.in_features * m.out_features for m in packed}
+        found["float16"] = 2 * sum(weights.get(id(p), p.numel()) for p in merged.parameters())
+    return found
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of every file of a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+@contextmanager
+def unpatched_forward(model: nn.Module) -> Iterator[None]:
+    """While open, the model runs by its classes' own `forward`, in its own precision."""
+    own = [vars(module) for module in model.modules() if "_hf_hook" not in vars(module)]
+    patched = [(attributes, name, attributes.pop(name)) for attributes in own for name in PATCHES if name in attributes]
+    try:
+        yield
+    finally:
+        for attributes, name, value in patched:
+            attributes[name] = value
+
+
+def _parity(model: nn.Module, merged: nn.Module, input_ids: Tensor) -> dict[str, Any]:
+    mask, trained = torch.ones_like(input_ids), unwrap(model)
+    with unpatched_forward(trained), torch.autocast(input_ids.device.type, enabled=False):
+        trained_logits, merged_logits = logits_of(trained)(input_ids, mask), logits_of(merged)(input_ids, mask)
+    largest = float(trained_logits.abs().max())
+    if trained_logits.dim() == 3:
+        return {**compare(trained_logits, merged_logits, mask).to_dict(), "largest_logit": largest}
+    difference = (trained_logits - merged_logits).abs()  # a classifier: one row of scores per sequence
+    return {
+        "tokens": input_ids.numel(),
+        "max_abs_difference": float(difference.max()),
+        "mean_abs_difference": float(difference.mean()),
+        "largest_logit": largest,
+    }
+
+
+def _dtypes(model: nn.Module) -> set[torch.dtype]:
+    """What is computed in: the dtypes of the input embedding and of the adapters."""
+    embedding = unwrap(model).get_input_embeddings().weight  # type: ignore[operator, union-attr]
+    return {embedding.dtype} | {p.dtype for p in model.parameters() if p.requires_grad}
+
+
+__all__ = ["export", "merge_and_verify", "sizes", "write_merged"]

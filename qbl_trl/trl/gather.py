@@ -1,0 +1,82 @@
+"""One whole model out of a sharded one, on the main process.
+
+FSDP changes the class of every module it wraps and forbids copying it. So a twin without weights is made before
+wrapping; afterwards every process takes part in gathering, and the main process fills the twin.
+"""
+
+import copy
+from typing import Any
+
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+
+from qbl_trl.adapter.layer import BalancedLinear
+from qbl_trl.errors import MergeError
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are spread over processes (FSDP2, or FSDP1's flat parameters)."""
+    return any(isinstance(p, DTensor) or hasattr(p, "_sharded_size") for p in model.parameters())
+
+
+PARTITIONED = (
+    "DeepSpeed ZeRO-3 keeps the weights partitioned; merge from the saved adapter: qbl-trl merge ADAPTER OUTPUT"
+)
+
+
+def is_partitioned(layers: dict[str, BalancedLinear]) -> bool:
+    """Whether DeepSpeed ZeRO-3 holds the adapters elsewhere: their tensors are empty here."""
+    return any(hasattr(p, "ds_id") for layer in layers.values() for p in layer.parameters())
+
+
+def without_weights(model: nn.Module) -> nn.Module:
+    """The same modules with parameters on the meta device; buffers are shared. Costs no memory."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()
+    }
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer
+    return copy.deepcopy(model, memo)
+
+
+class Gatherer:
+    """Makes one whole model out of a sharded one.
+
+    Args:
+        model: the model before it is sharded; None where it never will be.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._twin = None if model is None else without_weights(model)
+
+    def whole(self, model: nn.Module, is_main: bool) -> nn.Module | None:
+        """The model itself if it is whole; else its twin with every weight, on the CPU of the main process.
+
+        Every process must call this.
+
+        Returns:
+            None on the other processes of a sharded run.
+
+        Raises:
+            MergeError: if the model is sharded and was not seen before.
+        """
+        if not is_sharded(model):
+            return model
+        if self._twin is None:
+            raise MergeError(
+                "the model is sharded and QBLoRACallback did not see it whole; pass the callback in callbacks=[...] of "
+                "the trainer, or save the adapter and run: qbl-trl merge ADAPTER OUTPUT"
+            )
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if not is_main:
+            return None
+        named = dict(self._twin.named_parameters(remove_duplicate=False))
+        filled = {name: value for name, value in weights.items() if name in named}
+        self._twin.load_state_dict(filled, strict=False, assign=True)
+        for name, parameter in self._twin.named_parameters():
+            parameter.requires_grad_(named[name].requires_grad)
+        return self._twin
+
+
+__all__ = ["PARTITIONED", "Gatherer", "is_partitioned", "is_sharded", "without_weights"]

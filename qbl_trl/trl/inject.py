@@ -1,0 +1,123 @@
+"""Placing adapters on the model of a trainer that is being built, as if they had come by `peft_config=`.
+
+A callback's `on_init_end` is handed a model, not the trainer. Adapters injected into that model alone would train, but
+every checkpoint would hold the whole model and none could be resumed from, because the trainer would not know that its
+model is a PeftModel. So the trainer is found and given the PeftModel.
+"""
+
+import copy
+import sys
+
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import Trainer
+
+from qbl_trl.adapter.layer import BalancedLinear
+from qbl_trl.config import QBLoRAConfig
+from qbl_trl.errors import ConfigError
+from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.trl.layers import active, base_of, merges_exactly
+
+# These load a reference model of their own unless the model was a PeftModel before their __init__ ran.
+_NEED_ADAPTERS_FIRST = ("GRPOTrainer", "RLOOTrainer")
+_WRITE = "write {trainer}(..., peft_config=QBLoRAConfig(...), callbacks=[QBLoRACallback()])"
+
+
+def find_trainer(model: nn.Module) -> Trainer | None:
+    """The trainer that is calling: the nearest `self` up the stack that is a Trainer of this very model.
+
+    Events carry no reference to the trainer; the stack is the only place where it can be met at `on_init_end`.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and getattr(caller, "model", None) is model:
+            return caller
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> PeftModel:
+    """Wrap the trainer's model in place; saving, resuming and loading the best model then work as with peft_config.
+
+    The given configuration is not changed.
+
+    Raises:
+        ConfigError: if the model has adapters already, the trainer cannot take them now, or the factors do not fit.
+    """
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ConfigError(
+            "QBLoRACallback was given a config, but the model already has adapters (from peft_config= or "
+            "get_peft_model). Give the adapter once: QBLoRACallback() without a config watches those that are there"
+        )
+    if trainer is None:
+        raise ConfigError(
+            "QBLoRACallback found no Trainer that is being built around this model; pass it in callbacks=[...] of the "
+            "trainer, or " + _WRITE.format(trainer="SFTTrainer")
+        )
+    _check_trainer(trainer)
+    peft_model = get_peft_model(model, copy.deepcopy(config))  # type: ignore[arg-type]
+    if trainer.args.gradient_checkpointing:
+        peft_model.enable_input_require_grads()
+    trainer.model = trainer.model_wrapped = trainer.callback_handler.model = peft_model
+    return peft_model  # type: ignore[return-value]
+
+
+def check_merges(layers: dict[str, BalancedLinear], wanted: list[str]) -> None:
+    """Refuse outputs that need an exact merge where there is none.
+
+    Args:
+        layers: every adapted layer by full name.
+        wanted: the options that need one, as the user wrote them.
+
+    Raises:
+        ConfigError: naming the first layer that does not merge exactly.
+    """
+    name = next((name for name, layer in layers.items() if not merges_exactly(layer)), None)
+    if not wanted or name is None:
+        return
+    layer = layers[name]
+    group = "" if layer.base.group_size is None else f" in groups of {layer.base.group_size}"
+    raise ConfigError(
+        f"{name}: {' and '.join(wanted)} need an exact merge, and there is none into a {layer.base.kind} base{group} "
+        f"with in_factor={layer.in_factor[active(layer)[0]]}. Train with quantization_aware=True over a "
+        "GroupQuantConfig base, or leave them out and export the adapter beside its base"
+    )
+
+
+def check_launch(trainer: Trainer, layers: dict[str, BalancedLinear], wanted: list[str]) -> None:
+    """Refuse launch settings that cannot hold a packed base, before anything is sharded.
+
+    Raises:
+        ConfigError: FSDP2 with cpu_ram_efficient_loading, which takes every buffer for a sharded parameter; outputs
+            that need a merge under DeepSpeed ZeRO-3.
+    """
+    stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else 0
+    if stage == 3 and wanted:
+        raise ConfigError(
+            f"QBLoRACallback: {' and '.join(wanted)} cannot be made under DeepSpeed ZeRO-3. Leave them out and run "
+            "`qbl-trl merge ADAPTER OUTPUT` afterwards, or launch with recipes/accelerate/fsdp2.yaml"
+        )
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None) if trainer.is_fsdp_enabled else None
+    packed = any(isinstance(base_of(layer), GroupQuantLinear) for layer in layers.values())
+    if plugin is not None and packed and plugin.fsdp_version == 2 and plugin.cpu_ram_efficient_loading:
+        raise ConfigError(
+            "Accelerate's FSDP2 with cpu_ram_efficient_loading cannot spread the scales of a 4-bit base (they are "
+            "buffers); set fsdp_cpu_ram_efficient_loading: false in the accelerate configuration, as "
+            "recipes/accelerate/fsdp2.yaml does"
+        )
+
+
+def _check_trainer(trainer: Trainer) -> None:
+    name = next((cls.__name__ for cls in type(trainer).__mro__ if cls.__name__ in _NEED_ADAPTERS_FIRST), None)
+    if name and getattr(trainer.args, "beta", 0.0) != 0.0:
+        raise ConfigError(
+            f"{name} with beta={trainer.args.beta} loads a second, unquantized reference model unless the adapters are "
+            f"there before it starts; {_WRITE.format(trainer=name)}, or set beta=0.0"
+        )
+    if getattr(trainer, "model_init", None) is not None:
+        raise ConfigError(
+            "QBLoRACallback(config) adapts the model it sees, and model_init makes another one when training starts. "
+            "Return get_peft_model(model, QBLoRAConfig(...)) from model_init, and pass QBLoRACallback()"
+        )

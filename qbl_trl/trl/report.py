@@ -1,0 +1,241 @@
+"""write_report: a training run as one self-contained HTML page, from what the callback wrote down."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from qbl_trl.errors import ConfigError
+from qbl_trl.trl import charts
+from qbl_trl.trl.charts import Line
+from qbl_trl.trl.page import badge, facts, page, scroll, section, size, table
+from qbl_trl.trl.run_record import REPORT, SCHEMA
+
+PAGE = "qblora_report.html"
+_HALF = 460.0  # width of a chart that shares its row
+
+
+def write_report(run_dir: str | os.PathLike[str]) -> Path:
+    """Write RUN_DIR/qblora_report.html from RUN_DIR/qblora_report.json; a run that is not finished is shown so far.
+
+    Raises:
+        ConfigError: if the folder holds no report, a damaged one, or one of another version.
+    """
+    folder = Path(run_dir)
+    record = _read(folder / REPORT)
+    target = folder / PAGE
+    draft = target.with_name(f".{PAGE}.draft")
+    draft.write_text(render(record), encoding="utf-8")
+    os.replace(draft, target)
+    return target
+
+
+def render(record: dict[str, Any]) -> str:
+    """The page of one report; nothing in it is fetched from elsewhere."""
+    history = record["log_history"]
+    body = "".join(
+        part(record, history) for part in (_head, _key_figures, _losses, _shifts, _map, _parity, _sizes, _layers)
+    )
+    return page(f"{record['model']}: balanced adapters", body)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(
+            f"{path.parent} holds no {REPORT}; name the output_dir of a run with QBLoRACallback (it is written at the "
+            "first save, or when training ends)"
+        )
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        schema = record["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error!r}); run the training again, or delete the file") from error
+    if schema != SCHEMA:
+        raise ConfigError(
+            f"{path} is of version {schema}, this package reads version {SCHEMA}; use the one that wrote it"
+        )
+    return record
+
+
+def _series(history: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [(entry["step"], float(entry[name])) for entry in history if name in entry]
+
+
+def _head(record: dict[str, Any], history: Any) -> str:
+    layers = record["layers"]
+    first = layers[0] if layers else {}
+    state = (
+        badge("finished", "")
+        if record["finished"]
+        else badge(f"step {record['step']} of {record['max_steps']}", "neutral")
+    )
+    kind = (
+        f"{first.get('base', '')} base, in_factor {first.get('in_factor')}, out_factor {first.get('out_factor')}, rank "
+    )
+    ranks = sorted({layer["rank"] for layer in layers})
+    span = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0] if ranks else '?'}"
+    nominal = f"{span} (the parameters of plain rank {first.get('nominal_rank')})"
+    return f'<h1>{escape(record["model"])}{state}</h1><p class="lead">{escape(kind + nominal)}</p>'
+
+
+def _key_figures(record: dict[str, Any], history: Any) -> str:
+    items = []
+    for name, label in (
+        ("loss", "training loss, last"),
+        ("eval_loss", "evaluation loss"),
+        ("eval_merged_loss", "the same, merged"),
+    ):
+        points = _series(history, name)
+        if points:
+            items.append((f"{points[-1][1]:.3f}", label))
+    items.append((f"{record['adapter']['trainable_parameters'] / 1e6:.2f} M", "trained parameters"))
+    steps, seconds = record["step"], record["seconds"]
+    if steps and seconds:
+        items.append((f"{seconds / steps:.2f} s", f"per step, {_processes(record['world_size'])}"))
+        items.append((f"{100 * record['callback_seconds'] / seconds:.2f} %", "of it spent on metrics"))
+    if "merged" in record["sizes"]:
+        items.append((size(record["sizes"]["merged"]), "merged model"))
+    return facts(items)
+
+
+def _losses(record: dict[str, Any], history: Any) -> str:
+    lines = [
+        Line("training", "--train", _series(history, "loss")),
+        Line("evaluation", "--eval", _series(history, "eval_loss"), marks=True),
+        Line("merged", "--merged", _series(history, "eval_merged_loss"), marks=True, dashed=True),
+    ]
+    chart = charts.line_chart(lines, x_label="step", y_label="loss")
+    return section(
+        "Loss",
+        "The merged curve is the loss of the 4-bit model that deploys; it should lie on the evaluation's.",
+        scroll(chart),
+    )
+
+
+def _shifts(record: dict[str, Any], history: Any) -> str:
+    largest, mean = _series(history, "qbl/zero_point_shift_max"), _series(history, "qbl/zero_point_shift_mean")
+    norm = _series(history, "qbl/adapter_norm")
+    if not norm:
+        return ""
+    left = [Line("largest", "--merged", largest), Line("mean", "--train", mean)]
+    ranks = sorted({key for entry in history for key in entry if key.startswith("qbl/stable_rank/")})
+    right = [Line(key.rpartition("/")[2], f"--k{i}", _series(history, key)) for i, key in enumerate(ranks[:7])]
+    shift = (
+        charts.line_chart(left, x_label="step", y_label="zero-point shift", from_zero=True, width=_HALF)
+        if largest
+        else ""
+    )
+    return section(
+        "What the adapter does to the base",
+        "Left: how far zero points moved, in code units; beyond half a code, rounding them would lose the change. "
+        "Right: stable rank of the weight change by kind of layer; 1 means one direction does everything.",
+        '<div class="two">',
+        shift
+        or charts.line_chart(
+            [Line("norm", "--train", norm)], x_label="step", y_label="adapter norm", from_zero=True, width=_HALF
+        ),
+        charts.line_chart(right, x_label="step", y_label="stable rank", width=_HALF),
+        "</div>",
+    )
+
+
+def _map(record: dict[str, Any], history: Any) -> str:
+    layers = [layer for layer in record["layers"] if "kind" in layer]
+    if not layers:
+        return ""
+    shifted = any(layer.get("shift_max") is not None for layer in layers)
+    key, unit = ("shift_max", "codes") if shifted else ("norm", "weight units")
+    rows = list(dict.fromkeys(layer["kind"] for layer in layers))
+    columns = sorted(
+        {_block(layer["name"]) for layer in layers}, key=lambda block: (not block.isdigit(), block.zfill(6))
+    )
+    values = {(layer["kind"], _block(layer["name"])): layer[key] for layer in layers if layer.get(key) is not None}
+    title = "Zero-point shift by layer" if shifted else "Size of the weight change by layer"
+    note = "The largest of each layer. Rows are kinds, columns blocks from input to output; point at a cell to read it."
+    return section(title, note, scroll(charts.heat_map(rows, columns, values, unit)))
+
+
+def _parity(record: dict[str, Any], history: Any) -> str:
+    merge = record["merge"]
+    note = "Logits of the training model and of the merged 4-bit model on the same training tokens."
+    if not merge:
+        return section("Parity", note, '<p class="empty">Not measured yet: training is not over.</p>')
+    if not merge["exact"]:
+        return section("Parity", note, badge("not merged", "neutral"), f"<p>{escape(merge['reason'])}</p>")
+    parity = merge["parity"]
+    names = {
+        "mean_abs_difference": "mean difference",
+        "kl_per_token": "KL per token, nats",
+        "top1_agreement": "same best token",
+        "tokens": "tokens",
+    }
+    rows = [
+        (label, f"{parity[name]:.2%}" if name == "top1_agreement" else f"{parity[name]:.3g}")
+        for name, label in names.items()
+        if name in parity
+    ]
+    probe = record["probe"]
+    if probe:
+        rows.append((f"probe before training, {len(probe)} layers, relative", f"{max(probe.values()):.1e}"))
+    return section(
+        "Parity", note, charts.decades(parity["max_abs_difference"], parity["tolerance"]), table(("", ""), rows)
+    )
+
+
+def _sizes(record: dict[str, Any], history: Any) -> str:
+    found, export = record["sizes"], record["export"]
+    if "merged" not in found:
+        return ""
+    half = found["float16"]
+    items = [
+        ("16-bit model", float(half), size(half), "--neutral"),
+        (
+            "merged, 4-bit",
+            float(found["merged"]),
+            f"{size(found['merged'])}, {half / found['merged']:.1f} times smaller",
+            "--train",
+        ),
+    ]
+    if export:
+        items.append(("ONNX folder", float(export["bytes"]), size(export["bytes"]), "--eval"))
+    items.append(("adapter alone", float(found["adapter"]), size(found["adapter"]), "--merged"))
+    return section("Size", "Tensors in memory, and the exported folder on disk.", charts.bars(items))
+
+
+def _layers(record: dict[str, Any], history: Any) -> str:
+    columns = (
+        "name",
+        "out_features",
+        "in_features",
+        "in_factor",
+        "out_factor",
+        "rank",
+        "shift_max",
+        "shift_mean",
+        "stable_rank",
+        "norm",
+    )
+    rows = [[_number(layer.get(column)) for column in columns] for layer in record["layers"]]
+    head = ("layer", "N", "K", "p", "e", "rank", "shift, max", "mean", "stable rank", "norm")
+    listing = f"<details><summary>{len(rows)} layers</summary>{scroll(table(head, rows))}</details>"
+    return section("Layers", "Shapes, factors and the last measurement of each.", listing)
+
+
+def _block(name: str) -> str:
+    """Index of the decoder block in a layer's name; its own name where there is none."""
+    found = re.search(r"\.(\d+)\.", name)
+    return found[1] if found else "-"
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
+
+
+def _number(value: Any) -> Any:
+    return "-" if value is None else value
+
+
+__all__ = ["PAGE", "render", "write_report"]

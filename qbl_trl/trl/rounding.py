@@ -1,0 +1,138 @@
+"""Training that sees the block delta as deployment stores it.
+
+    y = W x + B (A h)  becomes  W x + Q(D) h,   D = gain * B A,   h = sum_p(x)
+
+Q rounds to the narrower type (float16, bfloat16, or int8 with one scale per row). Nothing of the layer is replaced: a
+forward hook adds (Q(D) - D) h, a constant for autograd, so that A and B get the gradient of the unrounded product
+(straight through) and x gets the one of what was computed. Q(D) - D is made anew after every optimizer step.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from qbl_trl.adapter.layer import BalancedLinear
+from qbl_trl.adapter.products import add_expanded, sum_neighbours
+from qbl_trl.errors import ConfigError
+from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.trl.layers import active, base_of, merges_exactly
+
+STORED = ("float16", "bfloat16", "int8")
+
+
+def round_delta(delta: Tensor, stored: str) -> Tensor:
+    """What comes back after a block delta was stored narrowly.
+
+    Args:
+        delta: (N / e, K / p) float32, weight units.
+        stored: "float16", "bfloat16", or "int8" (symmetric, one float32 scale per row: round(127 d / max|d|)).
+
+    Returns:
+        (N / e, K / p) float32.
+
+    Raises:
+        ConfigError: if `stored` is none of these.
+    """
+    if stored == "int8":
+        scale = delta.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        return (delta / scale).round() * scale
+    if stored not in STORED:
+        raise ConfigError(f"stored_delta={stored!r} is not known; allowed: {', '.join(STORED)}")
+    return delta.to(getattr(torch, stored)).float()
+
+
+class DeltaRounding:
+    """Adds what rounding changes to the output of every adapted layer, while installed.
+
+    Attributes:
+        cost: ||Q(D) - D|| / ||D|| over all layers, at the last refresh.
+    """
+
+    def __init__(self, layers: dict[str, BalancedLinear], stored: str) -> None:
+        self.stored = stored
+        self.cost = 0.0
+        self._layers = layers
+        self._change: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+
+    @property
+    def installed(self) -> bool:
+        return bool(self._handles)
+
+    def install(self) -> None:
+        """Round from now on."""
+        if not self.installed:
+            self.refresh()
+            self._handles = [layer.register_forward_hook(self._hook(name)) for name, layer in self._layers.items()]
+
+    def remove(self) -> None:
+        """Compute by the unrounded factors again."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Round the present weights. Under FSDP, every process must call this."""
+        lost = total = 0.0
+        for name, layer in self._layers.items():
+            delta = layer.block_delta(active(layer)[0])
+            delta = delta.full_tensor() if isinstance(delta, DTensor) else delta
+            self._change[name] = round_delta(delta, self.stored) - delta
+            lost += float(self._change[name].square().sum())
+            total += float(delta.square().sum())
+        self.cost = (lost / total) ** 0.5 if total else 0.0
+
+    def _hook(self, name: str) -> Any:
+        def add(layer: BalancedLinear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if layer.disable_adapters or layer.merged:
+                return output
+            adapter, change = active(layer)[0], self._change[name]
+            pooled = sum_neighbours(inputs[0], layer.in_factor[adapter], change.dtype)
+            return add_expanded(output, pooled, change, layer.out_factor[adapter])
+
+        return add
+
+
+@contextmanager
+def rounded(layers: dict[str, BalancedLinear], stored: str | None) -> Iterator[None]:
+    """While open, the layers compute as deployment does; None changes nothing."""
+    rounding = DeltaRounding(layers, stored) if stored else None
+    try:
+        if rounding is not None:
+            rounding.install()
+        yield
+    finally:
+        if rounding is not None:
+            rounding.remove()
+
+
+def round_deltas_(model: nn.Module, stored: str | None) -> None:
+    """Round every merged delta of a model in place. The tensors stay float32: an artifact narrows them without loss."""
+    for layer in model.modules():
+        if stored is not None and isinstance(layer, GroupQuantLinear) and layer.delta is not None:
+            narrow = round_delta(layer.delta.float(), stored)
+            layer.set_delta(narrow, layer.format.in_factor, layer.format.out_factor)
+
+
+def check_rounding(layers: dict[str, BalancedLinear], stored: str | None) -> None:
+    """Refuse rounding where no delta is stored.
+
+    Raises:
+        ConfigError: for an unknown type; over a base or with factors that do not keep a block delta.
+    """
+    if stored is None:
+        return
+    round_delta(torch.zeros(1, 1), stored)
+    for name, layer in layers.items():
+        if not isinstance(base_of(layer), GroupQuantLinear) or not merges_exactly(layer) or len(active(layer)) != 1:
+            raise ConfigError(
+                f"{name}: stored_delta={stored!r} rounds the block delta that a merge over a GroupQuantConfig base "
+                "stores, and this layer stores none. Train one adapter with quantization_aware=True, or leave it out"
+            )
+
+
+__all__ = ["STORED", "DeltaRounding", "check_rounding", "round_delta", "round_deltas_", "rounded"]

@@ -1,0 +1,82 @@
+"""Copies that share the frozen tensors of what they copy: for asking "what would the merged layer compute?" in passing.
+
+Nothing here draws random numbers, and nothing touches the model that is asked about.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
+from qbl_trl.trl.layers import active, base_of
+from qbl_trl.trl.rounding import round_deltas_
+
+
+def shadow(layer: BalancedLinear) -> BalancedLinear:
+    """A second BalancedLinear over the same base tensors, with adapter weights of its own."""
+    memo: dict[int, Any] = {}
+    base = base_of(layer)
+    for parameter in base.parameters():
+        plain = type(parameter) is nn.Parameter
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
+    for buffer in base.buffers():
+        memo[id(buffer)] = buffer
+    return copy.deepcopy(layer, memo)
+
+
+def merged_base(layer: BalancedLinear) -> nn.Module:
+    """The base layer as `merge` would leave it, over shared codes and scales.
+
+    Raises:
+        MergeError: if this layer cannot take its adapter exactly.
+    """
+    twin = shadow(layer)
+    twin.merge(safe_merge=True, adapter_names=active(twin))
+    return base_of(twin)
+
+
+@contextmanager
+def computing_merged(model: nn.Module, stored: str | None = None) -> Iterator[None]:
+    """While open, every adapted layer computes by its merged weight; with adapters disabled, by its base as ever.
+
+    So a loss that switches the adapters off for its reference (DPO, KTO) is measured rightly, too.
+    """
+    layers, hooks = list(adapter_layers(model).values()), {}
+    try:
+        for layer in layers:
+            merged = merged_base(layer)
+            round_deltas_(merged, stored)
+            hooks[layer], layer._forward_hooks = layer._forward_hooks, OrderedDict()
+            layer.forward = _either(layer, merged)  # type: ignore[method-assign]
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+            layer._forward_hooks = hooks.get(layer, layer._forward_hooks)
+
+
+def _either(layer: BalancedLinear, merged: nn.Module) -> Any:
+    base = base_of(layer)
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if layer.disable_adapters:
+            return cast(Tensor, base(x, *args, **kwargs))
+        return cast(Tensor, merged(x, *args, **kwargs))
+
+    return forward
+
+
+@contextmanager
+def same_random_state() -> Iterator[None]:
+    """Random numbers drawn while open are not missing afterwards: training goes on as if nothing had been drawn."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        yield
+
+
+__all__ = ["computing_merged", "merged_base", "same_random_state", "shadow"]

@@ -1,0 +1,37 @@
+"""Real tokens to verify with: what the model's embedding was fed in the first training step."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ROWS, _LENGTH = 2, 256
+
+
+class FirstTokens:
+    """Keeps a few rows of the first batch that reaches the input embedding; then it is off the model again.
+
+    Every trainer feeds its embedding token ids, whatever its batches look like (preference pairs, generations, packed
+    rows), so no dataset needs to be read and no random number is drawn.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.ids: Tensor | None = None
+        embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+        self._handle = embedding.register_forward_pre_hook(self._keep)
+
+    def _keep(self, embedding: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() == 2:
+            self.ids = inputs[0][:_ROWS, :_LENGTH].detach().cpu()
+            self.remove()
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+
+def random_tokens(vocabulary: int) -> Tensor:
+    """Stand-in where no batch of ids was seen, (2, 32), always the same."""
+    return torch.randint(vocabulary, (_ROWS, 32), generator=torch.Generator().manual_seed(0))
+
+
+__all__ = ["FirstTokens", "random_tokens"]

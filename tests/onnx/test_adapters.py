@@ -1,0 +1,67 @@
+"""A model that still has its adapters exports with them, exactly."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qbl_trl import QBLoRAConfig, export_onnx
+from tests.onnx.models import quantize
+from tests.tiny import tiny_llama
+
+
+def kinds(report):
+    return {(layer.operator, layer.correction) for layer in report.layers if layer.name != "lm_head"}
+
+
+@pytest.mark.parametrize(
+    ("lowering", "expected"),
+    [("auto", "low rank"), ("low_rank", "low rank"), ("factored", "block delta")],
+)
+def test_a_q_blora_adapter_over_4_bits_is_exact_in_every_form(tmp_path, lowering, expected):
+    base = quantize(tiny_llama(), p=None)
+    model = get_peft_model(base, QBLoRAConfig(r=4, init_lora_weights=False))
+    report = export_onnx(model, tmp_path / "out", lowering=lowering)
+    assert report.parity_cached.max_abs_difference < 2e-5  # fp32, random adapters
+    assert kinds(report) == {("MatMulNBits", expected)}
+
+
+def test_large_pooling_factors_are_written_as_their_product(tmp_path):
+    base = quantize(tiny_llama(), p=None)
+    model = get_peft_model(base, QBLoRAConfig(r=4, in_factor=32, out_factor=2, init_lora_weights=False))
+    report = export_onnx(model, tmp_path / "out")
+    assert kinds(report) == {("MatMulNBits", "block delta")}
+
+
+@pytest.mark.parametrize(("codebook", "nested"), [("nf4", False), ("nf4", True), ("fp4", False)])
+def test_a_bitsandbytes_base_keeps_its_codes(tmp_path, codebook, nested):
+    pytest.importorskip("bitsandbytes")
+    tiny_llama().save_pretrained(tmp_path / "float")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=codebook,
+        bnb_4bit_use_double_quant=nested,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "float", quantization_config=quantization, dtype=torch.float32
+    )
+    model = get_peft_model(base, QBLoRAConfig(r=4, init_lora_weights=False))
+    report = export_onnx(model, tmp_path / "out")
+    assert report.parity.max_abs_difference < 2e-5
+    assert kinds(report) == {("MatMulBnb4", "low rank")}
+
+
+def test_a_plain_lora_over_4_bits_is_traced_as_it_is(tmp_path):
+    base = quantize(tiny_llama(), p=None)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    assert export_onnx(model, tmp_path / "out").parity.max_abs_difference < 2e-5
+
+
+def test_an_adapter_that_is_switched_off_is_not_written(tmp_path):
+    base = quantize(tiny_llama(), p=None)
+    model = get_peft_model(base, QBLoRAConfig(r=4, init_lora_weights=False))
+    with model.disable_adapter():
+        report = export_onnx(model, tmp_path / "out")
+    assert kinds(report) == {("MatMulNBits", "none")}
+    assert report.parity.max_abs_difference < 2e-5

@@ -1,0 +1,144 @@
+"""The folder in the runtimes people use: ORTModelForCausalLM and ONNX Runtime GenAI, over architectures."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedTokenizerFast
+
+from qbl_trl import export_onnx, verify
+from tests.onnx.models import PAD, merged_llama, padded_batch, quantize
+
+ort = pytest.importorskip("optimum.onnxruntime")
+
+WIDE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+TOKENS = {"bos_token_id": 1, "eos_token_id": PAD, "pad_token_id": PAD}
+GATED = {**WIDE, **TOKENS, "intermediate_size": 96, "max_position_embeddings": 64, "num_key_value_heads": 2}
+GEMMA = {"head_dim": 32, "sliding_window": 6, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
+ARCHITECTURES = {
+    "llama": ("Llama", GATED, "attention"),
+    "mistral with a window": ("Mistral", {**GATED, "sliding_window": 6}, "attention"),
+    "qwen2 with biases": ("Qwen2", GATED, "attention"),
+    "qwen3 with its own head size": ("Qwen3", {**GATED, "head_dim": 32}, "attention"),
+    "gemma2 with windows": ("Gemma2", {**GATED, **GEMMA}, "attention"),
+    "gemma2 with capped scores": ("Gemma2", {**GATED, **GEMMA, "attn_implementation": "eager"}, "attention"),
+    "phi3 with joined projections": ("Phi3", GATED, "attention"),
+    "gpt_neox with partial rotary": (
+        "GPTNeoX",
+        {**WIDE, **TOKENS, "intermediate_size": 96, "max_position_embeddings": 64, "rotary_pct": 0.25},
+        "attention",
+    ),
+    "opt with learned positions": (
+        "OPT",
+        {**WIDE, **TOKENS, "ffn_dim": 96, "max_position_embeddings": 64, "word_embed_proj_dim": 64},
+        "standard",
+    ),
+}
+
+
+def build(kind, settings):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    return quantize(getattr(transformers, f"{kind}ForCausalLM")(config).eval())
+
+
+def both_generate(model, folder, **settings):
+    ids, mask = padded_batch()
+    wanted = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, **settings}
+    deployed = ort.ORTModelForCausalLM.from_pretrained(folder)
+    return model.generate(ids, **wanted), deployed.generate(ids, **wanted)
+
+
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_every_architecture_generates_what_the_torch_model_does(tmp_path, case):
+    kind, settings, attention = ARCHITECTURES[case]
+    model = build(kind, settings)
+    report = export_onnx(model, tmp_path / "out")
+    assert report.attention == attention
+    assert report.parity_cached.max_abs_difference < 5e-6  # fp32 on both sides
+    expected, found = both_generate(model, tmp_path / "out")
+    assert torch.equal(expected, found)
+
+
+def test_gpt2_with_its_transposed_weights_is_exact(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=100, n_positions=64, **TOKENS)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    export_onnx(model, tmp_path / "out")
+    expected, found = both_generate(model, tmp_path / "out")
+    assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("attention", ["attention", "gqa"])
+def test_beams_and_continued_generation_are_right(tmp_path, attention):
+    model = merged_llama()
+    export_onnx(model, tmp_path / "out", attention=attention)
+    expected, found = both_generate(model, tmp_path / "out", num_beams=3)
+    assert torch.equal(expected, found)
+    deployed = ort.ORTModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(3, 15).unsqueeze(0)
+    first = deployed(input_ids=ids[:, :7], attention_mask=torch.ones(1, 7, dtype=torch.long))
+    rest = deployed(
+        input_ids=ids[:, 7:],
+        attention_mask=torch.ones(1, 12, dtype=torch.long),
+        past_key_values=first.past_key_values,
+        position_ids=torch.arange(7, 12).unsqueeze(0),
+    )
+    with torch.no_grad():
+        whole = model(ids).logits[:, 7:]
+    torch.testing.assert_close(rest.logits, whole, rtol=0, atol=5e-6)
+
+
+def test_a_padded_batch_can_be_continued_by_several_tokens(tmp_path):
+    model = merged_llama()
+    export_onnx(model, tmp_path / "out")
+    from qbl_trl.onnx.session import OnnxLogits
+
+    graph, (ids, mask) = OnnxLogits(tmp_path / "out"), padded_batch()
+    _, cache = graph.step(ids[:, :4], mask[:, :4], graph.empty_cache(2))
+    rest, _ = graph.step(ids[:, 4:], mask, cache)
+    torch.testing.assert_close(rest, graph(ids, mask)[:, 4:], rtol=0, atol=5e-6)
+
+
+def test_verify_takes_an_ort_model(tmp_path):
+    model = merged_llama()
+    export_onnx(model, tmp_path / "out")
+    deployed = ort.ORTModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert verify(model, deployed, *padded_batch()).max_abs_difference < 5e-6
+
+
+def tiny_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{index}": index for index in range(100)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2", pad_token="w2", bos_token="w1")
+
+
+@pytest.mark.parametrize("attention", ["attention", "gqa"])
+def test_the_same_folder_runs_in_onnx_runtime_genai(tmp_path, attention):
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = merged_llama()
+    export_onnx(model, tmp_path / "out", attention=attention, tokenizer=tiny_tokenizer())
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    ids = padded_batch()[0][1].tolist()
+    loaded = genai.Model(str(tmp_path / "out"))
+    params = genai.GeneratorParams(loaded)
+    params.set_search_options(max_length=len(ids) + 8, min_length=len(ids) + 8, do_sample=False)
+    generator = genai.Generator(loaded, params)
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert generator.get_sequence(0).tolist() == expected[0].tolist()
+
+
+def test_the_genai_configuration_says_what_the_graph_holds(tmp_path):
+    export_onnx(merged_llama(), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    decoder = config["model"]["decoder"]
+    assert (decoder["head_size"], decoder["num_key_value_heads"]) == (16, 2)
+    assert config["search"]["past_present_share_buffer"] is False
+    assert config["model"]["eos_token_id"] == PAD

@@ -1,0 +1,196 @@
+"""Foreign checkpoints of a tiny model, packed code by code from the published layouts: the importers' oracles.
+
+Everything here is written one integer at a time, on purpose in another way than the package unpacks it. Files that
+the formats' own libraries wrote are read in integration/test_importers.py.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qbl_trl.quant.affine import Affine, dequantize
+from tests.tiny import tiny_llama
+
+GROUP = 32
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def linear_layers(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+
+
+def random_affine(rows: int, columns: int, bits: int, seed: int, *, zeros="integer", dtype=torch.float16, group=GROUP):
+    """Codes, scales and zero points as a quantizer might leave them."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    shape = (rows, -(-columns // group))
+    scales = (torch.rand(shape, generator=generator) * 0.02 + 0.01).to(dtype)
+    if zeros == "half":
+        points = torch.full(shape, 1 << (bits - 1), dtype=torch.uint8)
+    elif zeros == "float":
+        points = (torch.rand(shape, generator=generator) * ((1 << bits) - 1)).to(dtype)
+    else:
+        points = torch.randint(0, 1 << bits, shape, generator=generator, dtype=torch.uint8)
+    return Affine(codes, scales, points)
+
+
+def word_matrix(values: Tensor, bits: int, order=None) -> Tensor:
+    """(R, C) integers -> (R, C bits / 32) int32, each word filled field by field along a row."""
+    per_word = 32 // bits
+    order = order or range(per_word)
+    rows = []
+    for row in values.tolist():
+        row = row + [0] * (-len(row) % per_word)
+        words = []
+        for start in range(0, len(row), per_word):
+            word = 0
+            for field, column in enumerate(order):
+                word |= row[start + column] << (bits * field)
+            words.append(word - (1 << 32) if word >= 1 << 31 else word)
+        rows.append(words)
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def gptq_tensors(affine: Affine, bits: int, *, v1: bool = True, act_order=False, group=GROUP) -> dict[str, Tensor]:
+    codes, scales, zeros = affine
+    words = word_matrix(zeros.T, bits)
+    if v1:  # the library subtracts one from every field by subtracting this word, borrows included
+        words = words - sum(1 << shift for shift in range(0, 32, bits))
+    index = torch.arange(codes.shape[1]) // group
+    return {
+        "qweight": word_matrix(codes, bits).T.contiguous(),
+        "qzeros": words,
+        "scales": scales.T.contiguous(),
+        "g_idx": (index.flip(0) if act_order else index).int(),
+    }
+
+
+def awq_tensors(affine: Affine, version: str = "gemm") -> dict[str, Tensor]:
+    codes, scales, zeros = affine
+    if version == "gemm":
+        return {
+            "qweight": word_matrix(codes.T, 4, AWQ_ORDER),
+            "qzeros": word_matrix(zeros.T, 4, AWQ_ORDER),
+            "scales": scales.T.contiguous(),
+        }
+    padded = torch.zeros(len(scales), -(-scales.shape[1] // 8) * 8, dtype=scales.dtype)
+    padded[:, : scales.shape[1]] = scales
+    return {"qweight": word_matrix(codes, 4), "qzeros": word_matrix(zeros, 4), "scales": padded}
+
+
+def compressed_tensors(affine: Affine, bits: int, *, symmetric: bool) -> dict[str, Tensor]:
+    codes, scales, zeros = affine
+    tensors = {
+        "weight_packed": word_matrix(codes, bits),
+        "weight_scale": scales,
+        "weight_shape": torch.tensor(codes.shape),
+    }
+    return tensors if symmetric else tensors | {"weight_zero_point": word_matrix(zeros.T, bits).T.contiguous()}
+
+
+def hqq_tensors(affine: Affine, bits: int, axis: int = 1) -> dict[str, Tensor]:
+    codes, scales, zeros = affine
+    rows = codes.reshape(-1, GROUP).tolist()
+    per_byte, step = 8 // bits, len(rows) * bits // 8
+    packed = [
+        [sum(rows[lane * step + r][c] << (8 - bits * (lane + 1)) for lane in range(per_byte)) for c in range(GROUP)]
+        for r in range(step)
+    ]
+    text = torch.tensor(list(f"{bits}bit_u8".encode()), dtype=torch.uint8)
+    numbers = {"nbits": bits, "group_size": GROUP, "axis": axis, "quant_scale": 0, "quant_zero": 0}
+    return {
+        "W_q": torch.tensor(packed, dtype=torch.uint8),
+        "scale": scales.reshape(-1, 1),
+        "zero": zeros.reshape(-1, 1),
+        "shape": torch.tensor(codes.shape),
+        "packing": text,
+        **{key: torch.tensor(value, dtype=torch.int32) for key, value in numbers.items()},
+    }
+
+
+def write_folder(folder: Path, tensors_of, quantization: dict, affine_of, *, shards: int = 1, dtype=torch.float32):
+    """A checkpoint folder of the tiny model.
+
+    Args:
+        tensors_of: Affine -> the tensors of one layer.
+        affine_of: (rows, columns, seed) -> Affine.
+
+    Returns:
+        The float model that the checkpoint stands for, and each layer's Affine.
+    """
+    model, affines, tensors = tiny_llama(attention_bias=True), {}, {}
+    for seed, (name, layer) in enumerate(linear_layers(model).items()):
+        affines[name] = affine_of(*layer.weight.shape, seed)
+        group = -(-layer.weight.shape[1] // affines[name].scales.shape[1])
+        layer.weight.data = dequantize(*affines[name], group)
+        tensors |= {f"{name}.{key}": value.contiguous() for key, value in tensors_of(affines[name]).items()}
+        if layer.bias is not None:
+            torch.nn.init.normal_(layer.bias)
+            tensors[f"{name}.bias"] = layer.bias.data
+    own = {f"{name}.weight" for name in affines} | {"lm_head.weight"}
+    tensors |= {name: value.to(dtype) for name, value in model.state_dict().items() if name not in {*own, *tensors}}
+    folder.mkdir()
+    if model.config.tie_word_embeddings is False:
+        tensors["lm_head.weight"] = model.lm_head.weight.data.to(dtype)
+    names = sorted(tensors)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        parts = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+        where = {name: parts[i % shards] for i, name in enumerate(names)}
+        for part in parts:
+            save_file({n: tensors[n] for n in names if where[n] == part}, folder / part, metadata={"format": "pt"})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    config = model.config.to_dict() | {"quantization_config": quantization, "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text("{}")
+    return model, affines
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Row order in which llama.cpp stores q and k."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path: Path, model, types: dict[str, str], default: str = "Q4_1") -> None:
+    """The tiny llama as a GGUF file, quantized by the gguf package; `types` by part of the tensor's name."""
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
+    writer.add_token_merges(["t 1", "t 2"])
+    writer.add_bos_token_id(1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, value in model.state_dict().items():
+        values = value.float().numpy()
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            values = permuted(values, heads)
+        place = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        kind = next((kind for part, kind in types.items() if part in name), default if values.ndim == 2 else "F32")
+        if kind == "F32":
+            writer.add_tensor(place, values)
+        else:
+            qtype = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(place, gguf.quants.quantize(values, qtype), raw_dtype=qtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

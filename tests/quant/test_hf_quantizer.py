@@ -1,0 +1,172 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+
+from qbl_trl import GroupQuantConfig
+from qbl_trl.errors import CheckpointError, ConfigError
+from qbl_trl.quant.hf_quantizer import quantize_model_
+from qbl_trl.quant.linear import GroupQuantLinear
+from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
+
+
+@pytest.fixture(params=[tiny_llama, lambda: tiny_llama(tie_word_embeddings=True, attention_bias=True), tiny_gpt2])
+def saved(request, tmp_path):
+    model = request.param()
+    model.save_pretrained(tmp_path / "float")
+    return model, tmp_path
+
+
+def load(folder, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, {"symmetric": True}, {"quantize_embeddings": True}, {"bits": 8}])
+def test_a_quantized_model_reloads_bit_for_bit(saved, dtype, changes):
+    _, folder = saved
+    first = load(folder / "float", quantization_config=GroupQuantConfig(**changes), dtype=dtype)
+    first.save_pretrained(folder / "packed")
+    second = load(folder / "packed", dtype=dtype)
+    ours, theirs = first.state_dict(), second.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype, name
+        assert torch.equal(ours[name], theirs[name]), name
+    assert torch.equal(logits(first, tokens()), logits(second, tokens()))
+
+
+def test_quantizing_while_loading_equals_quantizing_in_memory(saved):
+    model, folder = saved
+    loaded = load(folder / "float", quantization_config=GroupQuantConfig())
+    assert torch.equal(logits(loaded, tokens()), logits(quantize_model_(model, GroupQuantConfig()), tokens()))
+
+
+def test_8_bits_stay_close_to_the_float_model(saved):
+    model, folder = saved
+    loaded = load(folder / "float", quantization_config=GroupQuantConfig(bits=8))
+    torch.testing.assert_close(logits(loaded, tokens()), logits(model, tokens()), rtol=0, atol=0.02)
+
+
+def test_the_head_and_what_is_named_stay_in_float(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    model = load(tmp_path, quantization_config=GroupQuantConfig(modules_to_not_convert=["down_proj"]))
+    kinds = {name: type(m) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert kinds["lm_head"] is nn.Linear
+    assert kinds["model.layers.1.mlp.down_proj"] is nn.Linear
+    assert kinds["model.layers.1.mlp.up_proj"] is GroupQuantLinear
+
+
+def test_a_fresh_classification_head_stays_in_float_and_reloads(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "float")
+    settings = GroupQuantConfig()
+    model = LlamaForSequenceClassification.from_pretrained(
+        tmp_path / "float", quantization_config=settings, pad_token_id=0
+    )
+    assert type(model.score) is nn.Linear
+    model.save_pretrained(tmp_path / "packed")
+    again = LlamaForSequenceClassification.from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(model, tokens()), logits(again, tokens()))
+
+
+def test_a_tied_embedding_is_saved_once(tmp_path):
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "float")
+    model = load(tmp_path / "float", quantization_config=GroupQuantConfig(quantize_embeddings=True))
+    model.save_pretrained(tmp_path / "packed")
+    again = load(tmp_path / "packed")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert again.lm_head.scales is again.model.embed_tokens.scales
+
+
+def test_the_saved_configuration_names_the_format_in_full(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "float")
+    load(tmp_path / "float", quantization_config=GroupQuantConfig(group_size=16)).save_pretrained(tmp_path / "packed")
+    stored = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert stored["quant_method"] == "group_quant"
+    assert (stored["bits"], stored["group_size"], stored["zeros"]) == (4, 16, "packed")
+
+
+def test_dequantize_gives_a_plain_float_model(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    model = load(tmp_path, quantization_config=GroupQuantConfig())
+    before = logits(model, tokens())
+    plain = model.dequantize()
+    assert not any(isinstance(m, GroupQuantLinear) for m in plain.modules())
+    torch.testing.assert_close(logits(plain, tokens()), before, rtol=0, atol=1e-5)
+
+
+class TestDamagedCheckpoints:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        tiny_llama().save_pretrained(tmp_path / "float")
+        load(tmp_path / "float", quantization_config=GroupQuantConfig()).save_pretrained(tmp_path / "packed")
+        return tmp_path / "packed"
+
+    def change_config(self, folder, **changes):
+        file = folder / "config.json"
+        config = json.loads(file.read_text())
+        config["quantization_config"].update(changes)
+        file.write_text(json.dumps(config))
+
+    def test_a_file_cut_short_is_named(self, folder):
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: cut short"):
+            load(folder)
+
+    def test_a_flipped_byte_in_the_header_is_named(self, folder):
+        file = folder / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        at = content.index(b'"data_offsets"')
+        content[at] ^= 0xFF
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: its header is damaged"):
+            load(folder)
+
+    def test_a_flipped_length_is_named(self, folder):
+        file = folder / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[6] = 0x7F
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+            load(folder)
+
+    def test_a_format_that_does_not_match_the_tensors_is_named(self, folder):
+        self.change_config(folder, group_size=16)
+        with pytest.raises(CheckpointError, match=r"tensor '.*weight|scales' is .*config\.json calls for"):
+            load(folder)
+
+    def test_a_missing_tensor_is_named(self, folder):
+        self.change_config(folder, in_factor=32, out_factor=1)
+        with pytest.raises(CheckpointError, match=r"tensor '.*\.delta' is missing"):
+            load(folder)
+
+    def test_a_missing_shard_is_named(self, folder):
+        tiny = load(folder)
+        tiny.save_pretrained(folder, max_shard_size="20KB")
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        next(folder.glob("model-00002*")).unlink()
+        with pytest.raises((CheckpointError, OSError), match="model-00002"):
+            load(folder)
+
+    def test_unknown_fields_are_refused(self, folder):
+        self.change_config(folder, colour="blue")
+        with pytest.raises(ConfigError, match="unknown fields: colour"):
+            load(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("bits", 3), ("group_size", 33), ("algorithm", "magic"), ("scale_dtype", "int8"), ("symmetric", "yes")],
+)
+def test_bad_settings_are_refused_with_what_is_allowed(field, value):
+    with pytest.raises(ConfigError, match=field):
+        GroupQuantConfig(**{field: value})
+
+
+def test_a_model_without_a_layer_to_quantize_is_refused(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="no linear layer to quantize"):
+        load(tmp_path, quantization_config=GroupQuantConfig(modules_to_not_convert=["model"]))

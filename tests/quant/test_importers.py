@@ -1,0 +1,339 @@
+import json
+import struct
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import qbl_trl  # noqa: F401  (registers the quantizer)
+from qbl_trl.config import GroupQuantConfig
+from qbl_trl.errors import CheckpointError, ConfigError
+from qbl_trl.quant.affine import dequantize
+from qbl_trl.quant.importers import convert_checkpoint, describe_checkpoint, read_layers
+from qbl_trl.quant.importers.reader import stored_group_size
+from qbl_trl.quant.linear import GroupQuantLinear
+from tests.quant import foreign
+from tests.tiny import logits, tiny_llama, tokens
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False}
+WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}},
+    "ignore": ["lm_head"],
+}
+HQQ = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 32, "axis": 1}}}
+
+
+def symmetric_compressed():
+    return COMPRESSED | {"config_groups": {"group_0": {"weights": WEIGHTS | {"symmetric": True}}}}
+
+
+def affines(bits=4, **changes):
+    return lambda rows, columns, seed: foreign.random_affine(rows, columns, bits, seed, **changes)
+
+
+def case(name, tensors, quantization, affine_of, bits=4, zeros="packed", **changes):
+    return pytest.param(tensors, quantization, affine_of, bits, zeros, changes, id=name)
+
+
+CASES = [
+    case("gptq-v1", partial(foreign.gptq_tensors, bits=4), GPTQ, affines()),
+    case(
+        "gptq-v2", partial(foreign.gptq_tensors, bits=4, v1=False), GPTQ | {"checkpoint_format": "gptq_v2"}, affines()
+    ),
+    case("gptq-sym", partial(foreign.gptq_tensors, bits=4), GPTQ | {"sym": True}, affines(zeros="half"), zeros="none"),
+    case("gptq-2bit", partial(foreign.gptq_tensors, bits=2), GPTQ | {"bits": 2}, affines(2), 2),
+    case("gptq-8bit-bf16", partial(foreign.gptq_tensors, bits=8), GPTQ, affines(8, dtype=torch.bfloat16), 8),
+    case("awq-gemm", foreign.awq_tensors, AWQ, affines()),
+    case("awq-gemv", partial(foreign.awq_tensors, version="gemv"), AWQ | {"version": "gemv"}, affines()),
+    case(
+        "auto-round-gptq",
+        partial(foreign.gptq_tensors, bits=4),
+        AUTO_ROUND | {"packing_format": "auto_round:auto_gptq"},
+        affines(),
+    ),
+    case(
+        "auto-round-plain",
+        partial(foreign.gptq_tensors, bits=4, v1=False),
+        AUTO_ROUND | {"packing_format": "auto_round"},
+        affines(),
+    ),
+    case("auto-round-awq", foreign.awq_tensors, AUTO_ROUND | {"packing_format": "auto_round:auto_awq"}, affines()),
+    case("compressed", partial(foreign.compressed_tensors, bits=4, symmetric=False), COMPRESSED, affines()),
+    case(
+        "compressed-sym-2bit",
+        partial(foreign.compressed_tensors, bits=2, symmetric=True),
+        symmetric_compressed(),
+        affines(2, zeros="half", dtype=torch.bfloat16),
+        2,
+        "none",
+    ),
+    case("hqq", partial(foreign.hqq_tensors, bits=4), HQQ, affines(zeros="float"), zeros="float16"),
+    case("hqq-2bit", partial(foreign.hqq_tensors, bits=2), HQQ, affines(2, zeros="float"), 2, "float16"),
+    case(
+        "hqq-8bit-bf16",
+        partial(foreign.hqq_tensors, bits=8),
+        HQQ,
+        affines(8, zeros="float", dtype=torch.bfloat16),
+        8,
+        "bfloat16",
+    ),
+    case("shards", partial(foreign.gptq_tensors, bits=4), GPTQ, affines(), shards=3),
+]
+
+
+@pytest.mark.parametrize(("tensors", "quantization", "affine_of", "bits", "zeros", "changes"), CASES)
+def test_codes_scales_and_zero_points_come_over_bit_for_bit(
+    tmp_path, tensors, quantization, affine_of, bits, zeros, changes
+):
+    reference, written = foreign.write_folder(tmp_path / "in", tensors, quantization, affine_of, **changes)
+    described = describe_checkpoint(tmp_path / "in")
+    assert described["bits"] == bits
+    assert described["group_size"] == 32
+    assert described["zeros"] == zeros
+    assert described["symmetric"] == (zeros == "none")
+    assert described["layers"] == {}
+    assert {"lm_head", "model.embed_tokens"} == set(described["modules_to_not_convert"])
+
+    convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name, affine in written.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, GroupQuantLinear), name
+        for ours, theirs in zip(layer.affine(), affine, strict=True):
+            assert ours.dtype == theirs.dtype, name
+            assert torch.equal(ours, theirs), name
+    torch.testing.assert_close(logits(model, tokens()), logits(reference, tokens()), rtol=0, atol=1e-5)  # float32 sums
+    assert (tmp_path / "out" / "tokenizer_config.json").is_file()
+
+
+def test_streaming_yields_every_tensor_once(tmp_path):
+    reference, written = foreign.write_folder(tmp_path / "in", foreign.awq_tensors, AWQ, affines())
+    found = dict(read_layers(tmp_path / "in"))
+    assert {name for name, value in found.items() if isinstance(value, GroupQuantLinear)} == set(written)
+    rest = {name for name, value in found.items() if isinstance(value, torch.Tensor)}
+    inside = {f"{name}.{part}" for name in written for part in ("weight", "bias")}
+    assert rest == set(reference.state_dict()) - inside
+
+
+def test_a_quantized_output_head_becomes_float_without_a_loss(tmp_path):
+    _reference, _ = foreign.write_folder(tmp_path / "in", partial(foreign.gptq_tensors, bits=4), GPTQ, affines())
+    tensors = load_file(tmp_path / "in" / "model.safetensors")
+    affine = foreign.random_affine(96, 64, 4, 9)
+    tensors |= {f"lm_head.{key}": value.contiguous() for key, value in foreign.gptq_tensors(affine, 4).items()}
+    foreign.save_file(tensors, tmp_path / "in" / "model.safetensors")
+    assert "lm_head" in describe_checkpoint(tmp_path / "in")["modules_to_not_convert"]
+    found = dict(read_layers(tmp_path / "in"))
+    assert torch.equal(found["lm_head.weight"], dequantize(*affine, 32))
+    assert "lm_head.qweight" not in found
+
+
+@pytest.mark.parametrize(("columns", "stated", "stored"), [(64, -1, 64), (96, -1, 64), (192, 96, 32), (96, 48, 16)])
+def test_groups_of_other_sizes_are_split_into_equal_parts(tmp_path, columns, stated, stored):
+    size = columns if stated == -1 else stated
+    affine = foreign.random_affine(8, columns, 4, 0, group=size)
+    tensors = {f"layer.{key}": value for key, value in foreign.gptq_tensors(affine, 4, group=size).items()}
+    (tmp_path / "in").mkdir()
+    foreign.save_file(tensors, tmp_path / "in" / "model.safetensors")
+    (tmp_path / "in" / "config.json").write_text(json.dumps({"quantization_config": GPTQ | {"group_size": stated}}))
+    ((_, layer),) = list(read_layers(tmp_path / "in"))
+    assert layer.group_size == stored
+    assert torch.equal(layer.dequantize(), dequantize(*affine, size))
+
+
+def test_groups_that_cannot_be_split_are_refused():
+    with pytest.raises(CheckpointError, match="groups of 24 weights cannot be split"):
+        stored_group_size("layer", 48, 2, 24)
+
+
+def test_a_zero_point_of_zero_survives_the_borrow_of_version_1(tmp_path):
+    def zeros_of_zero(rows, columns, seed):
+        affine = foreign.random_affine(rows, columns, 4, seed)
+        return affine._replace(zeros=torch.zeros_like(affine.zeros))
+
+    _, written = foreign.write_folder(tmp_path / "in", partial(foreign.gptq_tensors, bits=4), GPTQ, zeros_of_zero)
+    found = dict(read_layers(tmp_path / "in"))
+    assert all(not found[name].affine().zeros.any() for name in written)
+
+
+def test_settings_in_the_older_separate_file_are_found(tmp_path):
+    foreign.write_folder(tmp_path / "in", foreign.awq_tensors, AWQ, affines())
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "in" / "quant_config.json").write_text(json.dumps({"w_bit": 4, "q_group_size": 32, "version": "GEMM"}))
+    assert describe_checkpoint(tmp_path / "in")["group_size"] == 32
+
+
+def test_layers_that_differ_are_named_with_their_difference(tmp_path):
+    def mixed(rows, columns, seed):
+        return foreign.random_affine(rows, columns, 8 if seed == 3 else 4, seed)
+
+    def tensors(affine):
+        return foreign.gptq_tensors(affine, 8 if int(affine.codes.max()) > 15 else 4)
+
+    foreign.write_folder(tmp_path / "in", tensors, GPTQ, mixed)
+    described = describe_checkpoint(tmp_path / "in")
+    assert described["bits"] == 4
+    assert described["layers"] == {"model.layers.0.self_attn.o_proj": {"bits": 8}}
+    assert GroupQuantConfig(**described).layer_format("model.layers.0.self_attn.o_proj").bits == 8
+
+
+@pytest.mark.parametrize(
+    ("tensors", "quantization", "affine_of", "message"),
+    [
+        (partial(foreign.gptq_tensors, bits=4, act_order=True), GPTQ, affines(), "desc_act=true"),
+        (partial(foreign.gptq_tensors, bits=4), GPTQ | {"checkpoint_format": "marlin"}, affines(), "marlin"),
+        (partial(foreign.gptq_tensors, bits=4), GPTQ | {"sym": True}, affines(), "sym=true"),
+        (foreign.awq_tensors, AWQ | {"version": "gemv_fast"}, affines(), "gemv_fast"),
+        (foreign.awq_tensors, AWQ | {"bits": 8}, affines(), "8 bits"),
+        (partial(foreign.hqq_tensors, bits=4, axis=0), HQQ, affines(zeros="float"), "axis=0"),
+        (foreign.awq_tensors, COMPRESSED | {"format": "marlin-24"}, affines(), "marlin-24"),
+        (foreign.awq_tensors, {"quant_method": "aqlm"}, affines(), "'aqlm' cannot be imported"),
+        (foreign.awq_tensors, HQQ, affines(), r"no tensor is called \*\.W_q"),
+    ],
+)
+def test_what_cannot_be_read_exactly_is_refused(tmp_path, tensors, quantization, affine_of, message):
+    foreign.write_folder(tmp_path / "in", tensors, quantization, affine_of)
+    with pytest.raises(CheckpointError, match=message):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]  # nothing half-written stays behind
+
+
+def test_an_output_folder_with_files_is_left_alone(tmp_path):
+    foreign.write_folder(tmp_path / "in", foreign.awq_tensors, AWQ, affines())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(ConfigError, match="not empty"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert (tmp_path / "out" / "mine").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-100]), "model.safetensors"),
+        (lambda file: file.write_bytes(struct.pack("<Q", 1 << 40) + file.read_bytes()[8:]), "model.safetensors"),
+        (lambda file: file.unlink(), "no \\*.safetensors file"),
+    ],
+    ids=["cut", "header", "missing"],
+)
+def test_a_damaged_file_is_named(tmp_path, damage, message):
+    foreign.write_folder(tmp_path / "in", foreign.awq_tensors, AWQ, affines())
+    damage(tmp_path / "in" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        describe_checkpoint(tmp_path / "in")
+
+
+def test_a_source_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        describe_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"no config\.json and 0 GGUF files"):
+        describe_checkpoint(tmp_path)
+    (tmp_path / "model.gguf").write_bytes(b"not a gguf file")
+    with pytest.raises(CheckpointError, match="is not a GGUF file"):
+        describe_checkpoint(tmp_path / "model.gguf")
+
+
+# ---- GGUF
+
+
+@pytest.fixture
+def gguf_file(tmp_path):
+    pytest.importorskip("gguf", reason="the GGUF importer needs the package gguf")
+
+    def write(types=None, default="Q4_1", **changes):
+        model = tiny_llama(hidden_size=64, intermediate_size=96, tie_word_embeddings=False, **changes)
+        foreign.write_gguf(tmp_path / "tiny.gguf", model, types or {}, default)
+        return tmp_path / "tiny.gguf"
+
+    return write
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_a_gguf_file_gives_the_model_that_transformers_dequantizes(tmp_path, gguf_file, kind):
+    file = gguf_file(default=kind)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
+    convert_checkpoint(file, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    layers = foreign.linear_layers(reference)
+    for name, layer in layers.items():
+        ours = model.get_submodule(name)
+        assert isinstance(ours, GroupQuantLinear), name
+        assert ours.scales.dtype == torch.float16, name
+        tolerance = 0 if kind != "Q4_1" else 2e-7  # -m / d is rounded to float32: |m| < 1 times 2**-23
+        torch.testing.assert_close(ours.dequantize(), layer.weight.float(), rtol=0, atol=tolerance)
+    torch.testing.assert_close(logits(model, tokens()), logits(reference, tokens()), rtol=0, atol=1e-5)
+
+
+def test_codes_and_scales_of_a_gguf_file_are_its_own(gguf_file):
+    import gguf
+
+    file = gguf_file()
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    layer = dict(read_layers(file))["model.layers.1.mlp.down_proj"]
+    codes, scales, zeros = layer.affine()
+    for row, raw in enumerate(np.array(tensors["blk.1.ffn_down.weight"].data)[:5]):
+        for group, block in enumerate(raw.reshape(-1, 20)):
+            d, m = block[:4].copy().view(np.float16)
+            assert scales[row, group].numpy() == d
+            assert abs(float(zeros[row, group]) + float(m) / float(d)) < 1e-6 * abs(float(m) / float(d)) + 1e-12
+            for k in range(32):
+                nibble = block[4 + k] & 15 if k < 16 else block[4 + k - 16] >> 4
+                assert codes[row, group * 32 + k] == nibble
+
+
+def test_matrices_of_other_types_stay_float_and_8_bit_layers_are_named(gguf_file):
+    file = gguf_file({"down_proj": "Q8_0", "o_proj": "Q5_0", "lm_head": "Q8_0", "embed": "Q8_0"})
+    described = describe_checkpoint(file)
+    assert described["bits"] == 4
+    assert described["zeros"] == "float32"
+    eight = {"bits": 8, "zeros": "none"}
+    assert described["layers"] == {
+        "model.layers.0.mlp.down_proj": eight,
+        "model.layers.1.mlp.down_proj": eight,
+    }
+    assert {"lm_head", "model.layers.0.self_attn.o_proj"} <= set(described["modules_to_not_convert"])
+    assert isinstance(dict(read_layers(file))["model.embed_tokens.weight"], torch.Tensor)
+
+
+def test_a_constant_group_of_a_gguf_file_keeps_its_value():
+    from qbl_trl.quant.importers.gguf import split_blocks
+
+    d, m = np.zeros(1, np.float16), np.array([0.37], np.float16)
+    raw = np.concatenate([d.view(np.uint8), m.view(np.uint8), np.full(16, 0x5A, np.uint8)])
+    codes, scales, zeros = split_blocks(torch.from_numpy(raw)[None], "Q4_1")
+    assert (dequantize(codes, scales, zeros, 32) == float(m[0])).all()
+
+
+def test_a_gguf_file_cut_short_is_refused(gguf_file):
+    file = gguf_file()
+    file.write_bytes(file.read_bytes()[:3000])
+    with pytest.raises(CheckpointError, match=r"tiny\.gguf cannot be read as GGUF"):
+        describe_checkpoint(file)
+
+
+def test_the_dtype_of_what_is_not_quantized_can_be_chosen(tmp_path):
+    foreign.write_folder(tmp_path / "in", foreign.awq_tensors, AWQ, affines())
+    convert_checkpoint(tmp_path / "in", tmp_path / "out", dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert tensors["model.layers.0.self_attn.q_proj.bias"].dtype == torch.bfloat16
+    assert tensors["model.layers.0.self_attn.q_proj.scales"].dtype == torch.float16
+
+
+def test_a_large_checkpoint_is_written_in_shards(tmp_path, monkeypatch):
+    reference, _ = foreign.write_folder(tmp_path / "in", foreign.awq_tensors, AWQ, affines())
+    monkeypatch.setattr("qbl_trl.quant.importers.convert._SHARD_BYTES", 20_000)
+    convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(model, tokens()), logits(reference, tokens()), rtol=0, atol=1e-5)

@@ -1,0 +1,163 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import qbl_trl  # noqa: F401  (registers the quantizer)
+from qbl_trl.errors import ConfigError, FoldError
+from qbl_trl.quant.affine import dequantize
+from qbl_trl.quant.algorithms import quantize
+from qbl_trl.quant.importers import convert_checkpoint, read_layers
+from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.writers import folded, write_checkpoint
+from tests.quant import foreign
+from tests.tiny import logits, tiny_llama, tokens
+
+
+def packed_llama(*, bits=4, group_size=32, merged=True, algorithm="rtn", **changes):
+    """A tiny llama of packed layers, with a block delta on each as `merge` leaves it."""
+    model = tiny_llama(tie_word_embeddings=False, **changes)
+    for seed, (name, layer) in enumerate(foreign.linear_layers(model).items()):
+        affine = quantize(layer.weight.data, bits=bits, group_size=group_size, symmetric=False, algorithm=algorithm)
+        packed = GroupQuantLinear.from_affine(affine, bits=bits, group_size=group_size, bias=layer.bias)
+        if merged:
+            generator = torch.Generator().manual_seed(seed)
+            rows, columns = packed.out_features // 2, packed.in_features // group_size
+            packed.set_delta(torch.randn(rows, columns, generator=generator) * 1e-3, group_size, 2)
+        model.set_submodule(name, packed)
+    return model
+
+
+def template(path, **changes):
+    pytest.importorskip("gguf", reason="the GGUF writer needs the package gguf")
+    model = tiny_llama(tie_word_embeddings=False, **changes)
+    foreign.write_gguf(path, model, {}, default="F32")
+    return path
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_merged_model_survives_hqq_exactly(tmp_path, bits):
+    model = packed_llama(bits=bits)
+    report = write_checkpoint(model, tmp_path / "hqq", "hqq")
+    assert report.layers == 14
+    assert report.largest_rounding == 0
+    found = dict(read_layers(tmp_path / "hqq"))
+    for name, layer in ((n, m) for n, m in model.named_modules() if isinstance(m, GroupQuantLinear)):
+        codes, scales, zeros = found[name].affine()
+        own = layer.affine()
+        assert torch.equal(codes, own.codes)
+        assert torch.equal(scales, own.scales.float())
+        for row in (0, 1, 5):
+            for group in range(scales.shape[1]):
+                shift = layer.delta[row // 2, group].double() / own.scales[row, group].double()
+                exact = own.zeros[row, group].double() - shift
+                assert abs(float(zeros[row, group]) - float(exact)) <= abs(float(exact)) * 2**-24 + 1e-12
+    convert_checkpoint(tmp_path / "hqq", tmp_path / "ours")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    torch.testing.assert_close(logits(loaded, tokens()), logits(model, tokens()), rtol=0, atol=1e-5)  # float32 sums
+
+
+def test_a_merged_model_becomes_gguf_with_its_offsets_rounded_to_float16(tmp_path):
+    model = packed_llama()
+    report = write_checkpoint(model, tmp_path / "out.gguf", "gguf", template=template(tmp_path / "template.gguf"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", dtype=torch.float32)
+    largest = 0.0
+    for name, layer in ((n, m) for n, m in model.named_modules() if isinstance(m, GroupQuantLinear)):
+        wrong = (loaded.get_submodule(name).weight - layer.dequantize()).abs()
+        largest = max(largest, float(wrong.max()))
+        offset = float((layer.scales.float() * layer.zero_points().float()).abs().max()) + 1e-2
+        assert float(wrong.max()) <= offset * 2**-11 + 1e-7, name
+    assert largest > 0
+    assert abs(report.largest_rounding - largest) <= 1e-7
+    torch.testing.assert_close(logits(loaded, tokens()), logits(model, tokens()), rtol=0, atol=5e-3)
+
+
+def test_a_gguf_file_that_was_imported_and_written_again_holds_the_same_bytes(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="the GGUF writer needs the package gguf")
+    foreign.write_gguf(tmp_path / "in.gguf", tiny_llama(tie_word_embeddings=False), {"embed": "Q8_0"})
+    convert_checkpoint(tmp_path / "in.gguf", tmp_path / "ours")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    report = write_checkpoint(model, tmp_path / "out.gguf", "gguf", template=tmp_path / "in.gguf")
+    assert report.largest_rounding < 1e-7  # float32 zero points give back every float16 offset
+    first, second = (gguf.GGUFReader(tmp_path / name) for name in ("in.gguf", "out.gguf"))
+    for one, other in zip(first.tensors, second.tensors, strict=True):
+        assert one.name == other.name
+        assert one.tensor_type == other.tensor_type
+        assert (one.data == other.data).all(), one.name
+    ours = {name: field.contents() for name, field in second.fields.items()}
+    for name, field in first.fields.items():
+        if not name.startswith("GGUF."):
+            assert ours[name] == field.contents(), name
+
+
+def test_trained_norms_and_embeddings_are_written_in_float(tmp_path):
+    file = template(tmp_path / "template.gguf")
+    model = packed_llama()
+    model.model.norm.weight.data += 0.5
+    model.model.embed_tokens.weight.data *= 2
+    write_checkpoint(model, tmp_path / "out.gguf", "gguf", template=file)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", dtype=torch.float32)
+    assert torch.equal(loaded.model.norm.weight, model.model.norm.weight)
+    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_folding_is_adding_the_delta_to_the_weight():
+    layer = packed_llama().model.layers[0].mlp.up_proj
+    torch.testing.assert_close(dequantize(*folded(layer), 32), layer.dequantize(), rtol=0, atol=1e-7)  # float32
+
+
+def test_larger_groups_are_repeated_in_gguf(tmp_path):
+    model = packed_llama(group_size=64, merged=False, intermediate_size=128)
+    file = template(tmp_path / "template.gguf", intermediate_size=128)
+    write_checkpoint(model, tmp_path / "out.gguf", "gguf", template=file)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", dtype=torch.float32)
+    name = "model.layers.0.mlp.down_proj"
+    ours = model.get_submodule(name).dequantize()
+    torch.testing.assert_close(loaded.get_submodule(name).weight, ours, rtol=0, atol=1e-4)  # float16 offsets
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq", "auto-round", "compressed-tensors", "q4_0"])
+def test_formats_with_integer_zero_points_are_refused_with_the_lossy_route(tmp_path, format):
+    with pytest.raises(ConfigError, match=r'integer zero points.*lossy="requantize"'):
+        write_checkpoint(packed_llama(), tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_delta_that_varies_inside_a_group_is_refused(tmp_path):
+    model = packed_llama(merged=False)
+    layer = model.model.layers[0].mlp.up_proj
+    layer.set_delta(torch.zeros(48, 32), 2, 2)
+    with pytest.raises(FoldError, match="in_factor=2 varies inside groups of 32"):
+        write_checkpoint(model, tmp_path / "out", "hqq")
+
+
+@pytest.mark.parametrize(
+    ("make", "format", "message"),
+    [
+        (packed_llama, "exl2", "format='exl2' is not known"),
+        (packed_llama, "gguf", "needs template="),
+        (tiny_llama, "hqq", "no GroupQuantLinear"),
+        (lambda: packed_llama(group_size=64, merged=False), "hqq", "no HQQ layout"),
+    ],
+)
+def test_models_and_formats_that_do_not_fit_are_refused(tmp_path, make, format, message):
+    with pytest.raises(ConfigError, match=message):
+        write_checkpoint(make(), tmp_path / "out", format)
+
+
+def test_layers_that_q4_1_cannot_hold_are_refused(tmp_path):
+    file = template(tmp_path / "template.gguf")
+    with pytest.raises(ConfigError, match=r"8 bits.*Q4_1 holds 4 bits"):
+        write_checkpoint(packed_llama(bits=8), tmp_path / "out.gguf", "gguf", template=file)
+
+
+def test_a_template_of_another_model_is_refused(tmp_path):
+    file = template(tmp_path / "template.gguf", num_hidden_layers=1)
+    with pytest.raises(ConfigError, match="has no tensor for"):
+        write_checkpoint(packed_llama(), tmp_path / "out.gguf", "gguf", template=file)
+
+
+def test_an_output_that_exists_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(ConfigError, match="exists already"):
+        write_checkpoint(packed_llama(), tmp_path / "out", "hqq")

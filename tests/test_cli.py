@@ -1,0 +1,80 @@
+import json
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from qbl_trl import GroupQuantConfig, QBLoRAConfig
+from qbl_trl.cli import main, make_parser
+from tests.tiny import logits, tiny_llama, tokens
+
+
+@pytest.fixture
+def float_folder(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "float")
+    return tmp_path / "float"
+
+
+@pytest.fixture
+def adapter(float_folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(float_folder, quantization_config=GroupQuantConfig())
+    model = get_peft_model(base, QBLoRAConfig(r=8, quantization_aware=True, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", logits(model.eval(), tokens())
+
+
+def test_quantize_writes_what_loading_with_the_same_settings_gives(float_folder, tmp_path, capsys):
+    assert main(["quantize", str(float_folder), str(tmp_path / "q"), "--group-size", "16", "--algorithm", "mse"]) == 0
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    settings = GroupQuantConfig(group_size=16, algorithm="mse")
+    expected = AutoModelForCausalLM.from_pretrained(float_folder, quantization_config=settings)
+    assert torch.equal(logits(ours, tokens()), logits(expected, tokens()))
+    assert capsys.readouterr().out.strip() == str(tmp_path / "q")
+
+
+def test_inspect_lists_every_layer_with_its_error_and_fitting_factors(float_folder, tmp_path, capsys):
+    main(["quantize", str(float_folder), str(tmp_path / "q")])
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "q"), "--against", str(float_folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 14 + 1
+    down = next(line for line in lines if "0.mlp.down_proj" in line)
+    assert "64 x 96" in down
+    assert down.endswith("32, 96")
+    assert "14 layers" in lines[-1]
+
+
+def test_merge_makes_the_4_bit_base_again_and_folds_the_adapter(adapter, tmp_path):
+    folder, expected = adapter
+    assert main(["merge", str(folder), str(tmp_path / "merged")]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    # float32 rounding of sums of at most 96 products
+    torch.testing.assert_close(logits(merged, tokens()), expected, rtol=0, atol=1e-5)
+
+
+def test_to_lora_writes_plain_lora_files(adapter, tmp_path):
+    assert main(["to-lora", str(adapter[0]), str(tmp_path / "lora")]) == 0
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_an_output_folder_that_is_not_empty_is_refused_and_left_alone(float_folder, tmp_path, capsys):
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "precious").touch()
+    assert main(["quantize", str(float_folder), str(tmp_path / "q")]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "q").iterdir()] == ["precious"]
+
+
+def test_a_folder_without_an_adapter_is_refused(float_folder, tmp_path, capsys):
+    assert main(["merge", str(float_folder), str(tmp_path / "merged")]) == 1
+    assert "holds no adapter" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("command", ["quantize", "inspect", "merge", "to-lora", "export", "verify", "report"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        make_parser().parse_args([command, "--help"])
+    assert stop.value.code == 0
+    assert command in capsys.readouterr().out

@@ -1,0 +1,45 @@
+"""QBLoRAConfig checks itself and survives a file."""
+
+import pytest
+from peft import LoraConfig, PeftConfig
+
+from qbl_trl import QBLoRAConfig
+from qbl_trl.errors import ConfigError
+
+
+def test_defaults_are_those_of_the_documentation():
+    config = QBLoRAConfig()
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (64, 16, 0.0)
+    assert (config.in_factor, config.out_factor, config.target_modules) == (2, 2, "all-linear")
+    assert QBLoRAConfig(quantization_aware=True).in_factor is None  # the base's group, known later
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"in_factor": 0}, r"in_factor=0 must be a whole number of at least 1"),
+        ({"out_factor": 1.5}, r"out_factor=1.5 must be a whole number"),
+        ({"r": True}, r"r=True must be a whole number"),
+        ({"in_factor_pattern": {"q_proj": 0}}, r"in_factor_pattern\['q_proj'\]=0 must be a whole number"),
+        ({"pooling": "max"}, r"pooling='max' is not known; allowed: mean, rms, sum"),
+        ({"adapter": "full"}, r"adapter='full' is not known; allowed: low_rank, block"),
+        ({"on_misfit": "skip"}, r"on_misfit='skip' is not known; allowed: error, reduce"),
+        ({"use_dora": True}, r"use_dora has no balanced form"),
+        ({"lora_bias": True, "bias": "none"}, r"lora_bias has no balanced form"),
+        ({"target_parameters": ["w"]}, r"target_parameters has no balanced form"),
+        ({"init_lora_weights": "pissa"}, r"'pissa' rewrites the base weight.*qbl_trl\.adapter\.initialize"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_value_and_allowed(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        QBLoRAConfig(**settings)
+
+
+def test_it_is_a_lora_configuration_of_its_own_type_and_reads_back_equal(tmp_path):
+    config = QBLoRAConfig(r=8, in_factor=4, pooling="sum", in_factor_pattern={"^model\\.q": 2}, adapter="block")
+    assert isinstance(config, LoraConfig)
+    assert config.peft_type.value == "QBLORA"
+    config.save_pretrained(tmp_path)
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert type(again) is QBLoRAConfig
+    assert again.to_dict() == {**config.to_dict(), "peft_version": again.peft_version}

@@ -1,0 +1,174 @@
+"""merge: the caller's model untouched, codes untouched, the same function, or a refusal."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
+from qbl_trl.adapter.layer import adapter_layers
+from qbl_trl.errors import ConfigError, MergeError
+from qbl_trl.merging import unwrap
+from qbl_trl.quant.hf_quantizer import quantize_model_
+from qbl_trl.quant.linear import GroupQuantLinear
+from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
+
+IDS = tokens()
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # the same float32 sums in another order
+
+
+def groups(**changes):
+    return quantize_model_(tiny_llama(**changes), GroupQuantConfig(bits=4, group_size=32))
+
+
+def adapted(base=groups, **settings):
+    torch.manual_seed(3)
+    defaults = {"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM", "quantization_aware": base is groups}
+    return get_peft_model(base(), QBLoRAConfig(**{**defaults, **settings})).eval()
+
+
+def state_of(model):
+    return {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict(keep_vars=False).items()}
+
+
+@pytest.mark.parametrize("base", [groups, tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("settings", [{}, {"adapter": "block", "in_factor": 32}, {"out_factor": 1}])
+def test_the_merged_model_computes_the_same_and_the_callers_model_is_left_alone(base, settings):
+    model = adapted(base, **settings)
+    model.train()
+    names, flags = list(dict(model.named_modules())), {n: p.requires_grad for n, p in model.named_parameters()}
+    before, state = logits(copy.deepcopy(model).eval(), IDS), state_of(model)
+    merged = merge(model)
+    torch.testing.assert_close(logits(merged, IDS), before, **CLOSE)
+    assert not any("lora" in name for name, _ in merged.named_modules())
+    assert list(dict(model.named_modules())) == names
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert model.training
+    after = state_of(model)
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[n][1], state[n][1]) and after[n][0] == state[n][0] for n in state)
+
+
+def test_codes_scales_and_zeros_are_shared_not_copied():
+    model = adapted()
+    merged = merge(model)
+    for name, layer in adapter_layers(model.get_base_model()).items():
+        base, other = layer.get_base_layer(), merged.get_submodule(name)
+        assert isinstance(other, GroupQuantLinear)
+        for part in ("weight", "scales", "zeros"):
+            assert getattr(other, part).data_ptr() == getattr(base, part).data_ptr()
+        assert base.delta is None
+        assert other.delta is not None
+
+
+def test_the_merged_checkpoint_loads_as_any_other(tmp_path):
+    model = adapted()
+    merged = merge(model)
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again, IDS), logits(merged, IDS))
+
+
+def test_several_active_adapters_are_merged_together():
+    model = adapted()
+    model.add_adapter("other", QBLoRAConfig(r=2, in_factor=64, init_lora_weights=False, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    expected = logits(model, IDS)
+    torch.testing.assert_close(logits(merge(model), IDS), expected, **CLOSE)
+
+
+def test_tied_embeddings_stay_tied():
+    model = adapted(lambda: groups(tie_word_embeddings=True), quantization_aware=True)
+    merged = merge(model)
+    assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+
+
+def test_a_half_precision_model_keeps_its_dtype_and_its_deltas_in_float32():
+    model = adapted(lambda: groups().to(torch.bfloat16), quantization_aware=True)
+    merged = merge(model)
+    assert merged.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert {m.delta.dtype for m in merged.modules() if isinstance(m, GroupQuantLinear)} == {torch.float32}
+    difference = (logits(merged, IDS) - logits(model, IDS)).float().abs().max()
+    assert difference < 0.05 * logits(model, IDS).float().abs().max()  # 8 bits of mantissa
+
+
+def test_modules_trained_whole_and_trained_tokens_come_along_as_copies():
+    settings = {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [1, 2]}}
+    model = adapted(**settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                parameter.add_(torch.randn_like(parameter))
+    expected = logits(model, IDS)
+    merged = merge(model)
+    torch.testing.assert_close(logits(merged, IDS), expected, rtol=1e-4, atol=1e-3)  # the head was made 50 times larger
+    with torch.no_grad():
+        merged.lm_head.weight.zero_()
+    torch.testing.assert_close(logits(model, IDS), expected)
+
+
+def test_wrappers_of_training_are_seen_through(tmp_path):
+    model = adapted()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        assert unwrap(wrapped) is model.get_base_model()
+        torch.testing.assert_close(logits(merge(wrapped), IDS), logits(model, IDS), **CLOSE)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_an_adapter_added_by_transformers_merges_as_well():
+    base = groups()
+    base.add_adapter(QBLoRAConfig(r=4, init_lora_weights=False, quantization_aware=True))
+    torch.testing.assert_close(logits(merge(base), IDS), logits(base.eval(), IDS), **CLOSE)
+
+
+def test_a_merged_model_takes_a_second_adapter_and_merges_again():
+    once = merge(adapted())
+    torch.manual_seed(9)
+    twice = get_peft_model(once, QBLoRAConfig(r=4, init_lora_weights=False, quantization_aware=True)).eval()
+    torch.testing.assert_close(logits(merge(twice), IDS), logits(twice, IDS), **CLOSE)
+
+
+def test_a_pooling_that_does_not_fold_is_refused_by_layer_with_the_ways_out():
+    with pytest.raises(MergeError, match=r"model\.layers\.0\.self_attn\.q_proj: in_factor=2 .* lossy=\"requantize\""):
+        merge(adapted(quantization_aware=False))
+
+
+def test_the_lossy_route_reports_its_loss(caplog):
+    model = adapted(quantization_aware=False)
+    with caplog.at_level("WARNING"):
+        merged = merge(model, lossy="requantize")
+    assert "14 layers were quantized again; relative weight error" in caplog.text
+    assert torch.isfinite(logits(merged, IDS)).all()
+
+
+def test_a_damaged_adapter_does_not_merge():
+    model = adapted()
+    next(iter(adapter_layers(model).values())).lora_B["default"].weight.data[0, 0] = float("inf")
+    with pytest.raises(MergeError, match="NaNs detected"):
+        merge(model)
+
+
+def test_what_has_no_balanced_adapter_is_refused():
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has no balanced adapters; place them with"):
+        merge(tiny_llama())
+    with pytest.raises(ConfigError, match="its adapters are of another PEFT method"):
+        merge(get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules="all-linear")))
+    with pytest.raises(ConfigError, match=r'lossy=\'round\' is not known; allowed: None, "requantize"'):
+        merge(adapted(), lossy="round")
+
+
+def test_a_forward_patched_onto_the_trained_model_is_not_carried_into_the_merged_one():
+    model = adapted()
+    inner = model.get_base_model()
+    original = inner.forward
+    inner.forward = lambda *args, **kwargs: original(*args, **kwargs)  # as TRL's fused head and Accelerate do
+    merged = merge(model)
+    merged.lm_head.weight = nn.Parameter(torch.zeros_like(merged.lm_head.weight))
+    assert logits(merged, IDS).abs().max() == 0
+    assert "forward" in vars(inner)

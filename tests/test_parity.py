@@ -1,0 +1,95 @@
+"""verify: two models, one number after the other."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from qbl_trl import verify
+from qbl_trl.errors import ConfigError
+from qbl_trl.parity import compare, logits_of, positions
+from tests.tiny import tiny_llama, tokens
+
+
+def test_a_model_agrees_with_itself_and_its_folder(tmp_path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    report = verify(model, tmp_path, tokens())
+    assert report.max_abs_difference == 0
+    assert report.top1_agreement == 1
+    assert report.tokens == 18
+
+
+def test_the_figures_are_those_of_the_definition():
+    reference = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
+    candidate = torch.tensor([[[2.5, 0.0], [2.0, 1.0]]])
+    report = compare(reference, candidate)
+    assert report.max_abs_difference == 2.0
+    assert report.mean_abs_difference == pytest.approx(2.5 / 4)
+    assert report.top1_agreement == 0.5
+
+    def kl(a, b):
+        p, q = torch.tensor(a).softmax(0), torch.tensor(b).softmax(0)
+        return sum(float(x) * math.log(float(x) / float(y)) for x, y in zip(p, q, strict=True))
+
+    assert report.kl_per_token == pytest.approx((kl([2.0, 0.0], [2.5, 0.0]) + kl([0.0, 1.0], [2.0, 1.0])) / 2, rel=1e-5)
+
+
+def test_a_disagreement_within_the_difference_is_a_tie():
+    report = compare(torch.tensor([[[1.0, 1.0001]]]), torch.tensor([[[1.0002, 1.0]]]))
+    assert (report.top1_agreement, report.ties) == (0, 1)
+
+
+def test_padding_is_not_compared():
+    reference, mask = torch.zeros(1, 3, 4), torch.tensor([[0, 1, 1]])
+    candidate = reference.clone()
+    candidate[0, 0] = 9
+    assert compare(reference, candidate, mask).max_abs_difference == 0
+
+
+def test_positions_count_real_tokens_only():
+    assert positions(torch.tensor([[0, 0, 1, 1]])).tolist() == [[0, 0, 0, 1]]
+
+
+def test_a_training_model_stays_in_training():
+    model = tiny_llama().train()
+    logits_of(model)(tokens(), torch.ones_like(tokens()))
+    assert model.training
+
+
+def zeros(ids, mask):
+    return torch.zeros(*ids.shape, 5)
+
+
+def test_a_callable_and_a_single_row_are_fine():
+    assert verify(zeros, zeros, tokens()[0, :3]).tokens == 3
+
+
+def test_the_report_is_text_and_json():
+    report = compare(torch.zeros(1, 2, 3), torch.ones(1, 2, 3))
+    assert json.loads(json.dumps(report.to_dict()))["tokens"] == 2
+    assert "max difference 1.00e+00" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("reference", "candidate", "message"),
+    [
+        (torch.zeros(1, 2, 3), torch.zeros(1, 1, 3), "cannot be compared"),
+        (torch.zeros(1, 2, 3), torch.full((1, 2, 3), math.nan), "NaN or infinite"),
+    ],
+)
+def test_logits_that_do_not_fit_are_refused(reference, candidate, message):
+    with pytest.raises(ConfigError, match=message):
+        compare(reference, candidate)
+
+
+def test_what_gives_no_logits_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="a int gives no logits"):
+        verify(3, 4, tokens())
+    with pytest.raises(ConfigError, match="is no folder"):
+        verify(tmp_path / "missing", 4, tokens())
+    with pytest.raises(ConfigError, match="holds neither an ONNX graph"):
+        verify(tmp_path, 4, tokens())
+    with pytest.raises(ConfigError, match="the attention mask is all zero"):
+        compare(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), torch.zeros(1, 2))

@@ -1,0 +1,153 @@
+"""RESULTS.md is what its cells say, and the quality benchmark measures what it claims to."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from integration.benchmarks import quality, render_results, tasks
+from qbl_trl.config import GroupQuantConfig
+
+LAYERS, VOCABULARY = 4, 97
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+class Letters:
+    """A tokenizer whose tokens are characters."""
+
+    eos_token_id = 1
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) % VOCABULARY for character in text]}
+
+
+def oracle(model: LlamaForCausalLM, ids: list[int], wanted: list[int]) -> float:
+    """Log probability of the wanted tokens after ids, one unpadded forward per token."""
+    total = 0.0
+    for token in wanted:
+        total += float(model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[token])
+        ids = [*ids, token]
+    return total
+
+
+# ---- the file
+
+
+def test_results_md_is_what_the_cells_say():
+    assert render_results.OUTPUT.read_text() == render_results.render(render_results.load()), (
+        "run python -m integration.benchmarks.render_results"
+    )
+
+
+def test_every_cell_is_named_by_its_settings():
+    for result in render_results.load():
+        cell = quality.Cell(**result["settings"])
+        assert cell.path.is_file(), cell.name
+
+
+def test_a_new_setting_with_a_default_does_not_rename_the_cells_there_are():
+    cell = quality.Cell("r8", "qlora_nf4")
+    explicit = quality.Cell(**dataclasses.asdict(cell))
+    assert cell.name == explicit.name
+    assert cell.name != dataclasses.replace(cell, steps=61).name
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([-0.1, -0.2, -0.1], "holds"),
+        ([-0.1, -0.2], "undecided"),
+        ([-0.1, 0.1, -0.1], "undecided"),
+        ([0.1, 0.2, 0.3], "does not hold: the other is better"),
+    ],
+)
+def test_a_claim_needs_three_seeds_that_agree(differences, expected):
+    assert render_results.verdict(render_results.CLAIMS[0], differences) == expected
+
+
+def test_the_best_rate_is_chosen_on_validation_among_the_rates_with_the_most_seeds():
+    def result(lr, seed, nll):
+        cell = quality.Cell("r8", "qlora_nf4", lr=lr, seed=seed)
+        measures = {"validation": {"nll": nll}, "test": {"nll": -nll}}
+        return {"settings": dataclasses.asdict(cell), "measures": measures}
+
+    lucky = [result(3e-3, 0, 0.1)]
+    (block,) = render_results.blocks(
+        [result(1e-3, s, 0.5) for s in (0, 1)] + [result(1e-2, s, 0.6) for s in (0, 1)] + lucky
+    )
+    assert block.best_rate(("qlora_nf4", "none")) == 1e-3
+
+
+# ---- the measurement
+
+
+@pytest.mark.parametrize("layers", [1, 3, LAYERS])
+def test_a_split_model_gives_the_log_probabilities_of_the_whole(model, layers):
+    queries = [tasks.answer_query(Letters(), "a story: ", answer, end=True) for answer in ("x", "long answer")]
+    found = tasks.Split(model, layers)
+    for query, values in zip(queries, found.log_probs(found.upper, queries), strict=True):
+        start = query.positions[0] + 1
+        torch.testing.assert_close(
+            float(values.sum()), oracle(model, query.ids[:start], query.tokens), rtol=1e-4, atol=1e-4
+        )  # float32 rounding, summed over the answer
+
+
+def test_splitting_leaves_the_model_as_it_was(model):
+    tasks.Split(model, 1)
+    assert len(model.model.layers) == model.config.num_hidden_layers == LAYERS
+
+
+@pytest.mark.parametrize("by_first_token", [False, True])
+def test_the_judge_agrees_with_the_oracle(model, by_first_token):
+    items = [tasks.Item("one: ", (" ab", " cde"), 1), tasks.Item("a longer one: ", (" ab", " cde"), 0)]
+    items = [dataclasses.replace(item, choices=tuple(c.strip() for c in item.choices)) for item in items]
+    split = tasks.Split(model, 2)
+    judgement = tasks.judge(split, split.upper, Letters(), items, by_first_token=by_first_token, batch_size=2)
+    for item, scores in zip(items, judgement.scores, strict=True):
+        ids = Letters()(item.prompt)["input_ids"]
+        answers = [Letters()(choice)["input_ids"][: 1 if by_first_token else None] for choice in item.choices]
+        expected = torch.tensor([oracle(model, ids, answer) for answer in answers])
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)  # float32 rounding
+
+
+def test_measures_of_a_judgement():
+    judgement = tasks.Judgement([torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.0])], [0, 0], classes=2)
+    measures = judgement.measures
+    assert measures["rows"] == 2
+    assert measures["nll"] == 2.0
+    assert measures["accuracy"] == measures["macro_recall"] == 0.5
+
+
+@pytest.mark.parametrize("method", [name for name, m in quality.METHODS.items() if m.adapter != "none"])
+def test_a_fresh_adapter_changes_nothing_and_has_the_parameters_of_lora(model, method):
+    cell = quality.Cell("r8", method, "none" if quality.METHODS[method].p == 1 else "sum", r=2)
+    upper = tasks.Split(model, 2).upper
+    adapted = quality.adapted(cell, upper)
+    ids = torch.arange(5)[None]
+    torch.testing.assert_close(quality.unwrap(adapted)(ids).logits, upper(ids).logits, rtol=0, atol=1e-5)
+    if quality.METHODS[method].adapter == "low_rank":
+        plain = quality.adapted(quality.Cell("r8", "lora_float", r=2), upper)
+        ours, theirs = (sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (adapted, plain))
+        assert ours == pytest.approx(theirs, rel=0.1)  # ranks are whole numbers, and this model is tiny
+
+
+def test_a_base_held_as_float_computes_what_its_codes_do(model):
+    packed = quality.quantize_model_(tasks.sharing_copy(model), GroupQuantConfig(group_size=32))
+    held = tasks.sharing_copy(packed)
+    quality.as_float_(held)
+    ids = torch.arange(5)[None]
+    torch.testing.assert_close(held(ids).logits, packed(ids).logits, rtol=0, atol=1e-4)  # float32 rounding

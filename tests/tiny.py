@@ -1,0 +1,37 @@
+"""Tiny random models for the tests: real architectures, no downloads."""
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+
+def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
+    """Two layers of width 64 with grouped-query attention."""
+    torch.manual_seed(seed)
+    settings: dict[str, object] = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 100,
+        "max_position_embeddings": 64,
+        **changes,
+    }
+    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+
+
+def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    """Two layers whose linear weights are stored transposed (Conv1D)."""
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=100, n_positions=64)).eval()
+
+
+def tokens(batch: int = 2, length: int = 9, seed: int = 0, vocabulary: int = 100) -> torch.Tensor:
+    """(batch, length) random token ids."""
+    return torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Logits without a graph."""
+    with torch.no_grad():
+        return model(ids).logits

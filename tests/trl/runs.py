@@ -1,0 +1,60 @@
+"""Short training runs on a tiny 4-bit model."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
+from qbl_trl.quant.hf_quantizer import quantize_model_
+from tests.tiny import tiny_llama
+from tests.trl import data
+
+
+def base(**changes: Any) -> PreTrainedModel:
+    """A two-layer Llama at 4 bits in groups of 32, always the same."""
+    return quantize_model_(tiny_llama(vocab_size=32, **changes), GroupQuantConfig())
+
+
+def adapter(**changes: Any) -> QBLoRAConfig:
+    """QA-BLoRA of nominal rank 4."""
+    return QBLoRAConfig(**{"r": 4, "quantization_aware": True, "task_type": "CAUSAL_LM", **changes})
+
+
+def settings(output: Path, **changes: Any) -> dict[str, Any]:
+    """Training arguments every trainer takes: four steps of two rows on one CPU, in float32."""
+    return {
+        "output_dir": str(output),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "learning_rate": 5e-3,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "seed": 0,
+        **changes,
+    }
+
+
+def sft(output: Path, callback: Any, model: Any = None, **changes: Any) -> SFTTrainer:
+    """An SFTTrainer over `base()`; keywords of SFTTrainer are told from those of SFTConfig by name."""
+    names = ("train_dataset", "eval_dataset", "peft_config", "callbacks")
+    own = {key: changes.pop(key) for key in names if key in changes}
+    own.setdefault("train_dataset", data.texts())
+    own["callbacks"] = [*([] if callback is None else [callback]), *own.get("callbacks", [])]
+    return SFTTrainer(
+        base() if model is None else model,
+        args=SFTConfig(**settings(output, **changes)),
+        processing_class=data.tokenizer(),
+        **own,
+    )
+
+
+def losses(trainer: Any) -> list[float]:
+    """Training losses as they were logged."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -1,0 +1,241 @@
+"""QBLoRACallback from the trainer's constructor to the written report."""
+
+import json
+
+import peft
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import qbl_trl
+from qbl_trl.errors import ConfigError, MergeError
+from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.trl import finish
+from qbl_trl.trl.callback import REPORT, QBLoRACallback
+from tests.tiny import tiny_llama, tokens
+from tests.trl import data
+from tests.trl.runs import adapter, base, losses, settings, sft
+
+IDS = tokens(vocabulary=32)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def test_a_config_in_the_callback_trains_exactly_as_peft_config_does(tmp_path):
+    injected = sft(tmp_path / "a", QBLoRACallback(adapter()))
+    placed = sft(tmp_path / "b", QBLoRACallback(), peft_config=adapter())
+    # The two forms draw A before and after the trainer seeds; from one start, every loss must agree.
+    injected.model.load_state_dict(placed.model.state_dict())
+    injected.train()
+    placed.train()
+    assert losses(injected) == losses(placed)
+    assert isinstance(injected.model, peft.PeftModel)
+
+
+def test_only_the_adapter_is_saved_and_it_loads_as_a_peft_adapter(tmp_path):
+    trainer = sft(tmp_path, QBLoRACallback(adapter()))
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "saved" / "model.safetensors").exists()
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path / "saved")
+    torch.testing.assert_close(logits(loaded), logits(trainer.model), rtol=0, atol=0)
+
+
+def test_the_merged_model_is_written_whole_and_computes_the_same(tmp_path):
+    trainer = sft(tmp_path, QBLoRACallback(adapter(), merged_output_dir=tmp_path / "merged"))
+    trainer.train()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert any(isinstance(m, GroupQuantLinear) and m.delta is not None for m in merged.modules())
+    torch.testing.assert_close(logits(merged), logits(trainer.model), rtol=0, atol=1e-5)  # fp32 rounding
+    assert (tmp_path / "merged" / "tokenizer_config.json").is_file()
+    assert not list(tmp_path.glob(".merged*"))
+
+
+def test_the_merged_model_does_not_run_the_trained_model_behind_a_patched_forward(tmp_path):
+    trainer = sft(tmp_path, QBLoRACallback(adapter()))
+    trainer.train()
+    merged, _ = finish.merge_and_verify(trainer.model, IDS)
+    merged.lm_head.weight = torch.nn.Parameter(torch.zeros_like(merged.lm_head.weight))
+    assert logits(merged).abs().max() == 0
+    assert logits(trainer.model).abs().max() > 0
+
+
+def test_a_model_placed_by_accelerate_hooks_keeps_them_in_its_merge(tmp_path):
+    class Counting(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            Counting.calls += 1
+            return args, kwargs
+
+    model = base()
+    add_hook_to_module(model, Counting())
+    trainer = sft(tmp_path, QBLoRACallback(adapter()), model)
+    trainer.train()
+    merged, _ = finish.merge_and_verify(trainer.model, IDS)
+    before = Counting.calls
+    merged.lm_head.weight = torch.nn.Parameter(torch.zeros_like(merged.lm_head.weight))
+    assert logits(merged).abs().max() == 0
+    assert Counting.calls == before + 1
+
+
+def test_the_report_holds_what_was_trained_merged_and_measured(tmp_path):
+    trainer = sft(tmp_path, QBLoRACallback(adapter(), merged_output_dir=tmp_path / "merged"))
+    trainer.train()
+    report = json.loads((tmp_path / REPORT).read_text())
+    assert report["finished"]
+    assert report["step"] == 4
+    assert report["adapter"]["layers"] == len(report["layers"]) == 14
+    assert len(report["probe"]) == 7  # one layer of each kind
+    assert report["merge"]["exact"]
+    assert report["merge"]["parity"]["max_abs_difference"] <= 1e-5
+    assert report["merge"]["output"] == str(tmp_path / "merged")
+    assert [e["loss"] for e in report["log_history"] if "loss" in e] == losses(trainer)
+    assert {"in_factor", "out_factor", "rank", "shift_max", "stable_rank", "norm"} <= set(report["layers"][0])
+    assert report["sizes"]["merged"] < report["sizes"]["float16"]
+
+
+def test_a_plain_trainer_takes_the_callback(tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in tokens(8, 6, vocabulary=32).tolist()]
+    args = TrainingArguments(**settings(tmp_path))
+    trainer = Trainer(base(), args, train_dataset=rows, callbacks=[QBLoRACallback(adapter())])
+    trainer.train()
+    assert len(losses(trainer)) == 4
+    assert json.loads((tmp_path / REPORT).read_text())["merge"]["exact"]
+
+
+def test_one_callback_serves_one_trainer_after_another(tmp_path):
+    callback = QBLoRACallback(adapter())
+    for name in "ab":
+        sft(tmp_path / name, callback).train()
+    assert json.loads((tmp_path / "b" / REPORT).read_text())["finished"]
+
+
+def test_a_float_base_is_merged_into_its_weights(tmp_path):
+    config = adapter(quantization_aware=False)
+    trainer = sft(tmp_path, QBLoRACallback(config, merged_output_dir=tmp_path / "m"), tiny_llama(vocab_size=32))
+    trainer.train()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    torch.testing.assert_close(logits(merged), logits(trainer.model), rtol=0, atol=1e-5)  # fp32 rounding
+
+
+def test_q_blora_over_4_bits_trains_and_the_report_says_why_it_was_not_merged(tmp_path):
+    sft(tmp_path, QBLoRACallback(adapter(quantization_aware=False))).train()
+    merge = json.loads((tmp_path / REPORT).read_text())["merge"]
+    assert not merge["exact"]
+    assert "no multiple of its group" in merge["reason"]
+
+
+def test_adapters_given_twice_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"already has adapters .* QBLoRACallback\(\) without a config"):
+        sft(tmp_path, QBLoRACallback(adapter()), peft_config=adapter())
+
+
+def test_a_callback_without_config_refuses_a_model_without_adapters(tmp_path):
+    with pytest.raises(ConfigError, match="has no balanced adapters; place them"):
+        sft(tmp_path, QBLoRACallback())
+
+
+def test_adapters_of_another_method_are_refused(tmp_path):
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    with pytest.raises(ConfigError, match="of another PEFT method"):
+        sft(tmp_path, QBLoRACallback(), tiny_llama(vocab_size=32), peft_config=lora)
+
+
+@pytest.mark.parametrize("change", [{"in_factor": 48}, {"in_factor": 16}, {"out_factor": 5}])
+def test_factors_that_do_not_fit_are_refused_before_training_and_nothing_is_written(tmp_path, change):
+    with pytest.raises(ConfigError, match="Allowed here"):
+        sft(tmp_path / "run", QBLoRACallback(adapter(**change)))
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_an_output_folder_that_is_not_empty_is_refused_unless_it_may_be_overwritten(tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "mine.txt").write_text("keep")
+    with pytest.raises(ConfigError, match="is not empty"):
+        sft(tmp_path, QBLoRACallback(adapter(), merged_output_dir=tmp_path / "m"))
+    assert (tmp_path / "m" / "mine.txt").read_text() == "keep"
+    sft(tmp_path, QBLoRACallback(adapter(), merged_output_dir=tmp_path / "m", overwrite=True)).train()
+    assert (tmp_path / "m" / "config.json").is_file()
+    assert not (tmp_path / "m" / "mine.txt").exists()
+
+
+@pytest.mark.parametrize("option", [{"merged_output_dir": "m"}, {"save_merged": True}, {"eval_merged_loss": True}])
+def test_a_merged_output_is_refused_where_there_is_no_exact_merge(tmp_path, option):
+    with pytest.raises(ConfigError, match="need an exact merge"):
+        sft(tmp_path, QBLoRACallback(adapter(quantization_aware=False), **option))
+
+
+def test_a_config_added_after_the_trainer_was_built_is_refused(tmp_path):
+    trainer = sft(tmp_path, None, peft_config=adapter())
+    trainer.add_callback(QBLoRACallback(adapter()))
+    with pytest.raises(ConfigError, match="added after the trainer was built"):
+        trainer.train()
+
+
+def test_a_callback_without_config_may_be_added_later(tmp_path):
+    trainer = sft(tmp_path, None, peft_config=adapter())
+    trainer.add_callback(QBLoRACallback())
+    trainer.train()
+    assert json.loads((tmp_path / REPORT).read_text())["merge"]["exact"]
+
+
+def test_model_init_is_refused(tmp_path):
+    args = TrainingArguments(**settings(tmp_path))
+    with pytest.raises(ConfigError, match="model_init makes another one"):
+        Trainer(args=args, model_init=lambda: base(), train_dataset=[], callbacks=[QBLoRACallback(adapter())])
+
+
+def test_a_callback_outside_a_trainer_names_the_line_to_write(tmp_path):
+    args = TrainingArguments(**settings(tmp_path))
+    with pytest.raises(ConfigError, match=r"peft_config=QBLoRAConfig\(\.\.\.\)"):
+        QBLoRACallback(adapter()).on_init_end(args, None, None, model=base())
+
+
+def test_arguments_that_make_no_sense_are_refused():
+    with pytest.raises(ConfigError, match="must be a QBLoRAConfig"):
+        QBLoRACallback(peft.LoraConfig())
+    with pytest.raises(ConfigError, match="set merged_output_dir as well"):
+        QBLoRACallback(adapter(), onnx_output_dir="x")
+
+
+def test_an_adapter_that_is_no_longer_finite_stops_the_run_and_says_where(tmp_path):
+    class Poison(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            layer = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj")
+            layer.lora_B["default"].weight.data[0, 0] = torch.nan
+
+    trainer = sft(tmp_path, QBLoRACallback(adapter()), callbacks=[Poison()])
+    with pytest.raises(MergeError, match=r"step 1: the adapter of .*layers\.1\.mlp\.up_proj is no longer finite"):
+        trainer.train()
+
+
+def test_a_merge_that_disagrees_is_not_written_and_the_adapter_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setitem(finish._TOLERANCE, torch.float32, -1.0)
+    trainer = sft(tmp_path / "run", QBLoRACallback(adapter(), merged_output_dir=tmp_path / "m"))
+    with pytest.raises(MergeError, match=r"(?s)differ from the trained model's .*\(adapter saved in"):
+        trainer.train()
+    assert not (tmp_path / "m").exists()
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert "differ" in json.loads((tmp_path / "run" / REPORT).read_text())["merge"]["reason"]
+
+
+def test_the_exporter_is_called_by_its_public_name(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setitem(vars(qbl_trl), "export_onnx", lambda *args, **kwargs: calls.append((args, kwargs)))
+    callback = QBLoRACallback(
+        adapter(), merged_output_dir=tmp_path / "m", onnx_output_dir=tmp_path / "x", onnx_options={"provider": "cuda"}
+    )
+    sft(tmp_path, callback).train()
+    assert calls == [((tmp_path / "m", tmp_path / "x"), {"overwrite": False, "provider": "cuda"})]
+
+
+def test_a_chat_script_needs_two_changed_lines(tmp_path):
+    trainer = sft(tmp_path, QBLoRACallback(adapter()), train_dataset=data.chats(), assistant_only_loss=True)
+    trainer.train()
+    assert len(losses(trainer)) == 4

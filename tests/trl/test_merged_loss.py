@@ -1,0 +1,84 @@
+"""eval_merged_loss: the merged model's loss beside the adapter's."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from qbl_trl.trl.callback import QBLoRACallback
+from tests.trl import data
+from tests.trl.runs import adapter, base, losses, settings, sft
+
+EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}
+
+
+def history(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def test_the_merged_loss_is_the_loss_of_the_written_merged_model(tmp_path):
+    callback = QBLoRACallback(adapter(), eval_merged_loss=True, merged_output_dir=tmp_path / "m")
+    trainer = sft(tmp_path / "run", callback, eval_dataset=data.texts(6), **EVALUATING)
+    trainer.train()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    measured = sft(tmp_path / "b", None, merged, eval_dataset=data.texts(6)).evaluate()["eval_loss"]
+    assert history(trainer, "eval_merged_loss")[-1] == pytest.approx(measured, abs=1e-6)  # fp32 rounding
+    assert history(trainer, "eval_merged_loss") == pytest.approx(history(trainer, "eval_loss"), abs=1e-5)
+
+
+def test_measuring_the_merged_loss_changes_nothing_in_training(tmp_path):
+    runs = []
+    for flag in (False, True):
+        callback = QBLoRACallback(adapter(lora_dropout=0.2), eval_merged_loss=flag)
+        runs.append(sft(tmp_path / str(flag), callback, eval_dataset=data.texts(4), **EVALUATING))
+        runs[-1].train()
+    assert losses(runs[0]) == losses(runs[1])
+    for name in ("eval_loss", "eval_mean_token_accuracy", "eval_num_tokens", "num_tokens", "entropy"):
+        assert history(runs[0], name) == history(runs[1], name), name
+    first, second = (trainer.model.state_dict() for trainer in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_merged_loss_can_choose_the_best_model(tmp_path):
+    trainer = sft(
+        tmp_path,
+        QBLoRACallback(adapter(), eval_merged_loss=True),
+        eval_dataset=data.texts(4),
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_merged_loss",
+        **EVALUATING,
+    )
+    trainer.train()
+    assert trainer.state.best_metric == min(history(trainer, "eval_merged_loss"))
+
+
+def test_each_of_several_datasets_gets_its_own_merged_loss(tmp_path):
+    datasets = {"short": data.texts(2), "long": data.texts(6)}
+    trainer = sft(tmp_path, QBLoRACallback(adapter(), eval_merged_loss=True), eval_dataset=datasets, **EVALUATING)
+    trainer.train()
+    for name in datasets:
+        merged = history(trainer, f"eval_merged_{name}_loss")
+        assert merged == pytest.approx(history(trainer, f"eval_{name}_loss"), abs=1e-5)
+        assert len(merged) == 2
+
+
+def test_other_data_than_the_trainers_own_is_left_alone(tmp_path):
+    trainer = sft(tmp_path, QBLoRACallback(adapter(), eval_merged_loss=True))
+    assert "eval_merged_loss" not in trainer.evaluate(trainer.train_dataset)
+
+
+def test_a_loss_with_the_base_as_reference_is_measured_with_the_merged_policy(tmp_path):
+    trainer = DPOTrainer(
+        base(),
+        args=DPOConfig(**settings(tmp_path, learning_rate=0.02, **EVALUATING)),
+        train_dataset=data.preferences(),
+        eval_dataset=data.preferences(4),
+        processing_class=data.tokenizer(),
+        callbacks=[QBLoRACallback(adapter(), eval_merged_loss=True)],
+    )
+    trainer.train()
+    merged, plain = history(trainer, "eval_merged_loss"), history(trainer, "eval_loss")
+    assert merged == pytest.approx(plain, abs=1e-5)
+    assert abs(merged[-1] - 0.6931) > 1e-3  # the policy is not its own reference

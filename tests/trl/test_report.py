@@ -1,0 +1,136 @@
+"""The HTML page of a run."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from qbl_trl.errors import ConfigError
+from qbl_trl.trl.callback import QBLoRACallback
+from qbl_trl.trl.charts import Line, decades, heat_map, line_chart, ticks
+from qbl_trl.trl.report import PAGE, render, write_report
+from tests.trl import data
+from tests.trl.runs import adapter, sft
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run with evaluations of both models."""
+    output = tmp_path_factory.mktemp("report") / "run"
+    callback = QBLoRACallback(adapter(), eval_merged_loss=True, merged_output_dir=output / "merged")
+    trainer = sft(output, callback, eval_dataset=data.texts(4), eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    return output
+
+
+@pytest.fixture
+def record(run):
+    return json.loads((run / "qblora_report.json").read_text())
+
+
+def charts_of(page: str) -> list[ElementTree.Element]:
+    """Every SVG of the page, parsed: it must be well-formed."""
+    return [ElementTree.fromstring(text) for text in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)]
+
+
+def test_the_page_is_one_file_that_fetches_nothing(run):
+    page = write_report(run)
+    assert page == run / PAGE
+    text = page.read_text()
+    assert not re.search(r"(src|href)=|url\(|@import|<script", text)
+    assert "prefers-color-scheme: dark" in text
+    assert not list(run.glob(".qblora*"))
+
+
+def test_every_chart_is_there_and_well_formed(run):
+    text = write_report(run).read_text()
+    for title in ("Loss", "Zero-point shift by layer", "Parity", "Size", "Layers"):
+        assert f"<h2>{title}</h2>" in text
+    assert len(charts_of(text)) == 6
+    for name in ("training", "evaluation", "merged"):
+        assert re.search(rf">{name} \d", text), name
+
+
+def test_the_heat_map_has_a_cell_for_each_layer_with_its_value(run, record):
+    text = write_report(run).read_text()
+    for layer in record["layers"]:
+        block = re.search(r"\.(\d+)\.", layer["name"])[1]
+        assert f"{layer['kind']}, block {block}: {layer['shift_max']:.3g} codes" in text
+
+
+def test_a_run_that_is_not_finished_is_shown_so_far(record):
+    record.update(finished=False, merge={}, sizes={}, probe={})
+    text = render(record)
+    assert "step 4 of 4" in text
+    assert "Not measured yet" in text
+    assert charts_of(text)
+
+
+def test_a_run_without_a_merge_says_why(record):
+    record["merge"] = {"exact": False, "reason": "the base is <b>NF4</b>"}
+    assert "the base is &lt;b&gt;NF4&lt;/b&gt;" in render(record)
+
+
+def test_a_base_without_zero_points_shows_the_size_of_the_change(record):
+    for layer in record["layers"]:
+        layer["shift_max"] = layer["shift_mean"] = None
+    for entry in record["log_history"]:
+        for name in [key for key in entry if "zero_point" in key]:
+            del entry[name]
+    assert "<h2>Size of the weight change by layer</h2>" in render(record)
+
+
+def test_names_from_outside_are_escaped(record):
+    record["model"] = "<script>alert(1)</script>"
+    assert "<script>" not in render(record)
+
+
+def test_losses_that_are_not_finite_leave_gaps_not_errors(record):
+    record["log_history"][0]["loss"] = float("nan")
+    assert charts_of(render(record))
+
+
+def test_a_folder_without_a_report_is_a_clear_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no qblora_report\.json; name the output_dir"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "cannot be read"), ("{}", "cannot be read"), ("[]", "cannot be")]
+)
+def test_a_damaged_report_is_a_clear_error(tmp_path, content, message):
+    (tmp_path / "qblora_report.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        write_report(tmp_path)
+
+
+def test_a_report_of_another_version_is_refused(tmp_path):
+    (tmp_path / "qblora_report.json").write_text('{"schema": 99}')
+    with pytest.raises(ConfigError, match="is of version 99"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (2.47, 3.31), (-5, 1234), (1e-7, 3e-7), (3, 3)])
+def test_ticks_are_few_and_cover_the_range(low, high):
+    found = ticks(low, high, 5)
+    assert found[0] <= low
+    assert found[-1] >= high
+    assert len(found) <= 8
+
+
+def test_a_curve_of_one_point_and_one_of_none_are_drawn():
+    chart = line_chart([Line("one", "--train", [(1, 2.0)]), Line("none", "--eval", [])], x_label="step", y_label="y")
+    assert len(charts_of(chart)) == 1
+    assert "none" not in chart
+    assert "Nothing was logged" in line_chart([], x_label="step", y_label="y")
+
+
+def test_a_difference_of_zero_and_one_beyond_the_limit_can_be_drawn():
+    assert "--good" in decades(0.0, 1e-4)
+    assert "--bad" in decades(1e-2, 1e-4)
+
+
+def test_an_empty_heat_map_says_so():
+    assert "Nothing was measured" in heat_map(["a"], ["0"], {}, "codes")
+    assert charts_of(heat_map(["a"], ["0"], {("a", "0"): 0.0}, "codes"))

@@ -1,0 +1,187 @@
+"""Checkpoints: resumed identically, the best one loaded, and never a half-written one taken for whole."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback
+
+from qbl_trl.errors import CheckpointError
+from qbl_trl.trl.callback import QBLoRACallback
+from qbl_trl.trl.checkpoints import NOTE, check_checkpoint, last_whole_checkpoint, set_aside_parts, write_json
+from tests.tiny import tokens
+from tests.trl import data
+from tests.trl.runs import adapter, losses, sft
+
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+
+
+def injected(output, **changes):
+    return sft(output, QBLoRACallback(adapter(lora_dropout=0.1)), **changes)
+
+
+def placed(output, **changes):
+    return sft(output, QBLoRACallback(), peft_config=adapter(lora_dropout=0.1), **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of four steps with checkpoints 2 and 4."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    trainer = injected(output, **SAVING)
+    trainer.train()
+    return output
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.mark.parametrize("build", [injected, placed])
+def test_a_resumed_run_continues_with_identical_losses(tmp_path, build):
+    whole = build(tmp_path / "a", **SAVING)
+    whole.train()
+    again = build(tmp_path / "a", **SAVING)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert losses(again) == losses(whole)
+    first, second = (trainer.model.state_dict() for trainer in (whole, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end_and_it_is_the_one_merged(tmp_path):
+    callback = QBLoRACallback(adapter(), merged_output_dir=tmp_path / "merged")
+    trainer = sft(
+        tmp_path / "run",
+        callback,
+        eval_dataset=data.texts(4),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # the worst loss: not the last step
+        learning_rate=0.05,
+    )
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best is not None
+    saved = load_file(f"{best}/adapter_model.safetensors")
+    own = {name.replace(".default.", "."): value for name, value in trainer.model.state_dict().items()}
+    assert saved
+    assert all(torch.equal(own[name], value) for name, value in saved.items())
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = tokens(vocabulary=32)
+    with torch.no_grad():
+        expected = trainer.model.eval()(ids).logits
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=1e-5)  # fp32 rounding
+
+
+def test_early_stopping_stops_and_the_run_is_merged_and_reported(tmp_path):
+    trainer = sft(
+        tmp_path,
+        QBLoRACallback(adapter()),
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=1)],
+        eval_dataset=data.texts(4),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # training lowers the loss, so nothing ever improves
+        max_steps=20,
+    )
+    trainer.train()
+    report = json.loads((tmp_path / "qblora_report.json").read_text())
+    assert report["step"] < 20
+    assert report["merge"]["exact"]
+
+
+def test_every_checkpoint_is_marked_whole(finished):
+    for name in ("checkpoint-2", "checkpoint-4"):
+        files = json.loads((finished / name / NOTE).read_text())["files"]
+        assert {"adapter_model.safetensors", "optimizer.pt", "trainer_state.json"} <= set(files)
+        check_checkpoint(finished / name)
+    assert last_whole_checkpoint(finished) == str(finished / "checkpoint-4")
+
+
+def test_save_merged_puts_a_loadable_4_bit_model_into_each_checkpoint(tmp_path):
+    sft(tmp_path, QBLoRACallback(adapter(), save_merged=True), **SAVING).train()
+    for name in ("checkpoint-2", "checkpoint-4"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "merged")
+        assert "merged/model.safetensors" in json.loads((tmp_path / name / NOTE).read_text())["files"]
+    sft(tmp_path, QBLoRACallback(adapter()), **SAVING).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+FILES = ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"]
+# Without a note, a missing file can only be told by the one that is written last.
+DAMAGES = [
+    *((file, damage, True) for file in FILES for damage in (cut, Path.unlink)),
+    *((file, cut, False) for file in FILES),
+    ("trainer_state.json", Path.unlink, False),
+]
+
+
+@pytest.mark.parametrize(("file", "damage", "marked"), DAMAGES)
+def test_a_checkpoint_with_a_cut_or_missing_file_is_not_whole(run, file, damage, marked):
+    folder = run / "checkpoint-4"
+    if not marked:
+        (folder / NOTE).unlink()
+    damage(folder / file)
+    with pytest.raises(CheckpointError, match=file.split(".")[0]):
+        check_checkpoint(folder)
+    assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
+
+
+def test_a_checkpoint_of_a_run_without_the_callback_counts_as_whole(run):
+    (run / "checkpoint-4" / NOTE).unlink()
+    assert last_whole_checkpoint(run) == str(run / "checkpoint-4")
+
+
+def test_a_damaged_note_is_a_clear_error(run):
+    (run / "checkpoint-4" / NOTE).write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        check_checkpoint(run / "checkpoint-4")
+
+
+def test_no_checkpoint_at_all_is_none(tmp_path):
+    assert last_whole_checkpoint(tmp_path) is None
+    assert last_whole_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_new_trainer_sets_a_half_written_checkpoint_aside_and_resumes_from_the_one_before(run, caplog):
+    for name in (NOTE, "trainer_state.json", "optimizer.pt"):
+        (run / "checkpoint-4" / name).unlink()
+    trainer = injected(run, **SAVING)
+    assert "half-written checkpoint moved" in caplog.text
+    assert (run / "incomplete-checkpoint-4").is_dir()
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    check_checkpoint(run / "checkpoint-4")
+
+
+def test_setting_aside_deletes_nothing_and_never_overwrites(run):
+    (run / "incomplete-checkpoint-4").mkdir()
+    (run / "checkpoint-4" / "trainer_state.json").unlink()
+    files = sum(f.is_file() for f in run.rglob("*"))
+    assert set_aside_parts(run) == [run / "incomplete-checkpoint-4-"]
+    assert sum(f.is_file() for f in run.rglob("*")) == files
+    assert set_aside_parts(run) == []
+
+
+def test_a_json_file_is_replaced_whole_and_an_unwritable_content_leaves_the_old_one(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    assert [f.name for f in tmp_path.iterdir()] == ["a.json"]

@@ -1,0 +1,118 @@
+"""The callback in TRL's trainers and training modes. GRPO and RLOO, which generate, are in integration/."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaForSequenceClassification
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
+
+from qbl_trl.config import GroupQuantConfig
+from qbl_trl.errors import ConfigError
+from qbl_trl.quant.hf_quantizer import quantize_model_
+from qbl_trl.trl.callback import REPORT, QBLoRACallback
+from tests.tiny import tiny_llama
+from tests.trl import data
+from tests.trl.runs import adapter, base, losses, settings, sft
+
+
+def merged_exactly(output):
+    merge = json.loads((output / REPORT).read_text())["merge"]
+    return merge["exact"] and merge["parity"]["max_abs_difference"] <= merge["parity"]["tolerance"]
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"bf16": True},
+        {"packing": True, "max_length": 16, "packing_strategy": "wrapped"},
+        {"train_dataset": data.completions(), "completion_only_loss": True},
+        {"train_dataset": data.chats(), "assistant_only_loss": True},
+    ],
+    ids=["accumulation", "checkpointing", "reentrant", "bf16", "packing", "completion-only", "assistant-only"],
+)
+def test_sft_trains_and_merges_in_every_mode(tmp_path, mode):
+    trainer = sft(tmp_path, QBLoRACallback(adapter()), **mode)
+    trainer.train()
+    assert len(losses(trainer)) == 4
+    assert trainer.state.log_history[-3]["qbl/adapter_norm"] > 0
+    assert merged_exactly(tmp_path)
+
+
+@pytest.mark.parametrize("mode", [{"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_checkpointing_and_accumulation_change_no_loss(tmp_path, mode):
+    plain = sft(tmp_path / "a", QBLoRACallback(adapter()), per_device_train_batch_size=4)
+    rows = 4 // mode.get("gradient_accumulation_steps", 1)
+    other = sft(tmp_path / "b", QBLoRACallback(adapter()), per_device_train_batch_size=rows, **mode)
+    other.model.load_state_dict(plain.model.state_dict())
+    plain.train()
+    other.train()
+    assert losses(other) == pytest.approx(losses(plain), abs=2e-4)  # sums in another order; 4 digits are logged
+
+
+def test_a_bfloat16_model_trains_and_its_merge_is_held_to_bfloat16_rounding(tmp_path):
+    model = quantize_model_(tiny_llama(vocab_size=32).to(torch.bfloat16), GroupQuantConfig())
+    sft(tmp_path, QBLoRACallback(adapter()), model, bf16=True).train()
+    assert merged_exactly(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["config", "peft_config"])
+@pytest.mark.parametrize(
+    ("trainer_class", "config_class", "dataset"),
+    [(DPOTrainer, DPOConfig, data.preferences), (KTOTrainer, KTOConfig, data.labelled)],
+    ids=["dpo", "kto"],
+)
+def test_preference_trainers_use_the_base_as_reference_and_merge(tmp_path, trainer_class, config_class, dataset, form):
+    given = {"peft_config": adapter()} if form == "peft_config" else {}
+    trainer = trainer_class(
+        base(),
+        args=config_class(**settings(tmp_path)),
+        train_dataset=dataset(),
+        processing_class=data.tokenizer(),
+        callbacks=[QBLoRACallback(None if given else adapter())],
+        **given,
+    )
+    assert trainer.ref_model is None
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    if trainer_class is DPOTrainer:
+        # Before the first step policy and reference are the same model: the loss is ln 2 exactly.
+        assert history[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+        assert history[-1]["loss"] != history[0]["loss"]
+    assert all("qbl/adapter_norm" in entry for entry in history)
+    assert merged_exactly(tmp_path)
+
+
+def test_a_reward_model_keeps_its_trained_head_in_the_merge(tmp_path):
+    config = tiny_llama(vocab_size=32).config
+    config.num_labels, config.pad_token_id = 1, 1
+    torch.manual_seed(0)
+    model = quantize_model_(LlamaForSequenceClassification(config), GroupQuantConfig(modules_to_not_convert=["score"]))
+    trainer = RewardTrainer(
+        model,
+        args=RewardConfig(**settings(tmp_path)),
+        train_dataset=data.preferences(),
+        processing_class=data.tokenizer(),
+        callbacks=[QBLoRACallback(adapter(task_type="SEQ_CLS"), merged_output_dir=tmp_path / "merged")],
+    )
+    trainer.train()
+    assert merged_exactly(tmp_path)
+    merged = LlamaForSequenceClassification.from_pretrained(tmp_path / "merged")
+    trained = trainer.model.base_model.model.score.modules_to_save["default"].weight
+    assert torch.equal(merged.score.weight, trained.detach())
+
+
+def test_a_trainer_that_would_load_a_second_reference_names_the_line_to_write(tmp_path):
+    args = GRPOConfig(**settings(tmp_path, beta=0.1, num_generations=2))
+    with pytest.raises(ConfigError, match=r"GRPOTrainer with beta=0.1 .* peft_config=QBLoRAConfig"):
+        GRPOTrainer(
+            base(),
+            args=args,
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            train_dataset=data.prompts(),
+            processing_class=data.tokenizer(),
+            callbacks=[QBLoRACallback(adapter())],
+        )
