@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qbl_trl.config import SCALE_DTYPES, LayerFormat
 from qbl_trl.errors import CheckpointError, ConfigError
+from qbl_trl.quant import native
 from qbl_trl.quant.affine import Affine, group_count
 from qbl_trl.quant.packing import pack, unpack
 
@@ -138,6 +139,11 @@ class PackedWeight(nn.Module):
     def dequantize_rows(self, rows: Rows) -> Tensor:
         """Some rows of s (q - z), without a delta: a slice or (T,) indices -> (T, in_features) float32."""
         groups, size = self.groups, self.group_size
+        if self.bits == 4 and isinstance(rows, slice):
+            zeros = None if self.zeros is None else self.zeros[rows]
+            fused = native.dequantize_rows(self.weight.data[rows], self.scales[rows], zeros, size)
+            if fused is not None:
+                return fused[:, : self.in_features]
         codes = unpack(self.weight.data[rows], self.bits, groups * size).view(-1, groups, size)
         scales, zeros = self.scales[rows].float().unsqueeze(-1), self.zero_points(rows)
         if zeros.is_floating_point():

@@ -1,0 +1,103 @@
+"""The compiled unpacking of 4-bit weights against plain torch, its oracle."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qbl_trl.quant import native
+from qbl_trl.quant.affine import Affine, dequantize
+from qbl_trl.quant.linear import GroupQuantLinear
+
+needs_library = pytest.mark.skipif(native._library() is None, reason="no C compiler, or no x86 with AVX2")
+
+
+@pytest.fixture
+def fresh_library():
+    native._library.cache_clear()
+    yield
+    native._library.cache_clear()
+
+
+def layer(rows, columns, size, kind, scale_dtype=torch.float16):
+    groups = -(-columns // size)
+    codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
+    zeros = {
+        "packed": torch.randint(0, 16, (rows, groups), dtype=torch.uint8),
+        "float16": (torch.rand(rows, groups) * 15).half(),
+        "none": torch.full((rows, groups), 8, dtype=torch.uint8),
+    }[kind]
+    affine = Affine(codes, torch.rand(rows, groups).to(scale_dtype), zeros)
+    return GroupQuantLinear.from_affine(affine, bits=4, group_size=size, symmetric=kind == "none"), affine
+
+
+@needs_library
+@pytest.mark.parametrize("kind", ["packed", "float16", "none"])
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("columns", "size"), [(576, 32), (96, 32), (1536, 128), (1000, 32), (512, 256)])
+def test_every_weight_has_the_bits_of_the_plain_path(columns, size, scale_dtype, kind, monkeypatch):
+    found, affine = layer(192, columns, size, kind, scale_dtype)
+    calls = []
+    monkeypatch.setattr(native, "_call", lambda *a, call=native._call: calls.append(1) or call(*a))
+    assert torch.equal(found.dequantize_rows(slice(None)), dequantize(*affine, size))
+    assert torch.equal(found.dequantize_rows(slice(5, 188)), dequantize(*affine, size)[5:188])
+    assert len(calls) == 2
+
+
+@needs_library
+def test_the_result_is_the_same_for_any_number_of_threads():
+    found, affine = layer(384, 384, 32, "packed")
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(found.dequantize_rows(slice(None)), dequantize(*affine, 32))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("variables", [{"QBL_TRL_NATIVE": "0"}, {"CC": "no-such-compiler"}, {"CC": "false"}])
+def test_without_the_library_plain_torch_does_it(variables, tmp_path, fresh_library, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found, affine = layer(192, 576, 32, "packed")
+    assert torch.equal(found.dequantize_rows(slice(None)), dequantize(*affine, 32))
+    assert native._library() is None
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_library_that_gives_other_bits_is_not_used(fresh_library, monkeypatch, caplog):
+    monkeypatch.setattr(native, "_call", lambda *a: torch.zeros(3, 192))
+    assert native._library() is None
+
+
+@needs_library
+def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, fresh_library, monkeypatch):
+    (tmp_path / "qbl_trl").write_text("a file where a folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native._library() is not None
+
+
+@needs_library
+def test_a_damaged_library_in_the_cache_is_no_obstacle(tmp_path, fresh_library, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built = native._built()
+    built.write_bytes(built.read_bytes()[:100])
+    found, affine = layer(192, 576, 32, "packed")
+    assert torch.equal(found.dequantize_rows(slice(None)), dequantize(*affine, 32))
+
+
+@needs_library
+def test_it_works_in_a_process_that_forked_after_using_it():
+    code = (
+        "import os, torch; from tests.quant.test_native import layer; f, _ = layer(192, 576, 32, 'packed');"
+        "a = f.dequantize_rows(slice(None)); pid = os.fork();"
+        "os._exit(0 if torch.equal(f.dequantize_rows(slice(0, 96)), a[:96]) else 1) if pid == 0 else None;"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
+    )
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
+    done = subprocess.run([sys.executable, "-c", code], timeout=120, env={**os.environ, **environment})
+    assert done.returncode == 0
