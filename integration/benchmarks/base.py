@@ -119,7 +119,9 @@ def step_time(repeats: int, tokens: int = 1024) -> dict[str, Any]:
         grad = torch.randn(tokens, rows)
         times: dict[str, list[float]] = {"float": [], "ours": [], "nf4": []}
         for turn in range(repeats + 2):
-            for key, layer in (("float", plain), ("ours", ours), ("nf4", nf4)):
+            order = (("float", plain), ("ours", ours), ("nf4", nf4))
+            for key, layer in order if turn % 2 == 0 else order[::-1]:
+                x.grad = None
                 start = time.perf_counter()
                 layer(x).backward(grad)
                 if turn >= 2:
@@ -188,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=("bytes", "step", "loss"), default=["bytes", "step", "loss"])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--calibration-tokens", type=int, default=8192)
     parser.add_argument("--output", type=Path, default=RESULTS)
