@@ -90,14 +90,24 @@ def _shared_sum(x: Tensor, factor: int, dtype: torch.dtype) -> Tensor:
     return _last.sum_neighbours(x, factor, dtype)
 
 
+def _passed_on(ctx: Any, x: Tensor) -> Tensor:
+    """x for the base layer. The input of a model's first layers has no gradient, and must not ask the base for one."""
+    same = x.view_as(x)
+    if not ctx.needs_input_grad[0]:
+        ctx.mark_non_differentiable(same)
+    return same
+
+
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         ctx.factor = factor
-        return x.view_as(x), _shared_sum(x, factor, dtype).detach()
+        return _passed_on(ctx, x), _shared_sum(x, factor, dtype).detach()
 
     @staticmethod
-    def backward(ctx: Any, to_x: Tensor, to_pooled: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, to_x: Tensor, to_pooled: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
         return plus_expanded(to_x, to_pooled, ctx.factor), None, None
 
 
@@ -107,7 +117,7 @@ class _Project(torch.autograd.Function):
         pooled = _shared_sum(x, factor, weight.dtype)
         ctx.factor = factor
         ctx.save_for_backward(pooled, weight)
-        return x.view_as(x), pooled @ weight.T
+        return _passed_on(ctx, x), pooled @ weight.T
 
     @staticmethod
     def backward(ctx: Any, to_x: Tensor, to_h: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]

@@ -90,3 +90,12 @@ def test_an_output_that_is_a_view_is_not_written_over():
     before = y.clone()
     add_expanded(view, torch.randn(6, 1), torch.randn(2, 1), 2)
     assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("function", [lambda x, w: project(x, w, 2), lambda x, w: pool(x, 2, torch.float32)])
+def test_an_input_without_gradient_asks_the_base_layer_for_none(function):
+    weight = torch.randn(3, 4, requires_grad=True)
+    passed, _ = function(torch.randn(5, 8), weight)
+    assert not passed.requires_grad
+    passed, _ = function(torch.randn(5, 8, requires_grad=True), weight)
+    assert passed.requires_grad
