@@ -21,7 +21,7 @@ from qbl_trl.errors import ConfigError, MergeError
 from qbl_trl.quant.algorithms import quantize
 from qbl_trl.quant.hf_quantizer import GroupQuantizer, attach_
 from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.quant.modules import plain_forward_, replace
+from qbl_trl.quant.modules import is_sharded, plain_forward_, replace
 from qbl_trl.quant.packed import PackedWeight
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
     Raises:
         ConfigError: if there is no balanced adapter, or `lossy` is unknown.
         MergeError: if a layer cannot be merged exactly (in_factor no multiple of the quantization group; a
-            bitsandbytes base), or a merged layer does not compute what the trained layer computed.
+            bitsandbytes base; weights spread over processes), or a merged layer does not compute what the trained
+            layer computed.
 
     Source: QA-LoRA, arXiv:2309.14717, section 3.3; arXiv:2407.17029, section 3.
     """
@@ -59,6 +60,11 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
         raise ConfigError(f'merge: lossy={lossy!r} is not known; allowed: None, "requantize"')
     source = unwrap(peft_model)
     adapter_layers(source)
+    if is_sharded(source):
+        raise MergeError(
+            "merge: the weights are spread over processes (FSDP or DeepSpeed ZeRO-3); give QBLoRACallback a "
+            "merged_output_dir, which gathers them, or save the adapter and run: qbl-trl merge ADAPTER OUTPUT"
+        )
     merged = _copy_sharing_tensors(source)
     settings = _quantization_settings(merged)
     errors = [

@@ -22,7 +22,6 @@ from datasets import Dataset, DatasetDict, load_dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
-import qbl_trl
 from qbl_trl import GroupQuantConfig, QBLoRACallback, QBLoRAConfig
 
 DEMO = "demo"
@@ -44,6 +43,7 @@ class QABLoRAArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the pooled input."})
     in_factor: int | None = field(default=None, metadata={"help": "Inputs pooled into one; default: the group size."})
     out_factor: int = field(default=2, metadata={"help": "Outputs that share one adapter output."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace what output_dir/merged and onnx hold."})
     export_onnx: bool = field(default=False, metadata={"help": "Also write output_dir/onnx."})
     provider: str = field(default="cpu", metadata={"help": "Where the ONNX graph will run: cpu or cuda."})
 
@@ -88,7 +88,7 @@ def main(script: ScriptArguments, training: SFTConfig, args: QABLoRAArguments) -
     if dataset is None:
         raise SystemExit("--dataset_name is needed beside --model_name_or_path: any dataset TRL's SFTTrainer takes")
 
-    merged = Path(training.output_dir, "merged")
+    output = Path(training.output_dir)
     adapter = QBLoRAConfig(
         r=args.r,
         lora_alpha=args.lora_alpha,
@@ -104,12 +104,18 @@ def main(script: ScriptArguments, training: SFTConfig, args: QABLoRAArguments) -
         train_dataset=dataset[script.dataset_train_split],
         eval_dataset=dataset[script.dataset_test_split] if training.eval_strategy != "no" else None,
         processing_class=AutoTokenizer.from_pretrained(name),
-        callbacks=[QBLoRACallback(adapter, merged_output_dir=merged)],
+        callbacks=[
+            QBLoRACallback(
+                adapter,
+                merged_output_dir=output / "merged",
+                onnx_output_dir=output / "onnx" if args.export_onnx else None,
+                onnx_options={"provider": args.provider},
+                overwrite=args.overwrite,
+            )
+        ],
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
-    if args.export_onnx and trainer.accelerator.is_main_process:
-        print(qbl_trl.export_onnx(merged, Path(training.output_dir, "onnx"), provider=args.provider, overwrite=True))
 
 
 if __name__ == "__main__":

@@ -172,3 +172,10 @@ def test_a_forward_patched_onto_the_trained_model_is_not_carried_into_the_merged
     merged.lm_head.weight = nn.Parameter(torch.zeros_like(merged.lm_head.weight))
     assert logits(merged, IDS).abs().max() == 0
     assert "forward" in vars(inner)
+
+
+def test_weights_spread_over_processes_are_refused_with_the_way_out():
+    model = adapted()
+    next(model.parameters()).ds_id = 0  # as DeepSpeed ZeRO-3 marks them
+    with pytest.raises(MergeError, match=r"spread over processes .* merged_output_dir"):
+        merge(model)

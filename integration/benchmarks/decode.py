@@ -3,8 +3,8 @@
     python -m integration.benchmarks.decode --genai_python /path/to/genai/env/bin/python
 
 GenAI's builder needs transformers 5, so it runs in an environment of its own; without one its rows are left out. All
-graphs of one loop are measured in turn, step by step, in one process, so that whatever else the machine does hits all
-of them alike; the figures are medians. Our graphs hold a merged adapter (one value per block of 32 by 2 weights) over
+graphs of one loop are measured in turn, in one process, so that whatever else the machine does hits all of them
+alike; the figures are medians. Our graphs hold a merged adapter (one value per block of 32 by 2 weights) over
 the same int4 embedding and head as GenAI's; `base` is the same without the adapter: the difference is what it costs.
 The results are written to integration/benchmarks/results/decode.json.
 """
@@ -31,6 +31,7 @@ from qbl_trl import GroupQuantConfig, export_onnx
 from qbl_trl.quant.linear import GroupQuantLinear
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
+_WARM_UP = 4  # steps
 
 
 @dataclass
@@ -56,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of ONNX Runtime and of torch")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser
 
@@ -109,6 +110,9 @@ def build(source: Path, work: Path, genai_python: str | None, seconds: dict[str,
     once("ours int8 activations, last logits", lambda out: ours(source, out, True, accuracy_level=4, logits="last"))
     once("base int8 activations", lambda out: ours(source, out, merged=False, accuracy_level=4))
     once("ours exact, last logits", lambda out: ours(source, out, merged=True, logits="last"))
+    gqa = {"accuracy_level": 4, "attention": "gqa"}
+    once("ours int8 activations, gqa", lambda out: ours(source, out, merged=True, **gqa))
+    once("base int8 activations, gqa", lambda out: ours(source, out, merged=False, **gqa))
     once("optimum fp32", lambda out: optimum_fp32(source, out))
     return folders
 
@@ -175,20 +179,26 @@ def memory_bandwidth(threads: int) -> float:
 
 
 def bare_sessions(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
-    """numpy in, numpy out, nothing shared between steps."""
+    """numpy in, numpy out, nothing shared between steps.
+
+    Graphs take turns by whole generations, forwards and backwards: stepping them in turn would let each session's
+    threads spin into the next one's step. A generation's first prefill and first steps only warm it up.
+    """
     sessions = {name: session(folder, args.threads) for name, folder in folders.items()}
     prefill: dict[str, list[float]] = {name: [] for name in folders}
     decode: dict[str, list[float]] = {name: [] for name in folders}
     ids = np.arange(1, args.prompt + 1)[None]
-    for _ in tqdm(range(args.rounds), desc="bare session"):
-        caches = {}
-        for name, opened in sessions.items():
-            taken, caches[name] = step(opened, ids, args.prompt, None)
+    for turn in tqdm(range(args.rounds), desc="bare session"):
+        for name in list(sessions) if turn % 2 == 0 else reversed(sessions):
+            opened = sessions[name]
+            step(opened, ids, args.prompt, None)
+            taken, cache = step(opened, ids, args.prompt, None)
             prefill[name].append(taken)
-        for length in range(args.prompt + 1, args.prompt + args.new + 1):
-            for name, opened in sessions.items():
-                taken, caches[name] = step(opened, ids[:, :1], length, caches[name])
-                decode[name].append(taken)
+            times = []
+            for length in range(args.prompt + 1, args.prompt + args.new + 1):
+                taken, cache = step(opened, ids[:, :1], length, cache)
+                times.append(taken)
+            decode[name] += times[_WARM_UP:]
     speeds = {name: (args.prompt / median(prefill[name]), 1 / median(decode[name])) for name in folders}
     return rows_of("bare session", folders, speeds, bandwidth)
 

@@ -48,6 +48,7 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> list[Lower
         ExportError: if a layer cannot be lowered as asked.
     """
     editor = Editor(model, options.dtype)
+    _restore_widths(editor, skeleton)
     if options.attention != "standard":
         fuse_attention(editor, skeleton, options.attention, options.max_length)
     if options.last_logits:
@@ -61,6 +62,15 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> list[Lower
         lowering.lower(node, linears[attribute(node, "name")])
     _finish(model)
     return lowering.layers
+
+
+def _restore_widths(editor: Editor, skeleton: Skeleton) -> None:
+    """The tracer forgets the width of layers whose input it is unsure of; the layers know it."""
+    for node in editor.graph:
+        if node.domain == TRACE_DOMAIN and node.op_type == "Linear":
+            output, width = node.outputs[0], skeleton.linears[attribute(node, "name")].out_features
+            if output.shape is not None:
+                output.shape = ir.Shape([*list(output.shape)[:-1], width])
 
 
 def _keep_last(editor: Editor) -> None:

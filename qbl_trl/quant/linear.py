@@ -71,8 +71,10 @@ class GroupQuantLinear(PackedWeight, nn.Linear):  # type: ignore[misc]
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         if self.delta is not None:
-            pooled = pool(wide, self.format.in_factor or 1, self.delta.dtype)
-            y = add_expanded(y, nn.functional.linear(pooled, self.delta), self.format.out_factor or 1)
+            # A delta stored narrow is a rounded delta, not a narrow computation.
+            dtype = torch.promote_types(self.delta.dtype, wide.dtype)
+            pooled = pool(wide, self.format.in_factor or 1, dtype)
+            y = add_expanded(y, nn.functional.linear(pooled, self.delta.to(dtype)), self.format.out_factor or 1)
         return y
 
 

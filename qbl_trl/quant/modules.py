@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 import transformers
 from accelerate.hooks import add_hook_to_module
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,6 +34,12 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
 def same_module_name(model: nn.Module, wanted: nn.Module) -> str:
     """Full name of a module that is known to be in the model."""
     return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are spread over processes: FSDP2, FSDP1's flat parameters, DeepSpeed ZeRO-3."""
+    marks = ("_sharded_size", "ds_id")
+    return any(isinstance(p, DTensor) or any(hasattr(p, mark) for mark in marks) for p in model.parameters())
 
 
 def plain_forward_(model: Model) -> Model:

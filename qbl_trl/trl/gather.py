@@ -9,16 +9,10 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor
 
 from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.errors import MergeError
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters are spread over processes (FSDP2, or FSDP1's flat parameters)."""
-    return any(isinstance(p, DTensor) or hasattr(p, "_sharded_size") for p in model.parameters())
-
+from qbl_trl.quant.modules import is_sharded
 
 PARTITIONED = (
     "DeepSpeed ZeRO-3 keeps the weights partitioned; merge from the saved adapter: qbl-trl merge ADAPTER OUTPUT"
@@ -79,4 +73,4 @@ class Gatherer:
         return self._twin
 
 
-__all__ = ["PARTITIONED", "Gatherer", "is_partitioned", "is_sharded", "without_weights"]
+__all__ = ["PARTITIONED", "Gatherer", "is_partitioned", "without_weights"]
