@@ -36,7 +36,7 @@ def _gather_groups(editor: Editor, node: ir.Node, source: EmbeddingSource, base:
     name, (rows, groups) = source.name, base.scales.shape
     blob = base.group_size * base.bits // 8
     codes = editor.weight(f"{name}.weight", (rows, groups, blob), torch.uint8, give(base.weight))
-    scales = editor.weight(f"{name}.scales", (rows, groups), editor.dtype, give(base.scales))
+    scales = editor.widened(node, f"{name}.scales", base.scales)
     # Always explicit: the default zero point of this operator differs between providers.
     width = -(-groups * base.bits // 8)
     zeros = editor.weight(f"{name}.zeros", (rows, width), torch.uint8, _packed_zeros(base, rows, width))

@@ -64,8 +64,8 @@ def export_onnx(
         dtype: "float32" (default on cpu) or "float16"; on cuda "float16" (default) or "bfloat16".
         lowering: "auto" or "factored": codes and integer zero points as they are, the adapter beside them;
             "float_zero_point": the adapter inside fractional zero points; "low_rank": the adapter's own two factors.
-        attention: "attention" (the ONNX operator: fastest on CPU), "gqa" (GroupQueryAttention: fastest on CUDA),
-            "standard" (as traced), or "auto": the fastest of the provider where it fits the model.
+        attention: "attention" (the ONNX operator: fastest on CPU), "gqa" (GroupQueryAttention: fastest on CUDA, and in
+            GenAI), "standard" (as traced), or "auto": the fastest of the provider where it fits the model.
         accuracy_level: 4 lets MatMulNBits quantize activations to 8 bits on CPU: faster, not exact; reported.
         logits: "all" positions, or the "last" one only, as `generate` needs (not for ONNX Runtime GenAI).
         max_length: positions of the rotary tables; the model's own maximum by default.

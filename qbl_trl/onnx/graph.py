@@ -8,6 +8,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from qbl_trl.onnx.layers import Stored
+
 MS_DOMAIN = "com.microsoft"
 TORCH_TO_IR = {
     torch.float32: ir.DataType.FLOAT,
@@ -30,6 +32,7 @@ class Editor:
     def __init__(self, model: ir.Model, dtype: torch.dtype) -> None:
         self.model, self.graph, self.dtype = model, model.graph, dtype
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
+        self._widened: dict[str, ir.Value] = {}
         self._count = 0
 
     @property
@@ -51,6 +54,18 @@ class Editor:
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind), const_value=lazy)
         self.graph.register_initializer(value)
         return value
+
+    def widened(self, at: ir.Node, name: str, stored: Stored) -> ir.Value:
+        """A weight in the graph's type. One stored in 16 bits stays so in the file: sessions widen it while loading."""
+        narrow = stored.parts[0].dtype
+        if self.dtype != torch.float32 or narrow not in (torch.float16, torch.bfloat16):
+            return self.weight(name, stored.shape, self.dtype, stored.read)
+        if name not in self._widened:
+            value = self.weight(name, stored.shape, narrow, stored.read)
+            cast = self.add(at, "Cast", [value], {"to": int(ir.DataType.FLOAT)}, name=name)
+            cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), value.shape
+            self._widened[name] = cast.outputs[0]
+        return self._widened[name]
 
     def constant(self, values: Any, dtype: Any = np.int64) -> ir.Value:
         """A small constant, shared by all its users."""

@@ -101,7 +101,7 @@ class LinearLowering:
         inputs: list[ir.Value | None] = [
             x,
             editor.weight(f"{stem}.weight", (rows, groups, blob), torch.uint8, give(base.weight)),
-            editor.weight(f"{stem}.scales", (rows, groups), editor.dtype, give(base.scales)),
+            editor.widened(node, f"{stem}.scales", base.scales),
             None,
             None,
             None,

@@ -285,3 +285,11 @@ def test_low_rank_keeps_the_factors_and_refuses_a_merged_layer(tmp_path):
     with pytest.raises(ExportError, match="keeps the two factors of an adapter, this layer holds their product"):
         export_onnx(merged_llama(), tmp_path / "out", lowering="low_rank")
     assert not list(tmp_path.iterdir())
+
+
+def test_scales_of_16_bits_stay_so_in_the_file(exported):
+    _, folder, _ = exported
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    stored = [tensor for tensor in graph.initializer if tensor.name.endswith(".scales")]
+    assert stored
+    assert all(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in stored)

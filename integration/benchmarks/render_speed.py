@@ -1,0 +1,109 @@
+"""The speed and memory tables of RESULTS.md, from the JSON files that the other benchmarks wrote.
+
+Every ratio is ours over the peer's in one run, except speeds of graphs, which are over ONNX Runtime GenAI's.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def load(name: str) -> dict[str, Any]:
+    """One benchmark's numbers; empty where it has not run."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def table(titles: list[str], rows: list[list[Any]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def training_step(found: dict[str, Any]) -> str:
+    rows = [
+        [row["shape"], row["system"], row["r"], f"{row['time_ratio_median']:.2f}", f"{row['saved_ratio_step']:.2f}"]
+        for row in found["step"]
+    ]
+    layers = [[row["system"], row["r"], row["tokens"], f"{row['saved_ratio']:.3f}"] for row in found["layer_2048x2048"]]
+    return (
+        "## A training step, against PEFT's LoRA with as many parameters on the same base\n\n"
+        f"`python -m integration.benchmarks.train_step`, {found['tokens']} tokens, {found['threads']} threads, "
+        f"median of {found['pairs']} pairs.\n\n"
+        + table(["layer shapes", "method", "r", "time", "bytes saved for backward, whole step"], rows)
+        + "\nOne adapted linear layer of 2048 x 2048, bytes saved for backward:\n\n"
+        + table(["method", "r", "tokens", "ratio"], layers)
+    )
+
+
+def base(found: dict[str, Any]) -> str:
+    parts = [
+        "## The 4-bit base\n",
+        f"`python -m integration.benchmarks.base`, {found['environment']['threads']} threads.\n",
+    ]
+    sizes = [[name, f"{value:.4f}"] for name, value in found.get("bytes_per_weight", {}).items()]
+    parts.append(table(["stored", "bytes per weight"], sizes))
+    step = found.get("step_ms")
+    if step:
+        rows = [
+            [name, values["float"], values["ours"], values["nf4"], values["ours / nf4"]]
+            for name, values in step["layers"].items()
+        ]
+        parts.append(
+            f"Forward and backward to x, {step['tokens']} tokens, median of {step['repeats']}, milliseconds:\n"
+        )
+        parts.append(table(["layer", "float32", "ours", "bitsandbytes NF4", "ours / NF4"], rows))
+    losses = found.get("perplexity", {})
+    rows = [
+        [setting, name, value["perplexity"], value["share_won_back"], value["quantization_seconds"]]
+        for setting, values in losses.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+    ]
+    if rows:
+        parts.append(
+            f"Perplexity on State of the Union addresses, {losses['tokens']} tokens; not quantized: "
+            f"{losses['float']:.3f}. Won back: of what rtn loses, in nats.\n"
+        )
+        parts.append(table(["setting", "algorithm", "perplexity", "won back", "seconds to quantize"], rows))
+    return "\n".join(parts)
+
+
+def decoding(found: dict[str, Any]) -> str:
+    parts = ["## Graphs in ONNX Runtime\n", "`python -m integration.benchmarks.decode`, speeds in tokens per second.\n"]
+    for name, entry in found.items():
+        first = {row["loop"]: row for row in reversed(entry["rows"])}
+        rows = [
+            [
+                row["loop"],
+                row["graph"],
+                f"{row['megabytes']:.1f}",
+                *(f"{row[key]:.0f} ({row[key] / first[row['loop']][key]:.2f})" for key in ("prefill", "decode")),
+                f"{row['bandwidth']:.0%}",
+            ]
+            for row in entry["rows"]
+        ]
+        built = ", ".join(f"{graph} {seconds:.0f} s" for graph, seconds in entry["build_seconds"].items())
+        parts.append(
+            f"{name}, {entry['threads']} threads, ONNX Runtime {entry['versions']['onnxruntime']}; in brackets the "
+            f"ratio to the first graph of the loop; the last column is the share of the "
+            f"{entry['bandwidth_gb_s']:.0f} GB/s that this machine reads. Written in: {built}.\n"
+        )
+        parts.append(table(["loop", "graph", "MB", "prefill", "decode", "of memory bandwidth"], rows))
+    return "\n".join(parts)
+
+
+def callback(found: dict[str, Any]) -> str:
+    return (
+        "## The callback\n\n"
+        f"`python -m integration.benchmarks.callback_overhead`: {found['overhead']:.2%} of a training step, logging "
+        f"every {found['logging_steps']} steps; the probe before the first step {found['probe_seconds']:.1f} s, merging and "
+        f"verifying at the end {found['merge_and_verify_seconds']:.1f} s ({found['blocks']} layers of SmolLM2-135M).\n"
+    )
+
+
+def render() -> str:
+    """Every table whose benchmark has run."""
+    makers = {"train_step": training_step, "base": base, "decode": decoding, "callback_overhead": callback}
+    return "\n".join(make(found) for name, make in makers.items() if (found := load(name)))
