@@ -99,7 +99,8 @@ def callback(found: dict[str, Any]) -> str:
         "## The callback\n\n"
         f"`python -m integration.benchmarks.callback_overhead`: {found['overhead']:.2%} of a training step, logging "
         f"every {found['logging_steps']} steps; the probe before the first step {found['probe_seconds']:.1f} s, "
-        f"merging and verifying at the end {found['merge_and_verify_seconds']:.1f} s ({found['blocks']} layers of SmolLM2-135M).\n"
+        f"merging and verifying at the end {found['merge_and_verify_seconds']:.1f} s "
+        f"({found['blocks']} layers of SmolLM2-135M).\n"
     )
 
 
