@@ -25,7 +25,7 @@ import numpy as np
 import onnxruntime
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qbl_trl import GroupQuantConfig, export_onnx
 from qbl_trl.quant.linear import GroupQuantLinear
@@ -65,7 +65,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Build what is missing, measure, print, write."""
     torch.set_num_threads(args.threads)
-    source = random_llama(args.random, args.work) if args.random else args.model
+    if args.random:
+        args.model = random_llama(args.random, args.work, args.model)
+    source = args.model
     seconds: dict[str, float] = {}
     folders = build(source, args.work / source.name, args.genai_python, seconds)
     bandwidth = memory_bandwidth(args.threads)
@@ -145,8 +147,8 @@ def optimum_fp32(source: Path, out: Path) -> None:
     onnx_export_from_model(model, out, task="text-generation-with-past", do_validation=False)
 
 
-def random_llama(shape: str, work: Path) -> Path:
-    """A float Llama of random weights, HIDDENxLAYERS."""
+def random_llama(shape: str, work: Path, tokenizer: Path) -> Path:
+    """A float Llama of random weights, HIDDENxLAYERS, with a tokenizer: GenAI's builder asks for one."""
     hidden, layers = (int(part) for part in shape.split("x"))
     folder = work / f"random-llama-{shape}"
     if not folder.is_dir():
@@ -156,11 +158,12 @@ def random_llama(shape: str, work: Path) -> Path:
             num_hidden_layers=layers,
             num_attention_heads=hidden // 64,
             num_key_value_heads=max(hidden // 256, 1),
-            vocab_size=32000,
+            vocab_size=49152,
             max_position_embeddings=4096,
             tie_word_embeddings=True,
         )
         LlamaForCausalLM(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return folder
 
 
