@@ -64,6 +64,7 @@ def _difference(layer: BalancedLinear) -> tuple[float, float]:
     """The two forms' largest difference, relative to the largest output, and what is allowed."""
     twin = shadow(layer)
     twin.requires_grad_(False)
+    twin.train()  # in eval mode bitsandbytes may repack its codes for the processor, and they are the model's own
     generator = torch.Generator().manual_seed(0)
     for name, weight in twin.named_parameters():
         if name.startswith("lora_"):

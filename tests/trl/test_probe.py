@@ -7,6 +7,7 @@ import numpy
 import peft
 import pytest
 import torch
+from torch import nn
 
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.errors import MergeError
@@ -94,3 +95,17 @@ def test_computing_merged_gives_the_same_logits_and_the_bases_with_adapters_disa
                 torch.testing.assert_close(model(ids).logits, plain, rtol=0, atol=0)
         torch.testing.assert_close(model(ids).logits, trained, rtol=0, atol=0)
     assert (trained - plain).abs().max() > 1e-3
+
+
+def test_the_probe_does_not_make_bitsandbytes_repack_the_models_codes(monkeypatch):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="the [bnb] extra is not installed")
+    model = nn.Module()
+    model.layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    model.layer.to("cpu").support_avx512bf16_for_cpu = True  # repacks in eval mode, in place
+
+    def repack(*args):
+        raise AssertionError("the codes were repacked")
+
+    monkeypatch.setattr("bitsandbytes.nn.modules._convert_weight_packed_for_cpu", repack)
+    layers = adapter_layers(peft.inject_adapter_in_model(adapter(quantization_aware=False), model).eval())
+    assert list(probe(layers)) == ["layer"]
