@@ -356,7 +356,7 @@ NOT_RUN = """## Not run
 - Groups of 128 with a pooled input: SmolLM2's width of 576 is no multiple of 128.
 - CommonsenseQA, ARC-Easy, the MMLU exam and groups of 64 or 2 bits, unless a title above names them: their loaders and
   plans are there (`--full`), the hours were not.
-- IR-QLoRA, LoftQ and PiSSA; PEFT's own QA-LoRA (GPTQ layers only); State of the Union perplexity.
+- IR-QLoRA, LoftQ and PiSSA; PEFT's own QA-LoRA (GPTQ layers only); perplexity after training.
 - 4-bit NF4 kernels: the NF4 base is held as the values bitsandbytes dequantizes it to.
 """
 
