@@ -83,7 +83,7 @@ def _library() -> ctypes.CDLL | None:
         library.qbl_dequantize.argtypes = [*[pointer] * 5, *[size] * 3, ctypes.c_int]
         library.qbl_dequantize.restype = None
         return library if library.qbl_supported() and _agrees(library) else None
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
         logger.info("4-bit weights are unpacked by plain torch, a few times slower: %s", error)
         return None
 
