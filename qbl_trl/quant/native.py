@@ -52,7 +52,7 @@ def dequantize_rows(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_s
 
 def _call(library: ctypes.CDLL, codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int) -> Tensor:
     rows, groups = scales.shape
-    out = torch.empty(rows, groups * group_size)
+    out = torch.empty(rows, groups * group_size, dtype=torch.float32, device=codes.device)
     scales = scales.float().contiguous()
     packed = zeros is not None and not zeros.is_floating_point()
     if zeros is not None:
@@ -121,11 +121,11 @@ def _compile(compiler: str, output: Path) -> None:
 def _agrees(library: ctypes.CDLL) -> bool:
     """Whether the library gives the plain path's bits, on every code under every kind of zero point."""
     generator = torch.Generator().manual_seed(0)
-    codes = torch.arange(16, dtype=torch.uint8).repeat(3, 12)
-    scales = torch.rand(3, 6, generator=generator).half()
-    whole = torch.randint(0, 16, (3, 6), generator=generator, dtype=torch.uint8)
+    codes = torch.arange(16, dtype=torch.uint8, device="cpu").repeat(3, 12)
+    scales = torch.rand(3, 6, generator=generator, dtype=torch.float32, device="cpu").half()
+    whole = torch.randint(0, 16, (3, 6), generator=generator, dtype=torch.uint8, device="cpu")
     middle = torch.full_like(whole, 8)
-    broken = torch.rand(3, 6, generator=generator) * 15
+    broken = torch.rand(3, 6, generator=generator, dtype=torch.float32, device="cpu") * 15
     cases = ((pack(whole, 4), whole), (broken, broken), (None, middle))
     same = all(
         torch.equal(_call(library, pack(codes, 4), scales, stored, 32), dequantize(codes, scales, zeros, 32))

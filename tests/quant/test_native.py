@@ -58,6 +58,22 @@ def test_the_result_is_the_same_for_any_number_of_threads():
         torch.set_num_threads(threads)
 
 
+@needs_library
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_default_dtypes_and_devices_of_the_moment_change_nothing(device, fresh_library):
+    found, affine = layer(192, 576, 32, "packed")
+    expected = dequantize(*affine, 32)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device(device):  # as loaders set them, also while the library is checked
+            assert native._library() is not None
+            weight = found.dequantize_rows(slice(None))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, expected)
+
+
 @pytest.mark.parametrize("variables", [{"QBL_TRL_NATIVE": "0"}, {"CC": "no-such-compiler"}, {"CC": "false"}])
 def test_without_the_library_plain_torch_does_it(variables, tmp_path, fresh_library, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
