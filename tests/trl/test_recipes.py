@@ -24,7 +24,7 @@ FLAGS = {
         "lora_dropout": 0.1,
         "in_factor": 32,
         "overwrite": True,
-        "export_onnx": importlib.util.find_spec("optimum") is not None,
+        "export_onnx": importlib.util.find_spec("onnx") is not None,
         "provider": "cpu",
     },
     "sft_qblora": {
