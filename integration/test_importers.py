@@ -19,14 +19,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import qbl_trl  # noqa: F401  (registers the quantizer)
 from integration.demo.data import smollm2, smollm2_gguf
+from qbl_trl import QBLoRAConfig, merge
 from qbl_trl.quant.importers import convert_checkpoint, read_layers
 from qbl_trl.quant.linear import GroupQuantLinear
+from tests.quant.foreign import gptq_tensors, random_affine, write_folder
 from tests.tiny import logits, tiny_llama, tokens
 
 TEXT = (
@@ -85,6 +87,52 @@ def test_smollm2_is_converted_in_less_than_a_gigabyte(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout.split()[-1]) < 1024
+
+
+# ---- models that transformers loaded with the format's own library
+
+
+def test_a_gptq_model_trains_and_merges_with_its_codes(tmp_path):
+    needs("gptqmodel")
+    try:
+        import optimum.gptq  # noqa: F401
+        from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    except ImportError as error:
+        pytest.skip(f"gptqmodel does not import here (it wants transformers 5 and optimum): {error}")
+    from transformers import GPTQConfig
+
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
+    _, affines = write_folder(
+        tmp_path / "in", lambda affine: gptq_tensors(affine, 4), settings, lambda *at: random_affine(*at[:2], 4, at[2])
+    )
+    # Its kernels for inference refuse training.
+    config = GPTQConfig(bits=4, backend="gptq_torch")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "in", quantization_config=config, device_map="cpu")
+    assert isinstance(base.model.layers[0].self_attn.q_proj, TorchLinear)
+    model = get_peft_model(base, QBLoRAConfig(r=4, quantization_aware=True, init_lora_weights=False))
+    model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    merged = merge(model.eval())
+    for name, affine in affines.items():
+        assert torch.equal(merged.get_submodule(name).affine().codes, affine.codes)
+    torch.testing.assert_close(logits(merged, tokens()), logits(model, tokens()), rtol=0, atol=2e-3)  # its float16
+
+
+def test_an_hqq_model_trains_and_merges_with_its_codes(tmp_path):
+    needs("hqq")
+    from transformers import HqqConfig
+
+    tiny_llama().save_pretrained(tmp_path / "in")
+    config = HqqConfig(nbits=4, group_size=32, axis=1)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "in", quantization_config=config, device_map="cpu")
+    model = get_peft_model(base, QBLoRAConfig(r=4, quantization_aware=True, init_lora_weights=False))
+    model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    merged = merge(model.eval())
+    torch.testing.assert_close(logits(merged, tokens()), logits(model, tokens()), rtol=0, atol=2e-5)  # float32
+    merged.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(again, tokens()), logits(merged, tokens()))
 
 
 # ---- one layer each

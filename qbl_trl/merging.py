@@ -13,13 +13,14 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from qbl_trl.adapter.bases import float_weight
+from qbl_trl.adapter.bases import float_weight, foreign_kind
 from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
 from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.config import SCALE_DTYPES, GroupQuantConfig
-from qbl_trl.errors import ConfigError, MergeError
+from qbl_trl.errors import CheckpointError, ConfigError, MergeError
 from qbl_trl.quant.algorithms import quantize
 from qbl_trl.quant.hf_quantizer import GroupQuantizer, attach_
+from qbl_trl.quant.importers.modules import READERS, take_over
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import is_sharded, plain_forward_, replace
 from qbl_trl.quant.packed import PackedWeight
@@ -77,8 +78,8 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
     for name, module in list(merged.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper):
             replace(merged, name, module.unload_and_optionally_merge_module(True, False, None))
+    errors += _one_format_(merged, settings, lossy, requantized=bool(errors))
     if errors:
-        _requantize_rest_(merged, settings)
         logger.warning(
             "merge: %d layers were quantized again; relative weight error %.4f on average, %.4f at most",
             len(errors),
@@ -111,16 +112,14 @@ def _merge_layer_(
     model: nn.Module, name: str, module: BalancedLinear, settings: GroupQuantConfig, lossy: str | None
 ) -> float | None:
     """Put the merged layer in the place of `module`; the relative weight error if it was quantized again."""
-    base = module.get_base_layer()
     active = [adapter for adapter in module.active_adapters if adapter in module.rank]
-    exact = module.base.mergeable and (
-        module.base.group_size is None or all(module.in_factor[a] % module.base.group_size == 0 for a in active)
-    )
-    if not exact and lossy:
+    if lossy and not _merges_exactly(module, active):
         merged, error = _requantized(module, active, settings)
         replace(model, name, merged)
         return error
     try:
+        module.take_over_base()
+        base = module.get_base_layer()
         probe = _probe(module)
         module.merge(safe_merge=True, adapter_names=[a for a in active if a not in module.merged_adapters])
         _check_layer(base, probe)
@@ -128,6 +127,17 @@ def _merge_layer_(
         raise MergeError(f"{name}: {error}") from error
     replace(model, name, base)
     return None
+
+
+def _merges_exactly(module: BalancedLinear, active: list[str]) -> bool:
+    group = module.base.group_size
+    if not module.base.mergeable or (group is not None and any(module.in_factor[a] % group for a in active)):
+        return False
+    try:
+        module.take_over_base()
+    except MergeError:
+        return False
+    return True
 
 
 def _probe(module: BalancedLinear) -> tuple[Tensor, Tensor] | None:
@@ -161,11 +171,11 @@ def _requantized(
     base = module.get_base_layer()
     delta = sum((module.get_delta_weight(adapter).detach() for adapter in active), torch.zeros(()))
     weight = float_weight(base) + delta
-    layer = _quantize_again(weight, base, settings)
-    return layer, float((layer.dequantize() - weight).norm() / weight.norm())
+    return _quantize_again(weight, base, settings)
 
 
-def _quantize_again(weight: Tensor, old: nn.Module, settings: GroupQuantConfig) -> GroupQuantLinear:
+def _quantize_again(weight: Tensor, old: nn.Module, settings: GroupQuantConfig) -> tuple[GroupQuantLinear, float]:
+    """The weight (N, K) in affine groups, and the relative error that this costs."""
     affine = quantize(
         weight,
         bits=settings.bits,
@@ -175,20 +185,34 @@ def _quantize_again(weight: Tensor, old: nn.Module, settings: GroupQuantConfig) 
         scale_dtype=SCALE_DTYPES[settings.scale_dtype],
     )
     bias = old.bias
-    return GroupQuantLinear.from_affine(
+    layer = GroupQuantLinear.from_affine(
         affine,
         bits=settings.bits,
         group_size=settings.group_size,
         symmetric=settings.symmetric,
         bias=bias if isinstance(bias, Tensor) else None,
     )
+    return layer, float((layer.dequantize() - weight).norm() / weight.norm())
 
 
-def _requantize_rest_(model: nn.Module, settings: GroupQuantConfig) -> None:
-    """Layers of a foreign 4-bit format that had no adapter: one checkpoint holds one format."""
+def _one_format_(model: nn.Module, settings: GroupQuantConfig, lossy: str | None, *, requantized: bool) -> list[float]:
+    """Layers of other libraries that had no adapter: one checkpoint holds one format. Errors as in _merge_layer_."""
+    errors = []
     for name, layer in list(model.named_modules()):
-        if type(layer).__name__ == "Linear4bit":
-            replace(model, name, _quantize_again(float_weight(layer), layer, settings))
+        kind = foreign_kind(layer)
+        if kind in READERS:
+            try:
+                replace(model, name, take_over(layer, kind, name))
+                continue
+            except CheckpointError as error:
+                if not lossy:
+                    raise MergeError(f'{error}. Or merge(model, lossy="requantize"), which reports its loss') from error
+        elif kind != "bitsandbytes 4-bit" or not requantized:
+            continue
+        again, loss = _quantize_again(float_weight(layer), layer, settings)
+        replace(model, name, again)
+        errors.append(loss)
+    return errors
 
 
 def _describe_(model: nn.Module, settings: GroupQuantConfig) -> None:

@@ -362,8 +362,9 @@ def deployed(cell: Cell, model: nn.Module, route: str) -> tuple[tasks.Split, nn.
             tokenizer_()(item.prompt)["input_ids"] for item in task_(cell.task, cell.tokens).train[:CALIBRATION]
         ]
         calibration = [{"inputs_embeds": states[None]} for states in lower.hidden(sequences)]
-        targets = target_layers(summed, cell.affine)
-        gptq_model_(summed, targets, calibration, bits=cell.bits, group_size=cell.group_size)
+        config = dataclasses.replace(cell, algorithm="gptq").affine
+        config.calibration = calibration
+        gptq_model_(summed, config, target_layers(summed, config))
         return lower, summed
     return lower, quantize_model_(summed, dataclasses.replace(cell, algorithm=algorithm).affine)
 

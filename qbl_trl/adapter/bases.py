@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from qbl_trl.adapter.bnb_packed import is_repacked, repacked_weight
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import ConfigError
+from qbl_trl.quant.importers.modules import READERS, take_over
 from qbl_trl.quant.linear import GroupQuantLinear
 
 
@@ -39,7 +40,12 @@ class Base:
     @property
     def mergeable(self) -> bool:
         """A merge into this kind changes stored numbers exactly (float: to rounding)."""
-        return self.kind in ("float", "group_quant")
+        return self.kind in ("float", "group_quant") or self.holds_codes
+
+    @property
+    def holds_codes(self) -> bool:
+        """Affine groups of another library, whose codes can become those of a GroupQuantLinear."""
+        return self.kind in READERS
 
 
 def describe(layer: nn.Module, name: str = "") -> Base:
@@ -53,10 +59,10 @@ def describe(layer: nn.Module, name: str = "") -> Base:
     if isinstance(layer, Conv1D):
         shape: Any = getattr(layer.weight, "ds_shape", layer.weight.shape)
         return Base("float", int(shape[0]), int(shape[1]), transposed=True)
-    for kind, module, classes in _FOREIGN:
-        if any(isinstance(layer, found) for found in _loaded(module, classes)):
-            foreign: Any = layer
-            return Base(kind, foreign.in_features, foreign.out_features, _foreign_group_size(kind, layer))
+    kind = foreign_kind(layer)
+    if kind is not None:
+        foreign: Any = layer
+        return Base(kind, foreign.in_features, foreign.out_features, _foreign_group_size(kind, layer))
     if isinstance(layer, nn.Linear):
         kind = "float" if _is_plain(layer.weight) else "torchao"
         return Base(kind, layer.in_features, layer.out_features)
@@ -67,20 +73,25 @@ def describe(layer: nn.Module, name: str = "") -> Base:
     )
 
 
+def foreign_kind(layer: nn.Module) -> str | None:
+    """What a linear layer class of another library is called here; None for any other module."""
+    for kind, module, classes in _FOREIGN:
+        if any(isinstance(layer, found) for found in _loaded(module, classes)):
+            return kind
+    return None
+
+
 def float_weight(layer: nn.Module) -> Tensor:
     """The weight a layer multiplies with, float32, as the layer stores it: (N, K), or (K, N) for Conv1D.
 
     Raises:
-        ConfigError: if this kind of layer does not give its float weight away.
+        CheckpointError: if the layer keeps its weight in a layout that only its kernel knows.
     """
     if isinstance(layer, GroupQuantLinear):
         return layer.dequantize()
     kind = describe(layer).kind
     if kind in ("gptq", "awq"):
-        raise ConfigError(
-            f"a {kind} layer keeps its weight in a kernel's own layout; load the checkpoint with "
-            f"quantization_config={GroupQuantConfig.__name__}.from_checkpoint(folder), which keeps its codes"
-        )
+        return take_over(layer, kind, "layer").dequantize()
     if kind == "torchao":
         return layer.weight.dequantize().detach().float()  # type: ignore[operator, union-attr]
     if is_repacked(layer.weight):

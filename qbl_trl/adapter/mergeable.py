@@ -2,6 +2,7 @@
 
 float base:     W <- W + dW
 4-bit groups:   delta <- delta + D, codes and scales untouched (exact where in_factor is a multiple of the group)
+HQQ, GPTQ, AWQ: the same, over a GroupQuantLinear that takes their codes over and takes their place
 anything else:  refused, with the reason and what to do
 """
 
@@ -10,9 +11,10 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
-from qbl_trl.adapter.bases import Base
+from qbl_trl.adapter.bases import Base, describe
 from qbl_trl.adapter.fold import add_deltas
-from qbl_trl.errors import MergeError
+from qbl_trl.errors import CheckpointError, MergeError
+from qbl_trl.quant.importers.modules import take_over
 from qbl_trl.quant.linear import GroupQuantLinear
 
 
@@ -43,6 +45,7 @@ class MergesIntoBase(LoraLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.rank:
                 continue
+            self.take_over_base()
             layer = self.get_base_layer()
             if isinstance(layer, GroupQuantLinear):
                 self._merge_into_groups(layer, name, safe_merge)
@@ -58,6 +61,20 @@ class MergesIntoBase(LoraLayer):
                     "quantizes again, and reports the loss"
                 )
             self.merged_adapters.append(name)
+
+    def take_over_base(self) -> None:
+        """A base that holds codes of another library becomes a GroupQuantLinear of the same codes; others stay.
+
+        Raises:
+            MergeError: if its codes cannot be read.
+        """
+        if not self.base.holds_codes:
+            return
+        try:
+            self.base_layer = take_over(self.get_base_layer(), self.base.kind, "base_layer")
+        except CheckpointError as error:
+            raise MergeError(f'{error}. Or merge(model, lossy="requantize"), which reports its loss') from error
+        self.base = describe(self.base_layer)
 
     def _merge_into_groups(self, layer: GroupQuantLinear, name: str, safe_merge: bool) -> None:
         p, e, g = self.in_factor[name], self.out_factor[name], layer.group_size

@@ -11,8 +11,11 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.adapter.balance import matched_rank
+from qbl_trl.adapter.bases import foreign_kind
 from qbl_trl.adapter.factors import record_factors_
 from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
@@ -32,6 +35,10 @@ class QBLoRAModel(LoraModel):
     def _prepare_adapter_config(self, peft_config: QBLoRAConfig, model_config: Any) -> QBLoRAConfig:
         """Write down what the base decides, so that the saved adapter says it: its format, and the pooled group."""
         prepared: QBLoRAConfig = super()._prepare_adapter_config(peft_config, model_config)
+        if prepared.target_modules == "all-linear":
+            foreign = {name for name, module in self.model.named_modules() if foreign_kind(module)}
+            if foreign:  # PEFT counts only subclasses of nn.Linear
+                prepared.target_modules = sorted(foreign | _plain_linear_layers(self.model))
         stored = getattr(getattr(self.model, "config", None), "quantization_config", None)
         if isinstance(stored, GroupQuantConfig):
             if prepared.in_factor is None:
@@ -121,6 +128,13 @@ class QBLoRAModel(LoraModel):
             second = nn.functional.pad(second, (0, rank - possible))
         pooling_scale = target.pooling_scale[adapters[0]]
         return first.to(target_lora_A.dtype), (second / pooling_scale).to(target_lora_B.dtype)
+
+
+def _plain_linear_layers(model: nn.Module) -> set[str]:
+    """What PEFT's "all-linear" means: every nn.Linear or Conv1D but the output head."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    modules = model.named_modules()
+    return {name for name, module in modules if isinstance(module, nn.Linear | Conv1D) and module is not head}
 
 
 class _BlockView:

@@ -13,7 +13,8 @@ from torch import nn
 from qbl_trl import QBLoRAConfig, merge
 from qbl_trl.adapter.bases import describe, float_weight
 from qbl_trl.adapter.layer import adapter_layers
-from qbl_trl.errors import ConfigError, MergeError
+from qbl_trl.errors import CheckpointError, MergeError
+from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import replace
 from tests.adapter.naive import balanced, dense
 from tests.tiny import logits, tiny_llama, tokens
@@ -99,7 +100,7 @@ def test_each_kind_is_told_by_its_class(name):
     make, kind, group = {**BASES, **PACKED_ONLY}[name]
     base = describe(make(linear()))
     assert (base.kind, base.in_features, base.out_features, base.group_size) == (kind, K, N, group)
-    assert not base.mergeable
+    assert base.mergeable == (kind in ("hqq", "gptq", "awq"))
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -126,7 +127,18 @@ def test_its_float_weight_is_what_it_multiplies_with(name):
     torch.testing.assert_close(layer(x), x @ weight.T, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", BASES)
+def test_an_hqq_layer_gives_its_codes_to_the_merged_layer():
+    layer = balanced(hqq(linear()), in_factor=64, out_factor=2).eval()
+    weight, x = float_weight(layer.get_base_layer()), torch.randn(7, K)
+    expected = layer(x)
+    layer.merge()
+    assert isinstance(layer.get_base_layer(), GroupQuantLinear)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)  # float32 sums in another order
+    layer.unmerge()
+    assert torch.equal(layer.get_base_layer().dequantize(), weight)
+
+
+@pytest.mark.parametrize("name", [name for name in BASES if name != "hqq"])
 def test_merging_is_refused_with_the_reason_and_the_lossy_route(name):
     layer = balanced(BASES[name][0](linear()), in_factor=64, out_factor=2)
     with pytest.raises(MergeError, match=r"cannot take an adapter without loss.*lossy=\"requantize\""):
@@ -134,25 +146,37 @@ def test_merging_is_refused_with_the_reason_and_the_lossy_route(name):
 
 
 @pytest.mark.parametrize("name", PACKED_ONLY)
-def test_a_packed_kernel_layer_says_how_to_load_it_with_its_codes(name):
-    with pytest.raises(ConfigError, match=r"GroupQuantConfig\.from_checkpoint\(folder\)"):
+def test_a_layer_without_its_codes_cannot_give_its_weight(name):
+    with pytest.raises(CheckpointError, match="cannot be taken over"):
         float_weight(PACKED_ONLY[name][0](linear()))
 
 
-@pytest.mark.parametrize("name", ["nf4", "hqq", "torchao int8"])
+@pytest.mark.parametrize("name", ["nf4", "torchao int8"])
 def test_the_lossy_route_works_over_a_whole_model(name):
     model = tiny_llama(intermediate_size=128)
     for path, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and "lm_head" not in path:
             replace(model, path, BASES[name][0](layer))
-    # HQQLinear is no nn.Linear: PEFT's "all-linear" passes it over, its layers are named.
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    adapted = get_peft_model(model, QBLoRAConfig(r=4, init_lora_weights=False, target_modules=targets)).train()
+    adapted = get_peft_model(model, QBLoRAConfig(r=4, init_lora_weights=False)).train()
     assert len(adapter_layers(adapted)) == 14
     with pytest.raises(MergeError, match=r"model\.layers\.0\.self_attn\.q_proj: a .* weight cannot take"):
         merge(adapted)
     merged = merge(adapted, lossy="requantize")
     assert torch.isfinite(logits(merged, IDS)).all()
+
+
+def test_a_whole_hqq_model_merges_with_its_codes_whether_a_layer_has_an_adapter_or_not():
+    model = tiny_llama(intermediate_size=128)
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and "lm_head" not in path:
+            replace(model, path, hqq(layer))
+    settings = {"r": 4, "init_lora_weights": False, "exclude_modules": ["v_proj"]}
+    adapted = get_peft_model(model, QBLoRAConfig(quantization_aware=True, **settings)).eval()
+    assert len(adapter_layers(adapted)) == 12
+    merged = merge(adapted)
+    torch.testing.assert_close(logits(merged, IDS), logits(adapted, IDS), rtol=0, atol=2e-5)  # float32, two layers
+    assert isinstance(merged.model.layers[0].self_attn.v_proj, GroupQuantLinear)
+    assert type(model.model.layers[0].self_attn.v_proj).__name__ == "HQQLinear"
 
 
 @pytest.mark.parametrize("double", [False, True])

@@ -33,9 +33,9 @@ class FolderReader(Reader):
     parts: tuple[str, ...]
     scales: str
 
-    def __init__(self, folder: Path, quantization: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, quantization: Mapping[str, Any], shards: Shards | None = None) -> None:
         self.folder, self.quantization = folder, quantization
-        self.shards = Shards(folder)
+        self.shards = shards or Shards(folder)
         self._formats: dict[str, LayerFormat] = {}
         self._own_sizes: dict[str, int] = {}
         self.check()

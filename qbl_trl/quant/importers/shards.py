@@ -1,6 +1,7 @@
-"""Named tensors of a foreign safetensors folder, opened one tensor at a time."""
+"""Named tensors of a foreign checkpoint: of a safetensors folder, opened one at a time, or of a loaded module."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,23 @@ class Shards:
         if name not in self._stored:
             raise CheckpointError(f"{self.folder}: no tensor is called {name}; the checkpoint is incomplete")
         return self._stored[name]
+
+
+class LoadedTensors(Shards):
+    """The same view of tensors that are in memory.
+
+    Args:
+        source: what to call them in messages.
+    """
+
+    def __init__(self, source: Path, tensors: Mapping[str, Tensor]) -> None:
+        self.folder, self._tensors = source, tensors
+        self._stored = {name: Stored(source, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, on the CPU, not copied where it is there already."""
+        self._find(name)
+        return self._tensors[name].detach().cpu()
 
 
 def read_json(path: Path) -> dict[str, Any]:
