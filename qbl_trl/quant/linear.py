@@ -91,7 +91,7 @@ class _FrozenLinear(torch.autograd.Function):
         y = x.new_empty(*x.shape[:-1], layer.out_features)  # returned as it is: a view could not be added to in place
         rows = y.view(-1, layer.out_features)
         for start, stop in layer.row_blocks():
-            torch.mm(flat, layer.dequantize_rows(slice(start, stop)).to(x.dtype).T, out=rows[:, start:stop])
+            torch.mm(flat, layer.dequantize_rows(slice(start, stop), x.dtype).T, out=rows[:, start:stop])
         return y
 
     @staticmethod
@@ -101,6 +101,6 @@ class _FrozenLinear(torch.autograd.Function):
         layer, flat = ctx.layer, grad.reshape(-1, grad.shape[-1])
         dx = flat.new_empty(flat.shape[0], layer.in_features)
         for start, stop in layer.row_blocks():
-            weight = layer.dequantize_rows(slice(start, stop)).to(grad.dtype)
+            weight = layer.dequantize_rows(slice(start, stop), grad.dtype)
             dx.addmm_(flat[:, start:stop], weight, beta=0 if start == 0 else 1)
         return dx.view(*grad.shape[:-1], layer.in_features), None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qbl_trl.config import SCALE_DTYPES, LayerFormat
 from qbl_trl.errors import CheckpointError, ConfigError
-from qbl_trl.quant import native
+from qbl_trl.quant import gpu, native
 from qbl_trl.quant.affine import Affine, group_count
 from qbl_trl.quant.packing import pack, unpack
 
@@ -136,14 +136,19 @@ class PackedWeight(nn.Module):
             blocks += delta.float()[:, None, :, None]
         return weight
 
-    def dequantize_rows(self, rows: Rows) -> Tensor:
-        """Some rows of s (q - z), without a delta: a slice or (T,) indices -> (T, in_features) float32."""
+    def dequantize_rows(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Some rows of s (q - z), without a delta: a slice or (T,) indices -> (T, in_features).
+
+        Computed in float32 and rounded once to `dtype`, by whichever path is fastest here; all give the same bits.
+        """
         groups, size = self.groups, self.group_size
-        if self.bits == 4 and isinstance(rows, slice):
-            zeros = None if self.zeros is None else self.zeros[rows]
-            fused = native.dequantize_rows(self.weight.data[rows], self.scales[rows], zeros, size)
+        if isinstance(rows, slice):
+            stored = self.weight.data[rows], self.scales[rows], None if self.zeros is None else self.zeros[rows]
+            fused = gpu.dequantize_rows(*stored, self.bits, size, self.in_features, dtype)
+            if fused is None and self.bits == 4:
+                fused = native.dequantize_rows(*stored, size)
             if fused is not None:
-                return fused[:, : self.in_features]
+                return fused[:, : self.in_features].to(dtype)
         codes = unpack(self.weight.data[rows], self.bits, groups * size).view(-1, groups, size)
         scales, zeros = self.scales[rows].float().unsqueeze(-1), self.zero_points(rows)
         if zeros.is_floating_point():
@@ -152,7 +157,7 @@ class PackedWeight(nn.Module):
             weight = codes.float().sub_(zeros.unsqueeze(-1)).mul_(scales)
         else:  # the difference of two codes fits into a byte: four times less memory to stream than float
             weight = codes.view(torch.int8).sub(zeros.view(torch.int8).unsqueeze(-1)).float().mul_(scales)
-        return weight.flatten(1)[:, : self.in_features]
+        return weight.flatten(1)[:, : self.in_features].to(dtype)
 
     def set_delta(self, delta: Tensor | None, in_factor: int | None = None, out_factor: int | None = None) -> None:
         """Replace the merged block delta in place (None removes it); codes, scales and zeros stay as they are.
