@@ -1,4 +1,4 @@
-"""Two real processes on gloo: DDP and FSDP2, over our base and over bitsandbytes; nothing is mocked.
+"""Two real processes on gloo: DDP, FSDP2 and DeepSpeed ZeRO, over our base and over bitsandbytes; nothing is mocked.
 
     python -m pytest integration/test_distributed.py -s        # prints the wall time of a step, too
 
@@ -26,6 +26,8 @@ FSDP = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
+
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "false"}
 
 
 def launch(output: Path, processes: int, environment: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
@@ -119,10 +121,19 @@ def test_memory_efficient_loading_is_refused_with_the_setting_to_change(tmp_path
         launch(tmp_path / "run", 2, {**FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"})
 
 
-def test_deepspeed_is_installed_or_said_to_be_untested():
-    pytest.importorskip(
-        "deepspeed", reason="deepspeed is not installed; recipes/accelerate/deepspeed_zero3.yaml is untested"
-    )
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_gives_the_same_losses_and_an_adapter_that_merges(tmp_path, single, stage):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    found = launch(tmp_path / "run", 2, DEEPSPEED, deepspeed=stage)
+    assert found["kind"] == "DEEPSPEED"
+    assert found["losses"] == pytest.approx(single["losses"], abs=2e-4)
+    assert adapted_logits(Path(found["output"], "adapter")) == pytest.approx(merged_logits(single), abs=2e-3)
+
+
+def test_zero_3_that_does_not_gather_what_it_saves_is_refused(tmp_path):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    with pytest.raises(RuntimeError, match="zero3_save_16bit_model: true"):
+        launch(tmp_path / "run", 2, DEEPSPEED, deepspeed=3, gather=False)
 
 
 def test_print_the_time_of_a_step(single, ddp, fsdp, capsys):
@@ -144,6 +155,20 @@ def merged_logits(found: dict[str, Any]) -> list[float]:
         return model(tokens(1, vocabulary=32)).logits.flatten()[:64].tolist()
 
 
+def adapted_logits(adapter: Path) -> list[float]:
+    """As `merged_logits`, of the adapter that a run saved, merged over the base here."""
+    import torch
+    from peft import PeftModel
+
+    from qbl_trl import merge
+    from tests.tiny import tokens
+    from tests.trl.runs import base
+
+    with torch.no_grad():
+        model = merge(PeftModel.from_pretrained(base(), adapter))
+        return model(tokens(1, vocabulary=32)).logits.flatten()[:64].tolist()
+
+
 # -- what runs in each process ---------------------------------------------------------------------------------------
 
 
@@ -160,6 +185,13 @@ def _allow_fsdp_on_cpu() -> None:
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = init
+
+
+def _allow_deepspeed_on_cpu() -> None:
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
 
 
 def _nf4_base(output: Path, storage: str) -> Any:
@@ -186,6 +218,8 @@ def worker(output: Path, result: Path, options: dict[str, Any]) -> None:
 
     if os.environ.get("ACCELERATE_USE_FSDP"):
         _allow_fsdp_on_cpu()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+        _allow_deepspeed_on_cpu()
     # With several CPU processes the trainer loads its optimizer onto "cpu:0", a place torch.load does not know.
     torch.serialization.register_package(
         0, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
@@ -197,18 +231,43 @@ def worker(output: Path, result: Path, options: dict[str, Any]) -> None:
     settings = {"per_device_train_batch_size": 4 // processes, "save_strategy": "steps", "save_steps": 2}
     if options.get("accumulate"):
         settings.update(per_device_train_batch_size=2, gradient_accumulation_steps=2 // processes)
+    if options.get("deepspeed"):
+        settings["deepspeed"] = {
+            "zero_optimization": {
+                "stage": options["deepspeed"],
+                "stage3_gather_16bit_weights_on_model_save": options.get("gather", True),
+            },
+            "zero_allow_untested_optimizer": True,
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "bf16": {"enabled": False},
+        }
     if options.get("base") == "bitsandbytes":
         model = _nf4_base(output, options["storage"])
         trainer = sft(
             output, QBLoRACallback(), model, peft_config=adapter(quantization_aware=False), bf16=False, **settings
         )
     else:
-        callback = QBLoRACallback(adapter(), merged_output_dir=output / "merged", overwrite=True)
+        merged = None if options.get("deepspeed") == 3 else output / "merged"
+        callback = QBLoRACallback(adapter(), merged_output_dir=merged, overwrite=True)
         trainer = sft(output, callback, **settings)
+    if options.get("deepspeed"):
+        # The trainer makes two groups of adapters, one of them empty; DeepSpeed drops the empty one, and the schedulers
+        # of torch 2.13 then miss it.
+        original = trainer.create_optimizer
+
+        def one_group() -> Any:
+            optimizer = original()
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+            return optimizer
+
+        trainer.create_optimizer = one_group
     start = time.perf_counter()
     resume = options.get("resume")
     trainer.train(resume_from_checkpoint=str(output / resume) if resume else None)
     seconds = time.perf_counter() - start
+    if options.get("deepspeed"):
+        trainer.save_model(output / "adapter")  # on every process: ZeRO-3 gathers what it saves
     layers = [m for m in trainer.model.modules() if "LlamaDecoderLayer" in type(m).__name__]
     codes = [p for n, p in trainer.model.named_parameters() if n.endswith("base_layer.weight")]
     if trainer.is_world_process_zero():

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qbl_trl.errors import ConfigError, QblError
+from qbl_trl.errors import CheckpointError, ConfigError, QblError
 from qbl_trl.onnx import options
 
 
@@ -187,7 +187,26 @@ def _load_adapter(adapter: Path, base: str | None) -> Any:
                 f"{adapter} was trained over a calibrated base, which {named} does not hold; save the quantized "
                 "base with save_pretrained and name its folder with --base"
             )
-    return PeftModel.from_pretrained(_load(named, settings=settings), str(adapter))
+    model = PeftModel.from_pretrained(_load(named, settings=settings), str(adapter))
+    _check_complete(model, adapter)
+    return model
+
+
+def _check_complete(model: Any, adapter: Path) -> None:
+    """PEFT only warns of tensors that the file lacks, and leaves them as they were drawn."""
+    from peft.utils import load_peft_weights
+
+    from qbl_trl.adapter.layer import BalancedLinear
+
+    held = load_peft_weights(str(adapter), device="cpu")
+    names = [name for name, module in model.named_modules() if isinstance(module, BalancedLinear)]
+    bare = [name for name in names if not any(key.startswith(f"{name}.") for key in held)]
+    if bare:
+        raise CheckpointError(
+            f"{adapter}: the file holds nothing for {len(bare)} of {len(names)} adapted layers ({bare[0]}, ...). It "
+            "was saved by a process that did not hold them (DeepSpeed ZeRO-3 needs zero3_save_16bit_model: true); "
+            "train and save again"
+        )
 
 
 _TOKENIZER_FILES = (

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig
@@ -69,6 +70,14 @@ def test_an_output_folder_that_is_not_empty_is_refused_and_left_alone(float_fold
 def test_a_folder_without_an_adapter_is_refused(float_folder, tmp_path, capsys):
     assert main(["merge", str(float_folder), str(tmp_path / "merged")]) == 1
     assert "holds no adapter" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_file_that_lacks_layers_is_refused(adapter, tmp_path, capsys):
+    file = adapter[0] / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if "layers.1.mlp" not in key}, file)
+    assert main(["merge", str(adapter[0]), str(tmp_path / "merged")]) == 1
+    assert "nothing for 3 of 14 adapted layers" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
 
 

@@ -86,14 +86,24 @@ def check_merges(layers: dict[str, BalancedLinear], wanted: list[str]) -> None:
     )
 
 
+_GATHERS = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+
+
 def check_launch(trainer: Trainer, layers: dict[str, BalancedLinear], wanted: list[str]) -> None:
     """Refuse launch settings that cannot hold a packed base, before anything is sharded.
 
     Raises:
         ConfigError: FSDP2 with cpu_ram_efficient_loading, which takes every buffer for a sharded parameter; outputs
-            that need a merge under DeepSpeed ZeRO-3.
+            that need a merge under DeepSpeed ZeRO-3, or ZeRO-3 that does not gather what the trainer saves.
     """
-    stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else 0
+    deepspeed = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    stage = deepspeed.zero_stage if deepspeed else 0
+    if deepspeed and stage == 3 and not deepspeed.hf_ds_config.get_value(_GATHERS):
+        raise ConfigError(
+            "QBLoRACallback: under DeepSpeed ZeRO-3 the trainer would save adapter files without tensors; set "
+            f"zero3_save_16bit_model: true in the accelerate configuration ({_GATHERS} in DeepSpeed's own), as "
+            "recipes/accelerate/deepspeed_zero3.yaml does"
+        )
     if stage == 3 and wanted:
         raise ConfigError(
             f"QBLoRACallback: {' and '.join(wanted)} cannot be made under DeepSpeed ZeRO-3. Leave them out and run "
