@@ -76,6 +76,21 @@ def test_delta_weight_equals_the_naive_loop(base, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+def test_a_single_token_needs_no_axis_of_its_own(variant, dropout):
+    layer = balanced(float_linear(), lora_dropout=dropout, **VARIANTS[variant])
+    x = torch.randn(1, K, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).square().sum(), [x, *layer.lora_B.parameters()])
+    alone = layer(x[0])
+    assert torch.equal(alone, layer(x)[0])
+    for ours, theirs in zip(
+        torch.autograd.grad(alone.square().sum(), [x, *layer.lora_B.parameters()]), expected, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    assert layer(torch.randn(2, 0, K)).shape == (2, 0, N)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_step_zero_equals_the_base(variant):
     layer = balanced(float_linear(), init_lora_weights=True, **VARIANTS[variant])
     x = torch.randn(5, K)
@@ -227,6 +242,14 @@ def test_two_adapters_of_different_factors_merge_into_one_delta():
     torch.testing.assert_close(layer(x), trained, rtol=1e-5, atol=1e-4)  # order of float32 sums
     layer.unmerge()
     assert layer.get_base_layer().delta is None
+
+
+def test_taking_out_what_was_never_merged_only_warns():
+    layer = balanced(float_linear())
+    before = layer.get_base_layer().weight.detach().clone()
+    with pytest.warns(UserWarning, match="nothing is merged"):
+        layer.unmerge()
+    assert torch.equal(layer.get_base_layer().weight, before)
 
 
 def test_merging_a_float_base_adds_the_naive_delta():
