@@ -27,7 +27,10 @@ def test_defaults_are_those_of_the_documentation():
         ({"use_dora": True}, r"use_dora has no balanced form"),
         ({"lora_bias": True, "bias": "none"}, r"lora_bias has no balanced form"),
         ({"target_parameters": ["w"]}, r"target_parameters has no balanced form"),
-        ({"init_lora_weights": "pissa"}, r"'pissa' rewrites the base weight.*qbl_trl\.adapter\.initialize"),
+        (
+            {"init_lora_weights": "pissa"},
+            r"'pissa' is made for factors of the whole weight.*qbl_trl\.adapter\.initialize",
+        ),
     ],
 )
 def test_a_wrong_setting_is_refused_with_value_and_allowed(settings, message):
