@@ -282,6 +282,11 @@ def test_other_modules_are_refused_by_name_with_what_is_supported(module):
         balanced(module)
 
 
+def test_a_layer_that_is_read_but_never_called_is_refused():
+    with pytest.raises(ConfigError, match=r"layer: .* never called, its weight is read.*exclude_modules"):
+        balanced(nn.MultiheadAttention(4, 2).out_proj)
+
+
 def test_its_representation_says_what_it_is():
     assert repr(balanced(float_linear(), in_factor=2, out_factor=2)).startswith("qblora.BalancedLinear(")
 
