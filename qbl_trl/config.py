@@ -136,7 +136,7 @@ class QBLoRAConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
-        self._refuse_what_has_no_balanced_form()
+        self._check_start()  # before PEFT asks for packages and settings this start would need
         everywhere = self.target_modules == "all-linear"
         if everywhere:  # PEFT takes it for a regular expression, which does not go with layers_to_transform
             self.target_modules = None
@@ -155,13 +155,13 @@ class QBLoRAConfig(LoraConfig):
         _one_of("QBLoRAConfig", "pooling", self.pooling, POOLINGS)
         _one_of("QBLoRAConfig", "adapter", self.adapter, ("low_rank", "block"))
         _one_of("QBLoRAConfig", "on_misfit", self.on_misfit, ("error", "reduce"))
-
-    def _refuse_what_has_no_balanced_form(self) -> None:
         for name in _UNSUPPORTED:
             if getattr(self, name, None):
                 raise ConfigError(
                     f"QBLoRAConfig: {name} has no balanced form; leave it unset, or use peft.LoraConfig for it"
                 )
+
+    def _check_start(self) -> None:
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ConfigError(
                 f"QBLoRAConfig: init_lora_weights={self.init_lora_weights!r} is made for factors of the whole weight, "

@@ -1,5 +1,7 @@
 """QBLoRAConfig checks itself and survives a file."""
 
+import warnings
+
 import pytest
 from peft import LoraConfig, PeftConfig
 
@@ -36,6 +38,14 @@ def test_defaults_are_those_of_the_documentation():
 def test_a_wrong_setting_is_refused_with_value_and_allowed(settings, message):
     with pytest.raises(ConfigError, match=message):
         QBLoRAConfig(**settings)
+
+
+def test_a_start_for_whole_weights_is_refused_before_its_packages_and_settings_are_asked_for():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for start in ("loftq", "eva", "corda"):
+            with pytest.raises(ConfigError, match=f"'{start}' is made for factors"):
+                QBLoRAConfig(init_lora_weights=start)
 
 
 def test_it_is_a_lora_configuration_of_its_own_type_and_reads_back_equal(tmp_path):
