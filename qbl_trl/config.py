@@ -94,7 +94,8 @@ class QBLoRAConfig(LoraConfig):
             default is the one whose learning rate is LoRA's, whatever p and e are: the pooling table of
             integration/benchmarks/RESULTS.md.
         adapter: "low_rank" trains A and B; "block" trains the whole block matrix D (QA-HiRA), from zero.
-        on_misfit: "error" raises when a factor does not divide a layer; "reduce" takes the largest that does.
+        on_misfit: "error" raises when a factor does not divide a layer; "reduce" takes the largest that does, and
+            that leaves a layer more than one adapter output.
         in_factor_pattern, out_factor_pattern: factors of single layers, by full name or regular expression, as
             `rank_pattern` names ranks. Placing the adapter writes down the factors that "reduce" or a layer's own
             group size chose, so that a saved adapter states every factor.
@@ -135,7 +136,13 @@ class QBLoRAConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
+        self._check_start()  # before PEFT asks for packages and settings this start would need
+        everywhere = self.target_modules == "all-linear"
+        if everywhere:  # PEFT takes it for a regular expression, which does not go with layers_to_transform
+            self.target_modules = None
         super().__post_init__()
+        if everywhere:
+            self.target_modules = "all-linear"
         self.peft_type = QBLORA
         if self.in_factor is None and not self.quantization_aware:
             self.in_factor = 2
@@ -153,12 +160,20 @@ class QBLoRAConfig(LoraConfig):
                 raise ConfigError(
                     f"QBLoRAConfig: {name} has no balanced form; leave it unset, or use peft.LoraConfig for it"
                 )
+
+    def _check_start(self) -> None:
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ConfigError(
-                f"QBLoRAConfig: init_lora_weights={self.init_lora_weights!r} rewrites the base weight, which a "
-                "quantized base does not allow; use True, False or 'gaussian' (for an initialization from the "
-                "quantization error see qbl_trl.adapter.initialize)"
+                f"QBLoRAConfig: init_lora_weights={self.init_lora_weights!r} is made for factors of the whole weight, "
+                "and most such starts rewrite the base, which a quantized base does not allow; use True, False or "
+                "'gaussian' (to start from the quantization error see qbl_trl.adapter.initialize)"
             )
+
+    def _register_custom_module(self, mapping: dict[type, type]) -> None:
+        raise ConfigError(
+            "QBLoRAConfig: custom layer classes are not supported, every balanced adapter is one layer class; use "
+            "peft.LoraConfig for modules that are not linear"
+        )
 
 
 @dataclass(kw_only=True)

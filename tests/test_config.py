@@ -1,5 +1,7 @@
 """QBLoRAConfig checks itself and survives a file."""
 
+import warnings
+
 import pytest
 from peft import LoraConfig, PeftConfig
 
@@ -27,12 +29,23 @@ def test_defaults_are_those_of_the_documentation():
         ({"use_dora": True}, r"use_dora has no balanced form"),
         ({"lora_bias": True, "bias": "none"}, r"lora_bias has no balanced form"),
         ({"target_parameters": ["w"]}, r"target_parameters has no balanced form"),
-        ({"init_lora_weights": "pissa"}, r"'pissa' rewrites the base weight.*qbl_trl\.adapter\.initialize"),
+        (
+            {"init_lora_weights": "pissa"},
+            r"'pissa' is made for factors of the whole weight.*qbl_trl\.adapter\.initialize",
+        ),
     ],
 )
 def test_a_wrong_setting_is_refused_with_value_and_allowed(settings, message):
     with pytest.raises(ConfigError, match=message):
         QBLoRAConfig(**settings)
+
+
+def test_a_start_for_whole_weights_is_refused_before_its_packages_and_settings_are_asked_for():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for start in ("loftq", "eva", "corda"):
+            with pytest.raises(ConfigError, match=f"'{start}' is made for factors"):
+                QBLoRAConfig(init_lora_weights=start)
 
 
 def test_it_is_a_lora_configuration_of_its_own_type_and_reads_back_equal(tmp_path):

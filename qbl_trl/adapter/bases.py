@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.adapter.bnb_packed import is_repacked, repacked_weight
@@ -63,6 +64,11 @@ def describe(layer: nn.Module, name: str = "") -> Base:
     if kind is not None:
         foreign: Any = layer
         return Base(kind, foreign.in_features, foreign.out_features, _foreign_group_size(kind, layer))
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        raise ConfigError(
+            f"{name or 'target module'}: this layer of an nn.MultiheadAttention is never called, its weight is read: an"
+            " adapter on it would do nothing. Leave it out with exclude_modules"
+        )
     if isinstance(layer, nn.Linear):
         kind = "float" if _is_plain(layer.weight) else "torchao"
         return Base(kind, layer.in_features, layer.out_features)

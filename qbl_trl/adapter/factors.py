@@ -1,6 +1,7 @@
 """Which in_factor and out_factor a layer really gets, and the error when none of what was asked fits."""
 
 import re
+import warnings
 from collections import Counter
 
 from peft.utils.other import get_pattern_key
@@ -36,6 +37,12 @@ def choose_factors(base: Base, config: QBLoRAConfig, name: str) -> tuple[int, in
         ("out_factor", config.out_factor, config.out_factor_pattern, base.out_features, 1),
     )
     p, e = (_of_side(*side, config.on_misfit, name) for side in sides)
+    if e == base.out_features > 1:
+        warnings.warn(
+            f"{name}: out_factor={e} makes all {e} outputs share one adapter output; set out_factor_pattern for this "
+            'layer, or on_misfit="reduce" to keep them apart',
+            stacklevel=2,
+        )
     return p, e
 
 
@@ -67,6 +74,8 @@ def _of_side(
 
 
 def _fit(field: str, wanted: int, features: int, side: str, unit: int, on_misfit: str, name: str) -> int:
+    if on_misfit == "reduce" and field == "out_factor":
+        wanted = min(wanted, max(1, features // 2))  # two outputs that share one could not be told apart
     if features % wanted == 0 and wanted % unit == 0:
         return wanted
     fitting = fitting_factors(features, unit)

@@ -36,7 +36,7 @@ class BalancedLinear(nn.Module, MergesIntoBase):
         pooling_scale: factor on the sum of p neighbours.
     """
 
-    adapter_layer_names = ("lora_A", "lora_B", "lora_block", "lora_embedding_A", "lora_embedding_B")
+    adapter_layer_names = ("lora_A", "lora_B", "lora_block")
     other_param_names = (
         *("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias"),
         *("in_factor", "out_factor", "rank", "pooling_scale"),
@@ -74,6 +74,7 @@ class BalancedLinear(nn.Module, MergesIntoBase):
         nn.Module.__init__(self)
         self.base = describe(base_layer, target_name)
         LoraLayer.__init__(self, base_layer)
+        del self.lora_embedding_A  # a property below
         self.fan_in_fan_out = self.base.transposed
         self.lora_block = nn.ModuleDict({})
         self.in_factor: dict[str, int] = {}
@@ -83,6 +84,11 @@ class BalancedLinear(nn.Module, MergesIntoBase):
         self._before_merge: list[tuple[Tensor | None, int | None, int | None]] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, target_name=target_name)
+
+    @property
+    def lora_embedding_A(self) -> Any:
+        """The second place, beside lora_A, where PEFT looks which adapters a layer holds: here those of D."""
+        return self.lora_block
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         base: Base = self.base
@@ -103,8 +109,8 @@ class BalancedLinear(nn.Module, MergesIntoBase):
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.in_factor[adapter_name], self.out_factor[adapter_name] = p, e
         self.pooling_scale[adapter_name] = pool_scale(config.pooling, p)
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.use_rslora[adapter_name], self.use_dora[adapter_name] = config.use_rslora, False
+        self.set_scale(adapter_name, 1.0)
         self.lora_bias[adapter_name] = False
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         self.lora_dropout.update({adapter_name: dropout})
@@ -139,6 +145,28 @@ class BalancedLinear(nn.Module, MergesIntoBase):
     def gain(self, adapter_name: str) -> float:
         """(alpha / r) * pool_scale(p): what B A is multiplied by in the block delta."""
         return float(self.scaling[adapter_name]) * self.pooling_scale[adapter_name]
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the scale of one adapter to `scale` times its configured one; a layer without it is left alone."""
+        if adapter in self.r:
+            r = self.r[adapter]
+            self.scaling[adapter] = scale * self.lora_alpha[adapter] / (math.sqrt(r) if self.use_rslora[adapter] else r)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of every active adapter."""
+        for name in self.active_adapters:
+            if name in self.rank:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of every active adapter; without a number set it to the configured one."""
+        for name in self.active_adapters:
+            if name not in self.rank:
+                continue
+            if scale is None:
+                self.set_scale(name, 1.0)
+            else:
+                self.scaling[name] /= scale
 
     def adapters(self) -> list[str]:
         """Names of the adapters this layer holds."""
@@ -232,8 +260,8 @@ class BalancedLinear(nn.Module, MergesIntoBase):
         return result
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT's own conversion would copy compressed shapes; `qbl_trl.to_lora` writes the exact plain LoRA."""
-        return False
+        """PEFT's conversion takes singular values of dW, to any rank; `qbl_trl.to_lora` repeats A and B, exactly."""
+        return True
 
     def __repr__(self) -> str:
         return "qblora." + super().__repr__()

@@ -6,6 +6,8 @@ HQQ, GPTQ, AWQ: the same, over a GroupQuantLinear that takes their codes over an
 anything else:  refused, with the reason and what to do
 """
 
+import warnings
+
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -98,6 +100,8 @@ class MergesIntoBase(LoraLayer):
 
     def unmerge(self) -> None:
         """Take every merged adapter out again; over 4-bit groups the base comes back bit for bit."""
+        if not self.merged:
+            warnings.warn("nothing is merged into this layer, so there is nothing to take out", stacklevel=2)
         layer = self.get_base_layer()
         while self.merged_adapters:
             name = self.merged_adapters.pop()

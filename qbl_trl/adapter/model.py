@@ -7,17 +7,18 @@ which layer is built and how adapters of compressed shape are combined.
 from collections.abc import Iterator
 from typing import Any
 
+from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import register_peft_method
+from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from qbl_trl.adapter import hotswap
 from qbl_trl.adapter.balance import matched_rank
-from qbl_trl.adapter.bases import foreign_kind
 from qbl_trl.adapter.factors import record_factors_
 from qbl_trl.adapter.layer import BalancedLinear
+from qbl_trl.adapter.targets import resolve_all_linear
 from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.peft_type import NAME, QBLORA
@@ -35,10 +36,9 @@ class QBLoRAModel(LoraModel):
     def _prepare_adapter_config(self, peft_config: QBLoRAConfig, model_config: Any) -> QBLoRAConfig:
         """Write down what the base decides, so that the saved adapter says it: its format, and the pooled group."""
         prepared: QBLoRAConfig = super()._prepare_adapter_config(peft_config, model_config)
-        if prepared.target_modules == "all-linear":
-            foreign = {name for name, module in self.model.named_modules() if foreign_kind(module)}
-            if foreign:  # PEFT counts only subclasses of nn.Linear
-                prepared.target_modules = sorted(foreign | _plain_linear_layers(self.model))
+        chosen = resolve_all_linear(prepared, self.model)
+        if chosen is not None:
+            prepared.target_modules = chosen  # type: ignore[assignment]  # a set, as PEFT's own
         stored = getattr(getattr(self.model, "config", None), "quantization_config", None)
         if isinstance(stored, GroupQuantConfig):
             if prepared.in_factor is None:
@@ -58,6 +58,31 @@ class QBLoRAModel(LoraModel):
         }
         if chosen:
             record_factors_(self.peft_config[adapter_name], chosen)
+
+    def _check_target_module_compatiblity(self, peft_config: QBLoRAConfig, model: nn.Module, target_name: str) -> None:
+        """Refuse the layers PEFT refuses for LoRA: a fused kernel (Mamba's) would read their weight, not call them."""
+        try:
+            super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
+        except ValueError as error:
+            kind = getattr(getattr(model, "config", None), "model_type", None)
+            raise ConfigError(
+                f"{target_name}: the kernels of a {kind} model read this layer's weight without calling it, so no "
+                f'adapter can act there; leave it out with exclude_modules=["{target_name}"]'
+            ) from error
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """What is saved; PEFT warns of matrices whose shards were not gathered for LoRA alone."""
+        state: dict[str, Tensor] = super()._get_adapter_state_dict(*args, **kwargs)
+        _validate_lora_adapter_state_dict(state)
+        return state
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *_: Any, **__: Any) -> dict[str, Tensor]:
+        raise ConfigError(
+            "path_initial_model_for_weight_conversion undoes what an initialization wrote into the base weight; "
+            "balanced adapters write nothing into it: save without this argument"
+        )
 
     def _check_merge_allowed(self) -> None:
         """Whether a merge is exact depends on each layer and is checked there; replicated layers never are."""
@@ -130,13 +155,6 @@ class QBLoRAModel(LoraModel):
         return first.to(target_lora_A.dtype), (second / pooling_scale).to(target_lora_B.dtype)
 
 
-def _plain_linear_layers(model: nn.Module) -> set[str]:
-    """What PEFT's "all-linear" means: every nn.Linear or Conv1D but the output head."""
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    modules = model.named_modules()
-    return {name for name, module in modules if isinstance(module, nn.Linear | Conv1D) and module is not head}
-
-
 class _BlockView:
     """A layer as PEFT's weighted combination reads it, with block deltas in place of full ones."""
 
@@ -147,23 +165,15 @@ class _BlockView:
         self.get_delta_weight = layer.block_delta
 
 
-# What two adapters must share so that one can take the other's place without being placed anew.
-_SHARED_BY_HOTSWAP = [
-    *("use_rslora", "lora_dropout", "alpha_pattern", "adapter", "pooling"),
-    *("in_factor", "out_factor", "in_factor_pattern", "out_factor_pattern"),
-]
-
-
 def register() -> None:
     """Make the method known to PEFT (once)."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 
     if QBLORA not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(
             name=NAME.lower(), config_cls=QBLoRAConfig, model_cls=QBLoRAModel, prefix=QBLoRAModel.prefix
         )
-        CONFIG_KEYS_TO_CHECK[QBLORA] = _SHARED_BY_HOTSWAP
+        hotswap.register()
 
 
 register()

@@ -24,6 +24,11 @@ _SHORT = 8
 _EXPANDED_COLUMNS = 128
 
 
+def _rows(x: Tensor) -> Tensor:
+    """A matrix with one row per token: (..., F) -> (T, F); a single token may come without an axis of its own."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+
+
 def sum_neighbours(x: Tensor, factor: int, dtype: torch.dtype) -> Tensor:
     """Sum of neighbouring features: (..., K) -> (..., K / factor), added up in `dtype`."""
     if factor == 1:
@@ -59,7 +64,7 @@ def plus_product(y: Tensor, h: Tensor, weight: Tensor, factor: int, into: Tensor
     if y.dtype == weight.dtype and factor * weight.shape[1] <= _EXPANDED_COLUMNS:
         wide = weight if factor == 1 else weight.repeat_interleave(factor, 0)
         target = None if into is None else into.view(-1, into.shape[-1])
-        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), wide.T, out=target).view(y.shape)
+        return torch.addmm(_rows(y), _rows(h), wide.T, out=target).view(y.shape)
     return plus_expanded(y, h @ weight.T, factor, into)
 
 
@@ -123,7 +128,7 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, to_x: Tensor, to_h: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         pooled, weight = ctx.saved_tensors
         dx = plus_product(to_x, to_h, weight.T, ctx.factor) if ctx.needs_input_grad[0] else None
-        dw = to_h.flatten(0, -2).T @ pooled.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        dw = _rows(to_h).T @ _rows(pooled) if ctx.needs_input_grad[1] else None
         return dx, dw, None
 
 
@@ -143,7 +148,7 @@ class _AddExpanded(torch.autograd.Function):
         h, weight = ctx.saved_tensors
         pooled = sum_neighbours(grad, ctx.factor, weight.dtype)
         dh = pooled @ weight if ctx.needs_input_grad[1] else None
-        dw = pooled.flatten(0, -2).T @ h.flatten(0, -2) if ctx.needs_input_grad[2] else None
+        dw = _rows(pooled).T @ _rows(h) if ctx.needs_input_grad[2] else None
         return grad, dh, dw, None, None
 
 

@@ -72,3 +72,15 @@ def test_recorded_factors_read_back_as_they_were_chosen(chosen):
     record_factors_(config, chosen)
     for name, factors in chosen.items():
         assert choose_factors(Base("group_quant", 64, 64, 1), config, name) == factors
+
+
+@given(n=st.integers(1, 60), wanted=st.integers(1, 40))
+def test_reduce_leaves_a_layer_more_than_one_adapter_output(n, wanted):
+    config = QBLoRAConfig(in_factor=1, out_factor=wanted, on_misfit="reduce")
+    naive = max(f for f in range(1, wanted + 1) if n % f == 0 and (n // f > 1 or n == 1))
+    assert choose_factors(Base("float", 8, n), config, NAME) == (1, naive)
+
+
+def test_one_adapter_output_for_a_whole_layer_is_worth_a_warning():
+    with pytest.warns(UserWarning, match=r"down_proj: out_factor=2 makes all 2 outputs share.*out_factor_pattern"):
+        choose_factors(Base("float", 8, 2), QBLoRAConfig(), NAME)

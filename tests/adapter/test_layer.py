@@ -76,6 +76,21 @@ def test_delta_weight_equals_the_naive_loop(base, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+def test_a_single_token_needs_no_axis_of_its_own(variant, dropout):
+    layer = balanced(float_linear(), lora_dropout=dropout, **VARIANTS[variant])
+    x = torch.randn(1, K, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).square().sum(), [x, *layer.lora_B.parameters()])
+    alone = layer(x[0])
+    assert torch.equal(alone, layer(x)[0])
+    for ours, theirs in zip(
+        torch.autograd.grad(alone.square().sum(), [x, *layer.lora_B.parameters()]), expected, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    assert layer(torch.randn(2, 0, K)).shape == (2, 0, N)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_step_zero_equals_the_base(variant):
     layer = balanced(float_linear(), init_lora_weights=True, **VARIANTS[variant])
     x = torch.randn(5, K)
@@ -229,6 +244,14 @@ def test_two_adapters_of_different_factors_merge_into_one_delta():
     assert layer.get_base_layer().delta is None
 
 
+def test_taking_out_what_was_never_merged_only_warns():
+    layer = balanced(float_linear())
+    before = layer.get_base_layer().weight.detach().clone()
+    with pytest.warns(UserWarning, match="nothing is merged"):
+        layer.unmerge()
+    assert torch.equal(layer.get_base_layer().weight, before)
+
+
 def test_merging_a_float_base_adds_the_naive_delta():
     layer = balanced(float_linear(), in_factor=2, out_factor=2)
     before = layer.get_base_layer().weight.detach().clone()
@@ -257,6 +280,11 @@ def test_an_adapter_with_values_that_are_not_finite_does_not_merge_safely(base):
 def test_other_modules_are_refused_by_name_with_what_is_supported(module):
     with pytest.raises(ConfigError, match=rf"layer: {type(module).__name__} cannot hold .* nn.Linear.*exclude_modules"):
         balanced(module)
+
+
+def test_a_layer_that_is_read_but_never_called_is_refused():
+    with pytest.raises(ConfigError, match=r"layer: .* never called, its weight is read.*exclude_modules"):
+        balanced(nn.MultiheadAttention(4, 2).out_proj)
 
 
 def test_its_representation_says_what_it_is():

@@ -18,8 +18,13 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.helpers import rescale_adapter_scale
-from peft.utils.hotswap import hotswap_adapter
+from peft.utils.hotswap import (
+    hotswap_adapter,
+    hotswap_adapter_from_state_dict,
+    prepare_model_for_compiled_hotswap,
+)
 from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.adapter.layer import adapter_layers
@@ -215,6 +220,7 @@ def test_rank_and_alpha_patterns_set_nominal_values():
         ({"target_modules": None}, 4),
         ({"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}, 2),
         ({"exclude_modules": ["down_proj"]}, 12),
+        ({"layers_to_transform": [1]}, 7),
     ],
 )
 def test_targets_are_chosen_as_for_lora(settings, count):
@@ -245,6 +251,27 @@ def test_scales_are_set_and_put_back(model):
         scaled = logits(model, IDS)
     assert not torch.equal(scaled, before)
     assert torch.equal(logits(model, IDS), before)
+
+
+@pytest.mark.parametrize("settings", [{"use_rslora": True}, {"adapter": "block", "in_factor": 4}])
+def test_every_kind_of_adapter_is_scaled_and_named_in_a_batch(settings):
+    model = get_peft_model(tiny_llama(), config(**settings)).eval()
+    adapted = logits(model, IDS)
+    with model.disable_adapter():
+        plain = logits(model, IDS)
+    with torch.no_grad():
+        mixed = model(input_ids=IDS, adapter_names=["default", "__base__"]).logits
+    torch.testing.assert_close(mixed, torch.stack([adapted[0], plain[1]]), rtol=1e-5, atol=1e-5)  # product per sample
+    with rescale_adapter_scale(model, 0.0):
+        torch.testing.assert_close(logits(model, IDS), plain, rtol=1e-5, atol=1e-6)  # added zeros
+    layers = adapter_layers(model).values()
+    for layer in layers:
+        layer.scale_layer(3.0)
+        layer.scale_layer(0.5)
+    assert not torch.allclose(logits(model, IDS), adapted)
+    for layer in layers:
+        layer.unscale_layer()
+    assert torch.equal(logits(model, IDS), adapted)
 
 
 def test_status_reports_the_method(model):
@@ -279,16 +306,56 @@ def test_hot_swapping_another_block_shape_is_refused(tmp_path):
         hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
 
 
+def test_a_model_prepared_for_compiled_swapping_keeps_its_shapes_and_its_function(tmp_path):
+    torch.manual_seed(1)
+    other = get_peft_model(tiny_llama(), config(r=6, lora_alpha=3)).eval()
+    other.save_pretrained(tmp_path)
+    model = get_peft_model(tiny_llama(), config(r=4, rank_pattern={"q_proj": 5})).eval()
+    before = logits(model, IDS)
+    prepare_model_for_compiled_hotswap(model, target_rank=6)
+    torch.testing.assert_close(logits(model, IDS), before, rtol=1e-5, atol=1e-6)  # zero-padded products
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert shapes == {name: parameter.shape for name, parameter in other.named_parameters()}
+    kept = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    state = {name: tensor for name, tensor in other.state_dict().items() if "lora_" in name}
+    hotswap_adapter_from_state_dict(model, state, "default", other.peft_config["default"])
+    assert kept == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    torch.testing.assert_close(logits(model, IDS), logits(other, IDS), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"q_proj: adapter 'default' has rank 12, target_rank=5 would be 10"):
+        prepare_model_for_compiled_hotswap(model, target_rank=5)
+
+
+def test_saving_warns_of_matrices_whose_shards_were_not_gathered(tmp_path):
+    model = get_peft_model(tiny_llama(), config())
+    next(iter(adapter_layers(model).values())).lora_A["default"].weight.data = torch.zeros(0)
+    with pytest.warns(UserWarning, match="shards"):
+        model.save_pretrained(tmp_path)
+
+
+def test_layers_whose_weight_a_fused_kernel_reads_are_refused():
+    def mamba() -> nn.Module:
+        return MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=100))
+
+    with pytest.raises(ConfigError, match=r"out_proj: the kernels of a mamba model.*exclude_modules=\[\"out_proj\"\]"):
+        get_peft_model(mamba(), config(on_misfit="reduce"))
+    layers = adapter_layers(get_peft_model(mamba(), config(on_misfit="reduce", exclude_modules=["out_proj"])))
+    assert {name.rpartition(".")[2] for name in layers} == {"in_proj", "x_proj", "dt_proj"}
+
+
 def test_what_is_not_supported_is_refused_in_words(tmp_path):
     with pytest.raises(ValueError, match="QBLORA"):
         get_peft_model(tiny_llama(), config(), mixed=True)
     with pytest.raises(ValueError, match="QBLORA"):
         PeftMixedModel(tiny_llama(), config())
     model = get_peft_model(tiny_llama(), config())
-    with pytest.raises((TypeError, ValueError)):
-        convert_to_lora(model, rank=4)
     with pytest.raises(ConfigError, match=r"embed_tokens: Embedding cannot hold a balanced adapter"):
         get_peft_model(tiny_llama(), config(target_modules=["embed_tokens"]))
+    with pytest.raises(ConfigError, match="save without this argument"):
+        model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    with pytest.raises(ConfigError, match="custom layer classes are not supported"):
+        config()._register_custom_module({nn.LSTM: nn.Identity})
+    with pytest.raises(ValueError, match=r"QBLORA and PeftType\.LORA"):
+        model.add_adapter("plain", LoraConfig())
 
 
 def test_the_adapter_stays_in_float32_over_a_half_precision_base_unless_told_otherwise():
@@ -306,6 +373,16 @@ def test_injection_without_a_wrapper_computes_the_same():
     state = {k.removeprefix("base_model.model."): v for k, v in get_peft_model_state_dict(wrapped).items()}
     set_peft_model_state_dict(bare, state)
     assert torch.equal(logits(bare.eval(), IDS), logits(wrapped, IDS))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("settings", [{}, {"adapter": "block", "in_factor": 4}])
+def test_pefts_conversion_to_lora_computes_the_same_where_its_rank_suffices(kind, settings):
+    model = get_peft_model(MODELS[kind](), config(**settings)).eval()
+    plain, state = convert_to_lora(model, rank=32)
+    lora = get_peft_model(MODELS[kind](), plain).eval()
+    set_peft_model_state_dict(lora, state)
+    torch.testing.assert_close(logits(lora, IDS), logits(model, IDS), rtol=1e-4, atol=1e-5)  # SVD in float32
 
 
 def test_equal_factors_of_one_are_lora():

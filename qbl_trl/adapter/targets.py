@@ -1,0 +1,43 @@
+"""What target_modules="all-linear" names: PEFT's own choice, and what PEFT cannot know of this method's bases."""
+
+import copy
+
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from torch import nn
+
+from qbl_trl.adapter.bases import describe, foreign_kind
+from qbl_trl.config import QBLoRAConfig
+
+
+def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | None:
+    """Full names of the layers; None where PEFT's own choice is right (or another target_modules was given).
+
+    - PEFT counts subclasses of nn.Linear: layers of HQQ, GPTQ and AWQ are added.
+    - quantization_aware: only layers over affine groups, where there are any; a merge has to be exact.
+    - layers_to_transform: PEFT heeds layer numbers for parts of names, not for full ones; they are heeded here.
+    """
+    if config.target_modules != "all-linear":
+        return None
+    plain: set[str] = _maybe_include_all_linear_layers(copy.copy(config), model).target_modules
+    foreign = {
+        name
+        for name, module in model.named_modules()
+        if foreign_kind(module) not in (None, *_SUBCLASSES) and not name.endswith(".base_layer")
+    }
+    chosen = plain | foreign
+    if config.quantization_aware:
+        grouped = {name for name in chosen if describe(_base(model, name)).group_size is not None}
+        chosen = grouped or chosen
+    if config.layers_to_transform is not None:
+        by_part = copy.copy(config)
+        by_part.target_modules = [name.rpartition(".")[2] for name in chosen]
+        chosen = {name for name in chosen if check_target_module_exists(by_part, name)}
+    return None if chosen == plain else chosen
+
+
+_SUBCLASSES = ("bitsandbytes 4-bit", "bitsandbytes 8-bit")  # of nn.Linear
+
+
+def _base(model: nn.Module, name: str) -> nn.Module:
+    module = model.get_submodule(name)
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator]
