@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.config import SCALE_DTYPES, GroupQuantConfig, LayerFormat
 from qbl_trl.errors import ConfigError
+from qbl_trl.progress import progress
 from qbl_trl.quant.algorithms import quantize
 from qbl_trl.quant.calibration import Call, Stop, calibrating, run, walk
 from qbl_trl.quant.linear import GroupQuantLinear
@@ -39,7 +40,7 @@ def gptq_model_(model: nn.Module, config: GroupQuantConfig, targets: Sequence[st
         kind = type(model.get_submodule(name))
         if not issubclass(kind, nn.Linear | Conv1D) or issubclass(kind, GroupQuantLinear):
             raise ConfigError(f"gptq: {name} is a {kind.__name__}; targets are float nn.Linear or Conv1D layers")
-    with calibrating(model):
+    with calibrating(model), progress(len(targets), "quantizing by GPTQ", "layer") as bar:
         for piece in walk(model, targets, config.calibration or ()):
             for stage in stages(piece.scope, piece.names, piece.calls):
                 hessian = collect_hessian(piece.scope.get_submodule(stage[0]), piece.calls)
@@ -51,6 +52,7 @@ def gptq_model_(model: nn.Module, config: GroupQuantConfig, targets: Sequence[st
                     except ConfigError as error:
                         raise ConfigError(f"{full}: {error}") from error
                     piece.scope.set_submodule(name, quantized.train(layer.training))
+                    bar.update()
 
 
 def quantize_layer(layer: nn.Module, hessian: Tensor, stored: LayerFormat, symmetric: bool) -> GroupQuantLinear:

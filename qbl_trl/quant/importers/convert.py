@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.folders import check_free, new_folder
+from qbl_trl.progress import progress
 from qbl_trl.quant.importers.open import describe, open_reader
 from qbl_trl.quant.importers.reader import Reader
 
@@ -95,13 +96,20 @@ def _write_weights(reader: Reader, folder: Path, dtype: torch.dtype | None) -> N
 
 
 def _tensors(reader: Reader, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    for name in reader.formats():
+    for name in _shown(list(reader.formats())):
         for part, tensor in reader.layer(name).state_dict().items():
             cast = part == "bias" and dtype is not None
             yield f"{name}.{part}", (tensor.to(dtype) if cast else tensor).contiguous()
     for name in reader.others():
         tensor = reader.tensor(name)
         yield name, tensor.to(dtype).contiguous() if dtype and tensor.is_floating_point() else tensor.contiguous()
+
+
+def _shown(names: list[str]) -> Iterator[str]:
+    with progress(len(names), "converting", "layer") as bar:
+        for name in names:
+            yield name
+            bar.update()
 
 
 def _copy_files(source: Path, folder: Path) -> None:

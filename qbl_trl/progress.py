@@ -1,0 +1,15 @@
+"""Progress bars for what takes longer than a few seconds: on a terminal only, and silenced with transformers' own."""
+
+from typing import Any
+
+from transformers.utils import logging
+
+
+def progress(total: int, what: str, unit: str) -> Any:
+    """A tqdm bar, as a context manager.
+
+    Args:
+        total: number of units.
+        what: what is being done, such as "quantizing".
+    """
+    return logging.tqdm(total=total, desc=what, unit=unit, disable=None, leave=False)
