@@ -18,6 +18,7 @@ from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.peft_type import NAME, QBLORA
+from qbl_trl.quant.linear import GroupQuantLinear
 
 
 class QBLoRAModel(LoraModel):
@@ -38,6 +39,8 @@ class QBLoRAModel(LoraModel):
                 prepared.in_factor = stored.group_size
             if prepared.base_quantization is None:
                 prepared.base_quantization = stored.to_dict()
+            if prepared.quantization_aware and prepared.target_modules == "all-linear":
+                prepared.target_modules = _quantized_layers(self.model)  # type: ignore[assignment]  # a set, as PEFT's own
         return prepared
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -121,6 +124,17 @@ class QBLoRAModel(LoraModel):
             second = nn.functional.pad(second, (0, rank - possible))
         pooling_scale = target.pooling_scale[adapters[0]]
         return first.to(target_lora_A.dtype), (second / pooling_scale).to(target_lora_B.dtype)
+
+
+def _quantized_layers(model: nn.Module) -> set[str]:
+    """Every layer over 4-bit groups but the output head: what "all-linear" can mean where a merge must be exact."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    bases = {
+        name: module.get_base_layer() if isinstance(module, BalancedLinear) else module
+        for name, module in model.named_modules()
+        if not name.endswith(".base_layer")
+    }
+    return {name for name, base in bases.items() if isinstance(base, GroupQuantLinear) and base is not head}
 
 
 class _BlockView:

@@ -5,6 +5,7 @@ packed checkpoint is loaded into packed layers, after its headers were checked. 
 are served: transformers 4.57 calls `create_quantized_param`, transformers 5 runs the operation of `get_quantize_ops`.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from qbl_trl.quant.head import empty_embeddings_, quantize_embeddings_, tie_agai
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import PackedWeight
+from qbl_trl.quant.renaming import names_in_model
+from qbl_trl.quant.targets import target_layers
 
 
 class GroupQuantizer(HfQuantizer):
@@ -63,7 +66,7 @@ class GroupQuantizer(HfQuantizer):
                 empty_embeddings_(model, self.quantization_config)
             folder = Path(getattr(model.config, "_name_or_path", ""))  # type: ignore[arg-type]
             if folder.is_dir():
-                check_tensors(folder, _expected_tensors(model))
+                check_tensors(folder, _expected_tensors(model), partial(names_in_model, model))
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -140,21 +143,6 @@ def attach_(model: PreTrainedModel, quantizer: GroupQuantizer) -> None:
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
     model.config.quantization_config = quantizer.quantization_config
-
-
-def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
-    """Full names of the linear layers to quantize: all but the head and what the configuration leaves out."""
-    skipped = set(HfQuantizer.get_modules_to_not_convert(model, None))
-    skipped |= set(config.modules_to_not_convert or [])
-
-    def is_skipped(name: str) -> bool:
-        return any(name == key or name.endswith("." + key) or f".{key}." in f".{name}." for key in skipped)
-
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and name and not is_skipped(name)
-    ]
 
 
 def quantize_layer_(model: nn.Module, name: str, weight: Tensor, config: GroupQuantConfig) -> None:
