@@ -60,6 +60,7 @@ def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
 
 def max_positions(config: Any) -> int:
     """Longest text the model was made for."""
+    config = config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
 
 
@@ -76,9 +77,10 @@ def measure_if_runnable(gate: Gate, folder: Path) -> ParityReport | None:
 def write(model: PreTrainedModel, source: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
     """Configuration, generation settings and tokenizer, as ORTModelForCausalLM reads them."""
     config = copy.deepcopy(model.config)
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(config, name):
-            delattr(config, name)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for name in ("quantization_config", "_pre_quantization_dtype"):
+            if hasattr(part, name):
+                delattr(part, name)
     config.dtype = dtype
     config.use_cache = True
     config.save_pretrained(folder)

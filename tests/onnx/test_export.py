@@ -174,7 +174,7 @@ def test_a_folder_is_replaced_when_told_to(tmp_path):
 
 def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(LinearLowering, "_branch", lambda *inputs: inputs[3])  # y without its correction
-    with pytest.raises(ExportError, match=r"differ from the torch model's by up to .* allowed: 1e-03"):
+    with pytest.raises(ExportError, match=r"differ from the torch model's by up to .* allowed: 6e-04"):
         export_onnx(merged_llama(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
