@@ -5,6 +5,7 @@ packed checkpoint is loaded into packed layers, after its headers were checked. 
 are served: transformers 4.57 calls `create_quantized_param`, transformers 5 runs the operation of `get_quantize_ops`.
 """
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.renaming import names_in_model
 from qbl_trl.quant.targets import target_layers
+
+logger = logging.getLogger(__name__)
+
+_WORTH_SAYING = 0.2  # share of the weights
 
 
 class GroupQuantizer(HfQuantizer):
@@ -184,9 +189,22 @@ def finish_(model: nn.Module, config: GroupQuantConfig, targets: list[str]) -> N
     fresh = [name for name, layer in stored if not isinstance(layer, GroupQuantLinear)]
     if fresh:
         config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *fresh]
+    _warn_of_float_experts(model)
     kinds = {layer.format.zeros for _, layer in stored if isinstance(layer, GroupQuantLinear)}
     if len(kinds) == 1:
         config.zeros = kinds.pop()
+
+
+def _warn_of_float_experts(model: nn.Module) -> None:
+    """Some models keep all experts of a layer in one tensor, which is no linear layer and stays as it is."""
+    stacked = {name: p.numel() for name, p in model.named_parameters() if p.dim() == 3 and p.is_floating_point()}
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedWeight))
+    share = sum(stacked.values()) / max(sum(stacked.values()) + packed, 1)
+    if share > _WORTH_SAYING:
+        logger.warning(
+            "GroupQuantConfig: %.0f%% of the weights stay in float, because they are no linear layers: %s and %d more",
+            *(100 * share, next(iter(stacked)), len(stacked) - 1),
+        )
 
 
 def _empty_layer(old: nn.Module, config: GroupQuantConfig, name: str) -> GroupQuantLinear:

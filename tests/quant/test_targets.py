@@ -8,6 +8,7 @@ from torch import nn
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.affine import min_max
+from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.targets import is_linear, target_layers
 
@@ -60,3 +61,10 @@ def test_a_layer_that_is_handed_integers_says_why():
     layer = GroupQuantLinear.from_affine(min_max(weight, 32, 4, False, torch.float16), bits=4, group_size=32)
     with pytest.raises(ConfigError, match=r"was handed torch.uint8: the model casts .*modules_to_not_convert"):
         layer(torch.zeros(1, 32).to(layer.weight.dtype))
+
+
+def test_experts_that_stay_in_float_are_named(caplog):
+    sizes = {**BERT, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 100}
+    config = transformers.GptOssConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
+    quantize_model_(transformers.GptOssForCausalLM(config), GroupQuantConfig())
+    assert "stay in float, because they are no linear layers: model.layers.0.mlp.experts" in caplog.text
