@@ -11,9 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError
-from qbl_trl.onnx.gate import Gate
-from qbl_trl.onnx.session import OnnxLogits
-from qbl_trl.parity import ParityReport
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
@@ -62,16 +59,6 @@ def max_positions(config: Any) -> int:
     """Longest text the model was made for."""
     config = config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
-
-
-def measure_if_runnable(gate: Gate, folder: Path) -> ParityReport | None:
-    """Parity of the graph as written, where the CPU has its kernels (a bfloat16 graph has none)."""
-    import onnxruntime
-
-    try:
-        return max(gate.measure(OnnxLogits(folder)), key=lambda report: report.max_abs_difference)
-    except (onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented, KeyError):
-        return None
 
 
 def write(model: PreTrainedModel, source: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:

@@ -17,7 +17,7 @@ from qbl_trl.errors import ExportError
 from qbl_trl.folders import check_free, new_folder
 from qbl_trl.onnx import companions
 from qbl_trl.onnx.files import MODEL_FILE, folder_bytes, save
-from qbl_trl.onnx.gate import Disagreement, Gate
+from qbl_trl.onnx.gate import Disagreement, Gate, Unrunnable
 from qbl_trl.onnx.genai import write_genai_config
 from qbl_trl.onnx.kernels import cuda_fallbacks
 from qbl_trl.onnx.layers import LinearSource
@@ -115,7 +115,7 @@ def export_onnx(
         if accuracy_level:
             set_accuracy_level(folder / MODEL_FILE, accuracy_level)
         if wanted != options:
-            lossy = companions.measure_if_runnable(gate, folder)
+            lossy = gate.look_at(folder)
         companions.write(inner, model_or_path, tokenizer, folder, float_type)
         if logits == "all":  # GenAI makes room for the logits of every position and refuses fewer
             shares = final.attention == "gqa"
@@ -165,9 +165,13 @@ def _exact(
     try:
         built = _build(model, sources, options, folder)
         return built, gate.pass_(folder, tolerance)
-    except (Unfusable, Untraceable, Disagreement) as refusal:
+    except (Unfusable, Untraceable, Unrunnable, Disagreement) as refusal:
         if options.attention == "standard":
-            if options.spelled_out and model.config._attn_implementation != "eager":
+            if (
+                isinstance(refusal, Disagreement)
+                and options.spelled_out
+                and model.config._attn_implementation != "eager"
+            ):
                 raise ExportError(
                     f"{refusal}. Half precision is written with the model's eager attention, and the model runs "
                     f'{model.config._attn_implementation}; load it with attn_implementation="eager" to see whether it '

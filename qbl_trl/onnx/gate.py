@@ -1,7 +1,10 @@
 """The parity gate: a graph is kept only if it computes what the torch model computes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -12,8 +15,12 @@ from qbl_trl.parity import ParityReport, compare, logits_of
 _BATCH, _LENGTH, _PADDED, _PREFIX = 2, 24, 5, 16
 
 
+class Unrunnable(ExportError):
+    """ONNX Runtime does not load or run a graph."""
+
+
 class Disagreement(ExportError):
-    """A graph does not run, or does not compute what the torch model computes."""
+    """A graph does not compute what the torch model computes."""
 
 
 class Gate:
@@ -47,16 +54,12 @@ class Gate:
         """Measure the graph of a folder.
 
         Raises:
-            Disagreement: if ONNX Runtime does not run it, or a difference is beyond `tolerance` (None: never). Where
-                no logit reaches 1, as in models with random weights, the tolerance shrinks with the largest of them.
+            Unrunnable: if ONNX Runtime does not run it.
+            Disagreement: if a difference is beyond `tolerance` (None: never). Where no logit reaches 1, as in models
+                with random weights, the tolerance shrinks with the largest of them.
         """
-        try:
+        with _run_errors():
             reports = self.measure(OnnxLogits(folder))
-        except Exception as error:
-            if not type(error).__module__.startswith("onnxruntime"):
-                raise
-            reason = " ".join(str(error).split())
-            raise Disagreement(f"ONNX Runtime does not run the graph ({reason}); nothing was written") from error
         largest = max(report.max_abs_difference for report in reports)
         allowed = None if tolerance is None else tolerance * min(1.0, float(self.reference.abs().max()))
         if allowed is not None and not largest <= allowed:
@@ -65,3 +68,30 @@ class Gate:
                 "nothing was written. Pass tolerance=None to write the graph all the same"
             )
         return reports
+
+    def look_at(self, folder: Path) -> ParityReport | None:
+        """The larger difference of the graph of a folder, or None where the CPU has no kernels for it (bfloat16).
+
+        Raises:
+            Unrunnable: if ONNX Runtime does not run it for another reason.
+        """
+        try:
+            with _run_errors():
+                return max(self.measure(OnnxLogits(folder)), key=lambda report: report.max_abs_difference)
+        except (onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented, KeyError):
+            return None
+
+
+@contextmanager
+def _run_errors() -> Iterator[None]:
+    """ONNX Runtime's errors as ours, but for kernels that a processor lacks."""
+    states = onnxruntime.capi.onnxruntime_pybind11_state
+    try:
+        yield
+    except states.NotImplemented:
+        raise
+    except Exception as error:
+        if type(error).__module__ != states.__name__:
+            raise
+        reason = " ".join(str(error).split())
+        raise Unrunnable(f"ONNX Runtime does not run the graph ({reason}); nothing was written") from error

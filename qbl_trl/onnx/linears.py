@@ -60,6 +60,10 @@ class LinearLowering:
         editor, x, name = self.editor, node.inputs[0], source.name
         if x is None:
             raise ExportError(f"{name}: the traced layer has no input")
+        foreign = node.outputs[0].dtype if node.outputs[0].dtype != editor.float_type else None
+        if foreign is not None:  # a router that computes in float32 inside a model in half precision
+            x = editor.add(node, "Cast", [x], {"to": int(editor.float_type)}, name=name).outputs[0]
+            x.type = node.outputs[0].type = ir.TensorType(editor.float_type)
         branches: tuple[Branch, ...] = source.branches
         if isinstance(source.base, GroupBase):
             y, branches = self._group(node, x, source, source.base)
@@ -76,6 +80,9 @@ class LinearLowering:
             bias = editor.weight(f"{name}.bias", (source.out_features,), editor.dtype, give(source.bias))
             y = editor.add(node, "Add", [y, bias], name=name, like=node.outputs[0]).outputs[0]
         y.type, y.shape = node.outputs[0].type, node.outputs[0].shape
+        if foreign is not None:
+            y = editor.add(node, "Cast", [y], {"to": int(foreign)}, name=name).outputs[0]
+            y.type, y.shape = ir.TensorType(foreign), node.outputs[0].shape
         editor.replace(node.outputs[0], y)
         editor.remove(node)
         kept = ", ".join(corrections) or ("folded" if source.branches else "none")

@@ -3,7 +3,6 @@ ORTModelForCausalLM expects, for every architecture that Optimum knows."""
 
 import inspect
 import logging
-import math
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from optimum.utils import DummyPastKeyValuesGenerator, DummyTextInputGenerator, 
 from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError
+from qbl_trl.onnx.experts import every_expert_asked, traced_tokens
 from qbl_trl.onnx.skeleton import Skeleton, Unfusable
 
 _TASK = "text-generation-with-past"
@@ -44,9 +44,8 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
         Unfusable: if a placeholder does not fit the model.
     """
     config = _onnx_config(skeleton, dtype)
-    # Sizes 1 and 2 are best avoided: the tracer takes them for broadcasting and for constants.
-    shapes = {"batch_size": 2, "sequence_length": _tokens(skeleton.model.config)}
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    shapes = {"batch_size": 2, "sequence_length": traced_tokens(skeleton.model.config)}
+    with tempfile.TemporaryDirectory() as folder, _quiet(), every_expert_asked():
         path = Path(folder, "model.onnx")
         try:
             _correct_caches(config, cache_sizes(skeleton.model))
@@ -103,23 +102,16 @@ class _AnyDecoder(LlamaOnnxConfig):  # type: ignore[misc]
     DUMMY_PKV_GENERATOR_CLASS = DummyPastKeyValuesGenerator
 
 
-def _tokens(config: Any) -> int:
-    """Tokens of a row: so many that, of experts chosen at random, every one is chosen (but once in a million)."""
-    config = config.get_text_config()
-    names = ("n_routed_experts", "num_local_experts", "num_experts")
-    experts = max((getattr(config, name, None) or 1 for name in names), default=1)
-    chosen = getattr(config, "num_experts_per_tok", None) or 1
-    return 5 if experts == 1 else 5 + math.ceil(experts / chosen * (math.log(experts) + 14))
-
-
 def cache_sizes(model: Any) -> list[tuple[int, int, int]]:
     """Heads, key size and value size of every layer's cache, found by running the model."""
     ids = torch.zeros(1, 3, dtype=torch.long)
     with torch.no_grad():
         cache = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
     cache = getattr(cache, "self_attention_cache", cache)
-    layers = [(layer.keys, layer.values) for layer in cache.layers]
-    return [(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in layers]
+    layers = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in getattr(cache, "layers", ())]
+    if not layers or any(keys is None or values is None for keys, values in layers):
+        raise TypeError(f"a {type(cache).__name__} that holds more than keys and values")
+    return [(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in layers]  # type: ignore[union-attr]
 
 
 def _correct_caches(config: Any, sizes: list[tuple[int, int, int]]) -> None:

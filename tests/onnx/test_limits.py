@@ -65,6 +65,17 @@ def test_half_precision_is_held_against_the_attention_that_is_written(tmp_path):
     export_onnx(model, tmp_path / "out", dtype="float16")
 
 
+def test_a_router_that_computes_in_float32_keeps_its_type_in_half_precision(tmp_path):
+    experts = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1}
+    report = export_onnx(decoder("Ernie4_5_Moe", **GATED, **experts), tmp_path / "out", dtype="float16")
+    assert report.parity_as_written.max_abs_difference < 5e-3  # fp16 keeps 11 bits
+
+
+def test_a_norm_after_rotation_is_no_residual_norm(tmp_path):
+    report = export_onnx(decoder("HunYuanDenseV1", **GATED, head_dim=16), tmp_path / "out")
+    assert report.parity.max_abs_difference < 5e-6
+
+
 def test_a_head_that_the_operator_cannot_rotate_takes_standard_attention(tmp_path):
     model = decoder("GPTNeoX", **{**WIDE, "intermediate_size": 96, "max_position_embeddings": 64, "rotary_pct": 0.25})
     with pytest.raises(ExportError, match=r"rotates a multiple of 16 features, not 4 of a head"):

@@ -34,6 +34,7 @@ ARCHITECTURES = {
         "attention",
     ),
     "qwen3 with experts": ("Qwen3Moe", {**MOE, "num_experts": 4}, "attention"),
+    "mixtral, which asks the chosen experts": ("Mixtral", {**MOE, "num_local_experts": 4}, "attention"),
     "deepseek with experts and latent heads": (
         "DeepseekV3",
         {**MOE, **DEEPSEEK, **LATENT, "num_key_value_heads": 4},
