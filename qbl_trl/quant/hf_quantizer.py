@@ -19,7 +19,7 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from qbl_trl.config import QUANT_METHOD, SCALE_DTYPES, GroupQuantConfig
+from qbl_trl.config import ALLOWED_GROUP_SIZES, QUANT_METHOD, SCALE_DTYPES, GroupQuantConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.algorithms import quantize
 from qbl_trl.quant.checkpoint import check_tensors, read_headers
@@ -61,7 +61,8 @@ class GroupQuantizer(HfQuantizer):
         self.targets = target_layers(model, self.quantization_config)
         if not self.targets:
             raise ConfigError(
-                f"{type(model).__name__} has no linear layer to quantize once its head and modules_to_not_convert="
+                f"{type(model).__name__} has no linear layer to quantize once its head, layers with fewer inputs than "
+                f"{min(ALLOWED_GROUP_SIZES)} and modules_to_not_convert="
                 f"{self.quantization_config.modules_to_not_convert} are left out"
             )
         if self.pre_quantized:

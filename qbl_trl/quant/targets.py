@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
-from qbl_trl.config import GroupQuantConfig
+from qbl_trl.config import ALLOWED_GROUP_SIZES, GroupQuantConfig
 from qbl_trl.quant.modules import same_module_name
 
 
@@ -30,7 +30,7 @@ def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if name.startswith(prefix) and name and is_linear(module) and not is_skipped(name)
+        if name.startswith(prefix) and name and is_linear(module) and _is_wide(module) and not is_skipped(name)
     ]
 
 
@@ -56,6 +56,10 @@ def is_linear(module: nn.Module) -> bool:
     except Exception:  # whatever it needs beyond a weight and a bias
         return False
     return isinstance(y, torch.Tensor) and y.shape == expected.shape and torch.allclose(y, expected, atol=1e-5)
+
+
+def _is_wide(module: Any) -> bool:
+    return int(module.nx if isinstance(module, Conv1D) else module.in_features) >= min(ALLOWED_GROUP_SIZES)
 
 
 def _kept_in_float(model: nn.Module) -> set[str]:

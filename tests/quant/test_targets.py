@@ -49,6 +49,12 @@ def test_a_classifier_on_top_stays_in_float():
     assert not [name for name in found if name.startswith("classifier")]
 
 
+def test_a_layer_narrower_than_every_group_stays_in_float():
+    narrow = {**BERT, "hidden_size": 8, "intermediate_size": 32, "vocab_size": 100}
+    found = target_layers(transformers.LlamaForCausalLM(transformers.LlamaConfig(**narrow)), GroupQuantConfig())
+    assert found == ["model.layers.0.mlp.down_proj"]
+
+
 def test_what_a_model_wants_in_float32_stays_so():
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5))
     found = target_layers(model, GroupQuantConfig())
