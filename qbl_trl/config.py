@@ -84,7 +84,8 @@ class QBLoRAConfig(LoraConfig):
     Attributes:
         r: nominal rank, the rank of the plain LoRA with as many parameters. Default 64.
         lora_alpha: scale numerator, the adapter is multiplied by lora_alpha / r. Default 16.
-        target_modules: names, a regular expression or "all-linear" (every linear layer but the output head).
+        target_modules: names, a regular expression or "all-linear" (every linear layer but the output head; where
+            `quantization_aware`, every one that the base quantized).
         in_factor: p, how many neighbouring inputs are pooled into one. Default 2, or the quantization group of the
             base when `quantization_aware`.
         out_factor: e, how many neighbouring outputs share one adapter output. Default 2.

@@ -56,7 +56,8 @@ from qbl_trl.config import POOLINGS as POOLINGS_OF_CONFIG
 from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.merging import merge, unwrap
 from qbl_trl.quant.gptq import gptq_model_
-from qbl_trl.quant.hf_quantizer import quantize_model_, target_layers
+from qbl_trl.quant.hf_quantizer import quantize_model_
+from qbl_trl.quant.targets import target_layers
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 CALIBRATION = 128  # training prompts

@@ -7,6 +7,7 @@ from torch import nn
 
 from qbl_trl.adapter.bases import describe, foreign_kind
 from qbl_trl.config import QBLoRAConfig
+from qbl_trl.quant.linear import GroupQuantLinear
 
 
 def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | None:
@@ -26,7 +27,7 @@ def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | Non
     }
     chosen = plain | foreign
     if config.quantization_aware:
-        grouped = {name for name in chosen if describe(_base(model, name)).group_size is not None}
+        grouped = {name for name in chosen if _has_groups(_base(model, name))}
         chosen = grouped or chosen
     if config.layers_to_transform is not None:
         by_part = copy.copy(config)
@@ -36,6 +37,11 @@ def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | Non
 
 
 _SUBCLASSES = ("bitsandbytes 4-bit", "bitsandbytes 8-bit")  # of nn.Linear
+
+
+def _has_groups(layer: nn.Module) -> bool:
+    known = isinstance(layer, GroupQuantLinear) or foreign_kind(layer) is not None
+    return known and describe(layer).group_size is not None
 
 
 def _base(model: nn.Module, name: str) -> nn.Module:

@@ -19,7 +19,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute, constant_of, produced_by
 from qbl_trl.onnx.markers import TRACE_DOMAIN
 from qbl_trl.onnx.masks import Masks
-from qbl_trl.onnx.skeleton import Skeleton, Unfusable, rotary_table
+from qbl_trl.onnx.rotary import table_rows
+from qbl_trl.onnx.skeleton import Skeleton, Unfusable
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,11 @@ def fuse_attention(editor: Editor, skeleton: Skeleton, kind: str, max_length: in
     for node in nodes:
         site = _site(editor, node)
         tables = None if site.table is None else _tables(editor, site.table, skeleton, max_length)
-        fused = _group_query(editor, site, masks, tables) if kind == "gqa" else _attention(editor, site, masks, tables)
+        if kind == "gqa":
+            _check_group_query(site, skeleton)
+            fused = _group_query(editor, site, masks, tables)
+        else:
+            fused = _attention(editor, site, masks, tables, skeleton)
         for old, new in zip((site.present_key, site.present_value), fused.outputs[1:], strict=True):
             editor.replace(old, new)
             new.shape = ir.Shape(
@@ -77,10 +82,13 @@ def fuse_attention(editor: Editor, skeleton: Skeleton, kind: str, max_length: in
             raise Unfusable(f"{node.name}: rotary embedding is used outside attention")
 
 
-def _attention(editor: Editor, site: Site, masks: Masks, tables: tuple[ir.Value, ir.Value] | None) -> ir.Node:
+def _attention(
+    editor: Editor, site: Site, masks: Masks, tables: tuple[ir.Value, ir.Value] | None, skeleton: Skeleton
+) -> ir.Node:
     query, key = site.query, site.key
     if tables is not None and site.table is not None:
-        positions = masks.positions(site.table.inputs[1])
+        rotary = skeleton.rotary[attribute(site.table, "name")]
+        positions = table_rows(editor, site.node, masks.positions(site.table.inputs[1]), rotary)
         width = 2 * int(tables[0].shape[-1])  # type: ignore[index, arg-type]
         partial = {} if width == site.head_size else {"rotary_embedding_dim": width}
         query, key = (
@@ -98,6 +106,21 @@ def _attention(editor: Editor, site: Site, masks: Masks, tables: tuple[ir.Value,
         attributes["softcap"] = site.softcap
     inputs = [query, key, site.value, masks.causal(site.window), site.past_key, site.past_value]
     return editor.add(site.node, "Attention", inputs, attributes, outputs=3, like=site.past_value)
+
+
+def _check_group_query(site: Site, skeleton: Skeleton) -> None:
+    """What ONNX Runtime asks of the sizes, and what an operator that counts positions itself cannot do."""
+    if site.head_size % 8:
+        raise Unfusable(f"{site.node.name}: GroupQueryAttention needs heads of a multiple of 8, not {site.head_size}")
+    rotary = None if site.table is None else skeleton.rotary[attribute(site.table, "name")]
+    if rotary is not None and rotary.width % 16:
+        raise Unfusable(
+            f"{site.node.name}: GroupQueryAttention rotates a multiple of 16 features, not {rotary.width} of a head"
+        )
+    if rotary is not None and rotary.switch:
+        raise Unfusable(
+            f"{site.node.name}: rotary angles of longrope change once a text is longer than {rotary.switch}"
+        )
 
 
 def _group_query(editor: Editor, site: Site, masks: Masks, tables: tuple[ir.Value, ir.Value] | None) -> ir.Node:
@@ -221,12 +244,12 @@ def _merges_heads(reshape: ir.Node) -> bool:
 
 def _tables(editor: Editor, table: ir.Node, skeleton: Skeleton, max_length: int) -> tuple[ir.Value, ir.Value]:
     name = attribute(table, "name")
-    module = skeleton.rotary[name]
-    half = rotary_table(module, 1)[0].shape[-1] // 2
-    shape = (max_length, half)
+    rotary = skeleton.rotary[name]
+    half = rotary.width // 2
+    shape = (rotary.rows(max_length), half)
 
     def read(which: int) -> torch.Tensor:
-        return rotary_table(module, max_length)[which][:, :half]
+        return rotary.read(max_length)[which][:, :half]
 
     cos = editor.weight(f"{name}.cos", shape, editor.dtype, lambda: read(0))
     sin = editor.weight(f"{name}.sin", shape, editor.dtype, lambda: read(1))

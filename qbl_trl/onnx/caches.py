@@ -15,20 +15,27 @@ from qbl_trl.onnx.graph import Editor
 _READS_HEAD_DIM = {"gemma", "gemma3_text", "gpt_oss", "nemotron"}
 _READS_KV_HEADS = {
     *("arcee", "deepseek_v3", "cohere", "gemma", "gemma3_text", "glm", "granite", "gpt_oss", "helium", "mistral"),
-    *("llama", "nemotron", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm", "falcon", "gpt_bigcode"),
+    *("llama", "nemotron", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm"),
 }
 
 
 def guessed_sizes(config: Any) -> tuple[int, int]:
     """(heads, head size) of the empty cache that ORTModelForCausalLM feeds."""
+    if config.model_type == "gemma3":
+        return config.text_config.num_key_value_heads, config.text_config.head_dim
     heads = config.num_attention_heads
+    if config.model_type == "falcon":
+        many = config.new_decoder_architecture or not config.multi_query
+        return (config.num_kv_heads if many else 1), config.hidden_size // heads
+    if config.model_type == "gpt_bigcode" and config.multi_query:
+        return 1, config.hidden_size // heads
     size = config.head_dim if config.model_type in _READS_HEAD_DIM else config.hidden_size // heads
     return (config.num_key_value_heads if config.model_type in _READS_KV_HEADS else heads), size
 
 
 def accept_guessed_caches(editor: Editor, config: Any) -> int:
     """Reshape cache inputs where the guess is wrong; returns how many there were."""
-    if config.model_type in ("falcon", "gpt_bigcode", "bloom", "deepseek_v3"):
+    if config.model_type == "deepseek_v3":  # its own sizes are read
         return 0
     guessed, count = guessed_sizes(config), 0
     for value in list(editor.graph.inputs):

@@ -11,9 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError
-from qbl_trl.onnx.gate import Gate
-from qbl_trl.onnx.session import OnnxLogits
-from qbl_trl.parity import ParityReport
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
@@ -60,25 +57,17 @@ def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
 
 def max_positions(config: Any) -> int:
     """Longest text the model was made for."""
+    config = config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
-
-
-def measure_if_runnable(gate: Gate, folder: Path) -> ParityReport | None:
-    """Parity of the graph as written, where the CPU has its kernels (a bfloat16 graph has none)."""
-    import onnxruntime
-
-    try:
-        return max(gate.measure(OnnxLogits(folder)), key=lambda report: report.max_abs_difference)
-    except (onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented, KeyError):
-        return None
 
 
 def write(model: PreTrainedModel, source: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
     """Configuration, generation settings and tokenizer, as ORTModelForCausalLM reads them."""
     config = copy.deepcopy(model.config)
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(config, name):
-            delattr(config, name)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for name in ("quantization_config", "_pre_quantization_dtype"):
+            if hasattr(part, name):
+                delattr(part, name)
     config.dtype = dtype
     config.use_cache = True
     config.save_pretrained(folder)

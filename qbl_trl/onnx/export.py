@@ -17,7 +17,7 @@ from qbl_trl.errors import ExportError
 from qbl_trl.folders import check_free, new_folder
 from qbl_trl.onnx import companions
 from qbl_trl.onnx.files import MODEL_FILE, folder_bytes, save
-from qbl_trl.onnx.gate import Gate, check
+from qbl_trl.onnx.gate import Disagreement, Gate, Unrunnable
 from qbl_trl.onnx.genai import write_genai_config
 from qbl_trl.onnx.kernels import cuda_fallbacks
 from qbl_trl.onnx.layers import LinearSource
@@ -26,10 +26,11 @@ from qbl_trl.onnx.reference import float32_reference
 from qbl_trl.onnx.report import ExportReport
 from qbl_trl.onnx.retype import float16_to_bfloat16
 from qbl_trl.onnx.rewrite import Options, rewrite
-from qbl_trl.onnx.session import OnnxLogits
+from qbl_trl.onnx.rotary import steady_length
 from qbl_trl.onnx.skeleton import Unfusable, build_skeleton, fused_attention_traced
 from qbl_trl.onnx.sources import linear_sources
-from qbl_trl.onnx.trace import trace
+from qbl_trl.onnx.trace import Untraceable, check_supported, trace
+from qbl_trl.parity import ParityReport
 
 ATTENTIONS = ("auto", "attention", "gqa", "standard")
 _FASTEST = {"cpu": "attention", "cuda": "gqa"}
@@ -69,7 +70,8 @@ def export_onnx(
         accuracy_level: 4 lets MatMulNBits quantize activations to 8 bits on CPU: faster, not exact; reported.
         logits: "all" positions, or the "last" one only, as `generate` needs (not for ONNX Runtime GenAI).
         max_length: positions of the rotary tables; the model's own maximum by default.
-        tolerance: largest logit difference allowed in float32; None reports without refusing.
+        tolerance: largest logit difference allowed in float32 (less where all logits are below 1); None reports
+            without refusing.
         overwrite: replace a folder that is not empty.
         tokenizer: a tokenizer or a folder of one; by default what lies beside the model.
 
@@ -84,6 +86,7 @@ def export_onnx(
     float_type = _check_choices(provider, dtype, lowering, attention, accuracy_level, logits)
     model = companions.load_model(model_or_path)
     inner = companions.causal_lm(model)
+    check_supported(inner)
     sources = linear_sources(inner)
     options = Options(
         dtype=torch.float32,
@@ -92,29 +95,33 @@ def export_onnx(
         accuracy_level=None,
         last_logits=logits == "last",
         max_length=max_length or companions.max_positions(inner.config),
+        spelled_out=float_type != torch.float32,
     )
     wanted = replace(options, dtype=float_type, accuracy_level=accuracy_level)
-    gate = Gate(float32_reference(model), inner.config.vocab_size)
+    gate = Gate(
+        float32_reference(model),
+        inner.config.get_text_config().vocab_size,
+        min(options.max_length, steady_length(inner)),
+    )
     with (
         new_folder(target, overwrite, ExportError) as folder,
         tempfile.TemporaryDirectory(dir=folder.parent, prefix=".qbl_") as side,
     ):
         exact_folder = folder if float_type == torch.float32 else Path(side)
-        exact = _build(inner, sources, options, attention, exact_folder)
-        reports = gate.measure(OnnxLogits(exact_folder))
-        check(reports, tolerance)
+        exact, reports = _exact(inner, sources, options, attention == "auto", gate, tolerance, exact_folder)
         final, lossy = exact, None
         if exact_folder is not folder:
-            settled = replace(wanted, attention=exact.attention)
-            final = _build(inner, sources, settled, attention, folder)
+            final = _build(inner, sources, replace(wanted, attention=exact.attention), folder)
         if accuracy_level:
             set_accuracy_level(folder / MODEL_FILE, accuracy_level)
         if wanted != options:
-            lossy = companions.measure_if_runnable(gate, folder)
+            lossy = gate.look_at(folder)
         companions.write(inner, model_or_path, tokenizer, folder, float_type)
         if logits == "all":  # GenAI makes room for the logits of every position and refuses fewer
             shares = final.attention == "gqa"
-            write_genai_config(inner.config, inner.generation_config, folder, MODEL_FILE, provider, shares)
+            write_genai_config(
+                inner.config.get_text_config(), inner.generation_config, folder, MODEL_FILE, provider, shares
+            )
         size = folder_bytes(folder)
     return ExportReport(
         path=str(target),
@@ -141,24 +148,51 @@ class _Built:
     reason: str = ""
 
 
-def _build(
-    model: PreTrainedModel, sources: dict[str, LinearSource], options: Options, attention: str, folder: Path
-) -> _Built:
-    reason = ""
-    if options.attention != "standard":
-        try:
-            built = _trace_and_rewrite(model, sources, options)
-        except Unfusable as refusal:
-            if attention != "auto":
+def _exact(
+    model: PreTrainedModel,
+    sources: dict[str, LinearSource],
+    options: Options,
+    may_fall_back: bool,
+    gate: Gate,
+    tolerance: float | None,
+    folder: Path,
+) -> tuple[_Built, tuple[ParityReport, ParityReport]]:
+    """The graph in float32, through the gate: with the fused operator, or with standard ones where that is left open.
+
+    Raises:
+        ExportError: if none computes what the model computes.
+    """
+    try:
+        built = _build(model, sources, options, folder)
+        return built, gate.pass_(folder, tolerance)
+    except (Unfusable, Untraceable, Unrunnable, Disagreement) as refusal:
+        if options.attention == "standard":
+            if (
+                isinstance(refusal, Disagreement)
+                and options.spelled_out
+                and model.config._attn_implementation != "eager"
+            ):
                 raise ExportError(
-                    f'attention="{attention}" does not fit this model: {refusal}; use "auto" or "standard"'
+                    f"{refusal}. Half precision is written with the model's eager attention, and the model runs "
+                    f'{model.config._attn_implementation}; load it with attn_implementation="eager" to see whether it '
+                    "is the two that differ"
                 ) from None
-            reason = str(refusal)
-        else:
-            save(built.graph, folder)
-            return built
-    built = _trace_and_rewrite(model, sources, replace(options, attention="standard"))
+            raise
+        if not may_fall_back:
+            raise ExportError(
+                f'attention="{options.attention}" does not fit this model: {refusal}; use "auto" or "standard"'
+            ) from None
+        reason = str(refusal)
+    for left in folder.iterdir():
+        left.unlink()
+    standard = replace(options, attention="standard")
+    built, reports = _exact(model, sources, standard, False, gate, tolerance, folder)
     built.reason = reason
+    return built, reports
+
+
+def _build(model: PreTrainedModel, sources: dict[str, LinearSource], options: Options, folder: Path) -> _Built:
+    built = _trace_and_rewrite(model, sources, options)
     save(built.graph, folder)
     return built
 
@@ -166,7 +200,7 @@ def _build(
 def _trace_and_rewrite(model: PreTrainedModel, sources: dict[str, LinearSource], options: Options) -> _Built:
     fused = options.attention != "standard"
     traced = torch.float16 if options.dtype == torch.bfloat16 else options.dtype
-    skeleton = build_skeleton(model, sources, traced, fused)
+    skeleton = build_skeleton(model, sources, traced, fused, options.spelled_out)
     if fused:
         with fused_attention_traced(skeleton):
             graph = trace(skeleton, traced)

@@ -60,6 +60,10 @@ class LinearLowering:
         editor, x, name = self.editor, node.inputs[0], source.name
         if x is None:
             raise ExportError(f"{name}: the traced layer has no input")
+        foreign = node.outputs[0].dtype if node.outputs[0].dtype != editor.float_type else None
+        if foreign is not None:  # a router that computes in float32 inside a model in half precision
+            x = editor.add(node, "Cast", [x], {"to": int(editor.float_type)}, name=name).outputs[0]
+            x.type = node.outputs[0].type = ir.TensorType(editor.float_type)
         branches: tuple[Branch, ...] = source.branches
         if isinstance(source.base, GroupBase):
             y, branches = self._group(node, x, source, source.base)
@@ -76,6 +80,9 @@ class LinearLowering:
             bias = editor.weight(f"{name}.bias", (source.out_features,), editor.dtype, give(source.bias))
             y = editor.add(node, "Add", [y, bias], name=name, like=node.outputs[0]).outputs[0]
         y.type, y.shape = node.outputs[0].type, node.outputs[0].shape
+        if foreign is not None:
+            y = editor.add(node, "Cast", [y], {"to": int(foreign)}, name=name).outputs[0]
+            y.type, y.shape = ir.TensorType(foreign), node.outputs[0].shape
         editor.replace(node.outputs[0], y)
         editor.remove(node)
         kept = ", ".join(corrections) or ("folded" if source.branches else "none")
@@ -148,8 +155,9 @@ class LinearLowering:
 
     def _branch(self, node: ir.Node, x: ir.Value, y: ir.Value, name: str, branch: Branch, index: int) -> ir.Value:
         editor = self.editor
+        columns = branch.delta.shape[1] if isinstance(branch, BlockDelta) else branch.down.shape[1]
         label = name if index == 0 else f"{name}.{index}"
-        hidden = self._pool(node, x, branch.in_factor)
+        hidden = self._pool(node, x, columns, branch.in_factor)
         if isinstance(branch, BlockDelta):
             up, gain, kind = branch.delta, 1.0, "delta"
         else:
@@ -186,15 +194,15 @@ class LinearLowering:
         target = editor.constant([columns, rows * e])
         return editor.add(node, "Reshape", [spread.outputs[0], target], name=weight.name, like=weight).outputs[0]
 
-    def _pool(self, node: ir.Node, x: ir.Value, p: int) -> ir.Value:
-        """sum_p(x), once per input however many layers read it."""
+    def _pool(self, node: ir.Node, x: ir.Value, columns: int, p: int) -> ir.Value:
+        """sum_p(x), (..., columns), once per input however many layers read it. x may hold no row (an expert's)."""
         if p == 1:
             return x
         if (x, p) not in self._pooled:
             editor = self.editor
             shape = node.outputs[0].shape
             rank = 3 if shape is None else len(shape)
-            target = editor.constant([0] * (rank - 1) + [-1, p])
+            target = editor.constant([0] * (rank - 1) + [columns, p])
             split = editor.add(node, "Reshape", [x, target], like=x).outputs[0]
             axes, keep = editor.constant([-1]), {"keepdims": 0}
             self._pooled[x, p] = editor.add(node, "ReduceSum", [split, axes], keep, like=x).outputs[0]

@@ -14,12 +14,14 @@ nodes afterwards, with weights read from the real model. No node of this domain 
 | Rotary | x (B, H, S, D), cos, sin | (B, H, S, D) | |
 | Attention | query (B, H, S, D), key, value (B, KV, T, D) | (B, S, H, D) | heads, scale, window, softcap |
 
-During the trace the outputs are zeros: only shapes matter, and no weight is read.
+During the trace no weight is read and only shapes matter, with one exception: a router chooses experts by its values,
+and an expert that no token reaches would be missing from the graph. So narrow outputs are noise, the others zeros.
 """
 
 # ruff: noqa: ARG004 - torch.autograd.Function passes to `forward` what only `symbolic` needs
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +39,16 @@ def _sizes(value: Any) -> list[int | None]:
     return list(value.type().varyingSizes())
 
 
+_NOISY = 1024  # features; more than any router has
+
+
+def _noise(like: Tensor, *sizes: Any) -> Tensor:
+    """Normally distributed values, made outside of torch so that the tracer takes them for a constant."""
+    shape = [int(size) for size in sizes]
+    values = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    return torch.from_numpy(values).to(device=like.device, dtype=like.dtype)
+
+
 def _emit(function: Any, *args: Any) -> Any:
     """Run a placeholder; while tracing, this records its node."""
     return function.apply(*args)
@@ -45,7 +57,7 @@ def _emit(function: Any, *args: Any) -> Any:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str, features: int) -> Tensor:  # type: ignore[override]
-        return x.new_zeros(*x.shape[:-1], features)
+        return x.new_zeros(*x.shape[:-1], features) if features > _NOISY else _noise(x, *x.shape[:-1], features)
 
     @staticmethod
     def symbolic(g: Any, x: Any, name: str, features: int) -> Any:
@@ -56,7 +68,7 @@ class _Linear(torch.autograd.Function):
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str) -> Tensor:  # type: ignore[override]
-        return torch.zeros_like(x)
+        return _noise(x, *x.shape)
 
     @staticmethod
     def symbolic(g: Any, x: Any, name: str) -> Any:
@@ -66,7 +78,7 @@ class _Norm(torch.autograd.Function):
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, like: Tensor, name: str, features: int) -> Tensor:  # type: ignore[override]
-        return like.new_zeros(*ids.shape, features)
+        return _noise(like, *ids.shape, features)
 
     @staticmethod
     def symbolic(g: Any, ids: Any, like: Any, name: str, features: int) -> Any:

@@ -19,7 +19,7 @@ def lower_norms(editor: Editor, norms: dict[str, Norm]) -> None:
         norm = norms[name]
         gamma = editor.weight(f"{name}.weight", tuple(norm.weight.shape), editor.dtype, _reader(norm))
         added = produced_by(node.inputs[0], "Add")
-        if added is not None and _same_shape(added):
+        if added is not None and _rank(node.outputs[0]) in (None, 3) and _same_shape(added):
             inputs = [*added.inputs, gamma]
             attributes = {"epsilon": norm.epsilon}
             fused = editor.add(
@@ -44,6 +44,10 @@ def lower_norms(editor: Editor, norms: dict[str, Norm]) -> None:
 
 def _reader(norm: Norm):  # type: ignore[no-untyped-def]
     return lambda: norm.weight
+
+
+def _rank(value: ir.Value) -> int | None:
+    return None if value.shape is None else len(value.shape)
 
 
 def _same_shape(added: ir.Node) -> bool:

@@ -29,7 +29,8 @@ def float32_reference(model: nn.Module) -> nn.Module:
         if _is_bnb4(module):
             memo[id(module)] = _Dequantized(name, module)
     made = plain_forward_(copy.deepcopy(model, memo))
-    return made.float().eval()
+    # Not `made.float()`: transformers forbids it on a quantized model, whose packed layers are left alone here.
+    return nn.Module.float(made).eval()
 
 
 def _packed(model: nn.Module) -> list[PackedWeight]:

@@ -16,6 +16,7 @@ from qbl_trl.onnx.linears import LinearLowering, LoweredLayer
 from qbl_trl.onnx.markers import TRACE_DOMAIN
 from qbl_trl.onnx.norms import RMS_NORM_OPSET, lower_norms
 from qbl_trl.onnx.packing import pack_projections
+from qbl_trl.onnx.rotary import lower_rotary_tables
 from qbl_trl.onnx.skeleton import Skeleton
 
 
@@ -30,6 +31,8 @@ class Options:
         accuracy_level: attribute of MatMulNBits, or None.
         last_logits: write logits of the last position only, (B, 1, V).
         max_length: rows of the rotary tables.
+        spelled_out: standard attention as single operators, as half precision needs it; traced so in float32 too, so
+            that the graph compared with the model is the one that is written.
     """
 
     dtype: torch.dtype
@@ -38,6 +41,7 @@ class Options:
     accuracy_level: int | None
     last_logits: bool
     max_length: int
+    spelled_out: bool = False
 
 
 def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> list[LoweredLayer]:
@@ -51,6 +55,8 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> list[Lower
     _restore_widths(editor, skeleton)
     if options.attention != "standard":
         fuse_attention(editor, skeleton, options.attention, options.max_length)
+    else:
+        lower_rotary_tables(editor, skeleton.rotary, options.max_length)
     if options.last_logits:
         _keep_last(editor)
     lower_norms(editor, skeleton.norms)

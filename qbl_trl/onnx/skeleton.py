@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
+from qbl_trl.errors import ExportError
 from qbl_trl.onnx.layers import EmbeddingSource, LinearSource
 from qbl_trl.onnx.markers import (
     EmbeddingMarker,
@@ -26,11 +27,11 @@ from qbl_trl.onnx.markers import (
     mark_attention,
     mark_rotary,
 )
+from qbl_trl.onnx.rotary import NoTable, Rotary, changes_with_length, is_rotary
 from qbl_trl.onnx.sources import embedding_source
 from qbl_trl.quant.modules import plain_forward_
 
 TRACED_ATTENTION = "qbl_trl_trace"
-_DYNAMIC_ROPE = ("dynamic", "longrope")
 
 
 class Unfusable(Exception):
@@ -62,12 +63,16 @@ class Skeleton:
     linears: dict[str, LinearSource]
     embeddings: dict[str, EmbeddingSource] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
-    rotary: dict[str, nn.Module] = field(default_factory=dict)
+    rotary: dict[str, Rotary] = field(default_factory=dict)
     caps_scores: bool = True
 
 
 def build_skeleton(
-    model: PreTrainedModel, sources: dict[str, LinearSource], dtype: torch.dtype, fused_attention: bool
+    model: PreTrainedModel,
+    sources: dict[str, LinearSource],
+    dtype: torch.dtype,
+    fused_attention: bool,
+    spelled_out: bool = False,
 ) -> Skeleton:
     """Copy the structure of `model` with placeholders.
 
@@ -88,7 +93,7 @@ def build_skeleton(
             parameter.data = parameter.data.to(dtype)
     own = str(model.config._attn_implementation)
     # The tracer writes torch's attention with float32 constants: half precision takes the spelled-out one.
-    standard = "sdpa" if own != "eager" and dtype == torch.float32 else "eager"
+    standard = "eager" if own == "eager" or spelled_out else "sdpa"
     skeleton.config._attn_implementation = TRACED_ATTENTION if fused_attention else standard
     made.model, made.caps_scores = skeleton, own != "sdpa"
     return made
@@ -106,11 +111,24 @@ def _marker(name: str, module: nn.Module, made: Skeleton, dtype: torch.dtype, fu
     if norm is not None:
         made.norms[name] = norm
         return NormMarker(name)
-    if fused and type(module).__name__.endswith("RotaryEmbedding"):
-        width = _static_rotary_width(name, module)
-        made.rotary[name] = module
-        return RotaryTableMarker(name, width)
+    if is_rotary(module) and (fused or changes_with_length(module)):
+        made.rotary[name] = _rotary(name, module, fused)
+        return RotaryTableMarker(name, made.rotary[name].width)
     return None
+
+
+def _rotary(name: str, module: nn.Module, fused: bool) -> Rotary:
+    try:
+        rotary = Rotary(module)
+    except NoTable as error:
+        if fused:
+            raise Unfusable(f"{name}: {error}") from error
+        raise ExportError(
+            f"{name}: {error}, and its angles depend on how long a text is; a graph cannot hold that"
+        ) from error
+    if fused and not rotary.halves:
+        raise Unfusable(f"{name}: rotary angles are not laid out in two equal halves")
+    return rotary
 
 
 def _rms_norm(module: nn.Module) -> Norm | None:
@@ -131,26 +149,6 @@ def _rms_norm(module: nn.Module) -> Norm | None:
         if torch.allclose(normed * gain, y, rtol=tolerance, atol=tolerance):
             return Norm(gain, epsilon)
     return None
-
-
-def _static_rotary_width(name: str, module: nn.Module) -> int:
-    kind = str(getattr(module, "rope_type", "default"))
-    if kind in _DYNAMIC_ROPE:
-        raise Unfusable(f"{name}: rotary angles of type {kind!r} change with the length of the text")
-    cos, sin = rotary_table(module, 4)
-    half = cos.shape[-1] // 2
-    if not (torch.equal(cos[:, :half], cos[:, half:]) and torch.equal(sin[:, :half], sin[:, half:])):
-        raise Unfusable(f"{name}: rotary angles are not laid out in two equal halves")
-    return int(cos.shape[-1])
-
-
-def rotary_table(module: nn.Module, length: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions 0 .. length - 1 as the model computes them, two of (length, R) float32."""
-    positions = torch.arange(length).unsqueeze(0)
-    device = next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
-    with torch.no_grad():
-        cos, sin = module(torch.zeros(1, dtype=torch.float32, device=device), positions.to(device))
-    return cos[0].float().cpu(), sin[0].float().cpu()
 
 
 @contextmanager

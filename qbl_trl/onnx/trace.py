@@ -1,25 +1,36 @@
 """Trace a skeleton through Optimum: its inputs, outputs, cache names and patches are the ones that
 ORTModelForCausalLM expects, for every architecture that Optimum knows."""
 
+import inspect
 import logging
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from optimum.exporters.onnx.convert import export_pytorch
+from optimum.exporters.onnx.model_configs import LlamaOnnxConfig
 from optimum.exporters.tasks import TasksManager
+from optimum.utils import DummyPastKeyValuesGenerator, DummyTextInputGenerator, NormalizedTextConfig
+from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError
-from qbl_trl.onnx.skeleton import Skeleton
+from qbl_trl.onnx.experts import every_expert_asked, traced_tokens
+from qbl_trl.onnx.skeleton import Skeleton, Unfusable
 
 _TASK = "text-generation-with-past"
 _OPSET = 18
+_COMMON_INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values"}
 _FLOAT_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class Untraceable(ExportError):
+    """The tracer or Optimum fails on a model."""
 
 
 def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
@@ -29,35 +40,98 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
         dtype: float type of the graph's inputs and outputs.
 
     Raises:
-        ExportError: if Optimum has no export configuration for this architecture.
+        Untraceable: if the trace fails.
+        Unfusable: if a placeholder does not fit the model.
     """
     config = _onnx_config(skeleton, dtype)
-    # Sizes 1 and 2 are best avoided: the tracer takes them for broadcasting and for constants.
-    shapes = {"batch_size": 2, "sequence_length": 5}
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    shapes = {"batch_size": 2, "sequence_length": traced_tokens(skeleton.model.config)}
+    with tempfile.TemporaryDirectory() as folder, _quiet(), every_expert_asked():
         path = Path(folder, "model.onnx")
-        export_pytorch(skeleton.model, config, _OPSET, path, input_shapes=shapes)
+        try:
+            _correct_caches(config, cache_sizes(skeleton.model))
+            export_pytorch(skeleton.model, config, _OPSET, path, input_shapes=shapes)
+        except Unfusable:
+            raise
+        except Exception as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise Untraceable(
+                f"a {type(skeleton.model).__name__} could not be traced: {type(error).__name__}: {reason}. Nothing was "
+                "written. If the float model cannot be exported by Optimum either, this is a limit of Optimum"
+            ) from error
         model = ir.load(path)
         ir.external_data.load_to_model(model)
     return model
 
 
-def _onnx_config(skeleton: Skeleton, dtype: torch.dtype) -> Any:
-    config = skeleton.model.config
-    supported = TasksManager.get_supported_tasks_for_model_type
-    try:
-        tasks = supported(config.model_type, "onnx", library_name="transformers")
-    except KeyError:
-        tasks = {}
-    if _TASK not in tasks:
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise ExportError if this architecture has no export configuration and does not take the common one."""
+    if _is_known(model.config.model_type):
+        return
+    missing = sorted(_COMMON_INPUTS - set(inspect.signature(model.forward).parameters))
+    if missing or model._is_stateful:
+        why = f"its forward takes no {', '.join(missing)}" if missing else "its cache is no cache of keys and values"
         raise ExportError(
-            f"Optimum has no ONNX configuration for decoders of type {config.model_type!r}; register one with "
+            f"Optimum has no ONNX configuration for decoders of type {model.config.model_type!r}, and the one that "
+            f"most decoders share does not fit: {why}. Register one with "
             "optimum.exporters.tasks.TasksManager.create_register('onnx') and export again"
         )
-    constructor = TasksManager.get_exporter_config_constructor(
-        "onnx", model=skeleton.model, task=_TASK, library_name="transformers"
-    )
-    return constructor(config, float_dtype=_FLOAT_NAMES[dtype], use_past=True, use_past_in_inputs=True)
+
+
+def _is_known(model_type: str) -> bool:
+    try:
+        tasks = TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
+    except KeyError:
+        return False
+    return _TASK in tasks
+
+
+def _onnx_config(skeleton: Skeleton, dtype: torch.dtype) -> Any:
+    constructor: Any = partial(_AnyDecoder, task=_TASK.removesuffix("-with-past"))
+    if _is_known(skeleton.model.config.model_type):
+        constructor = TasksManager.get_exporter_config_constructor(
+            "onnx", model=skeleton.model, task=_TASK, library_name="transformers"
+        )
+    return constructor(skeleton.model.config, float_dtype=_FLOAT_NAMES[dtype], use_past=True, use_past_in_inputs=True)
+
+
+class _AnyDecoder(LlamaOnnxConfig):  # type: ignore[misc]
+    """Inputs and outputs that most decoders share; whether they suit one shows at the parity gate."""
+
+    NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
+    DUMMY_INPUT_GENERATOR_CLASSES = (DummyTextInputGenerator, DummyPastKeyValuesGenerator)
+    DUMMY_PKV_GENERATOR_CLASS = DummyPastKeyValuesGenerator
+
+
+def cache_sizes(model: Any) -> list[tuple[int, int, int]]:
+    """Heads, key size and value size of every layer's cache, found by running the model."""
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    with torch.no_grad():
+        cache = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
+    cache = getattr(cache, "self_attention_cache", cache)
+    layers = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in getattr(cache, "layers", ())]
+    if not layers or any(keys is None or values is None for keys, values in layers):
+        raise TypeError(f"a {type(cache).__name__} that holds more than keys and values")
+    return [(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in layers]  # type: ignore[union-attr]
+
+
+def _correct_caches(config: Any, sizes: list[tuple[int, int, int]]) -> None:
+    """Let the example inputs have the caches the model really makes; Optimum takes some sizes from wrong settings."""
+    original = config.generate_dummy_inputs
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        inputs = original(*args, **kwargs)
+        inputs["past_key_values"] = [
+            (_resized(keys, heads, key_size), _resized(values, heads, value_size))
+            for (keys, values), (heads, key_size, value_size) in zip(inputs["past_key_values"], sizes, strict=True)
+        ]
+        return inputs
+
+    config.generate_dummy_inputs = generate
+
+
+def _resized(cache: torch.Tensor, heads: int, size: int) -> torch.Tensor:
+    fits = cache.shape[1] == heads and cache.shape[3] == size
+    return cache if fits else cache.new_zeros(cache.shape[0], heads, cache.shape[2], size)
 
 
 @contextmanager

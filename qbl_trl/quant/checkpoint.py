@@ -7,7 +7,7 @@ flipped inside the data is beyond this check; a cut file, a damaged header, a wr
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,13 +50,23 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     return found
 
 
-def check_tensors(folder: Path, expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+def check_tensors(
+    folder: Path,
+    expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    names_in_model: Callable[[Iterable[str]], Mapping[str, str]] | None = None,
+) -> None:
     """Compare what a folder holds with what the model's packed layers need.
+
+    Args:
+        folder: of safetensors files.
+        expected: shape and dtype by the tensor's name in the model.
+        names_in_model: what the model calls the stored tensors; None where the names are the same.
 
     Raises:
         CheckpointError: on a missing tensor, a wrong shape or a wrong dtype.
     """
-    stored = read_headers(folder)
+    found = read_headers(folder)
+    stored = {name: found[origin] for origin, name in names_in_model(found).items()} if names_in_model else found
     for name, (shape, dtype) in expected.items():
         if name not in stored:
             raise CheckpointError(

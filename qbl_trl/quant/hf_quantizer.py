@@ -5,6 +5,8 @@ packed checkpoint is loaded into packed layers, after its headers were checked. 
 are served: transformers 4.57 calls `create_quantized_param`, transformers 5 runs the operation of `get_quantize_ops`.
 """
 
+import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from qbl_trl.config import QUANT_METHOD, SCALE_DTYPES, GroupQuantConfig
+from qbl_trl.config import ALLOWED_GROUP_SIZES, QUANT_METHOD, SCALE_DTYPES, GroupQuantConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.algorithms import quantize
 from qbl_trl.quant.checkpoint import check_tensors, read_headers
@@ -25,6 +27,12 @@ from qbl_trl.quant.head import empty_embeddings_, quantize_embeddings_, tie_agai
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import PackedWeight
+from qbl_trl.quant.renaming import names_in_model
+from qbl_trl.quant.targets import target_layers
+
+logger = logging.getLogger(__name__)
+
+_WORTH_SAYING = 0.2  # share of the weights
 
 
 class GroupQuantizer(HfQuantizer):
@@ -53,7 +61,8 @@ class GroupQuantizer(HfQuantizer):
         self.targets = target_layers(model, self.quantization_config)
         if not self.targets:
             raise ConfigError(
-                f"{type(model).__name__} has no linear layer to quantize once its head and modules_to_not_convert="
+                f"{type(model).__name__} has no linear layer to quantize once its head, layers with fewer inputs than "
+                f"{min(ALLOWED_GROUP_SIZES)} and modules_to_not_convert="
                 f"{self.quantization_config.modules_to_not_convert} are left out"
             )
         if self.pre_quantized:
@@ -63,7 +72,7 @@ class GroupQuantizer(HfQuantizer):
                 empty_embeddings_(model, self.quantization_config)
             folder = Path(getattr(model.config, "_name_or_path", ""))  # type: ignore[arg-type]
             if folder.is_dir():
-                check_tensors(folder, _expected_tensors(model))
+                check_tensors(folder, _expected_tensors(model), partial(names_in_model, model))
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -142,21 +151,6 @@ def attach_(model: PreTrainedModel, quantizer: GroupQuantizer) -> None:
     model.config.quantization_config = quantizer.quantization_config
 
 
-def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
-    """Full names of the linear layers to quantize: all but the head and what the configuration leaves out."""
-    skipped = set(HfQuantizer.get_modules_to_not_convert(model, None))
-    skipped |= set(config.modules_to_not_convert or [])
-
-    def is_skipped(name: str) -> bool:
-        return any(name == key or name.endswith("." + key) or f".{key}." in f".{name}." for key in skipped)
-
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and name and not is_skipped(name)
-    ]
-
-
 def quantize_layer_(model: nn.Module, name: str, weight: Tensor, config: GroupQuantConfig) -> None:
     """Replace the float layer `name` by its quantized form; `weight` is stored as that layer stores it."""
     old: Any = model.get_submodule(name)
@@ -196,9 +190,22 @@ def finish_(model: nn.Module, config: GroupQuantConfig, targets: list[str]) -> N
     fresh = [name for name, layer in stored if not isinstance(layer, GroupQuantLinear)]
     if fresh:
         config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *fresh]
+    _warn_of_float_experts(model)
     kinds = {layer.format.zeros for _, layer in stored if isinstance(layer, GroupQuantLinear)}
     if len(kinds) == 1:
         config.zeros = kinds.pop()
+
+
+def _warn_of_float_experts(model: nn.Module) -> None:
+    """Some models keep all experts of a layer in one tensor, which is no linear layer and stays as it is."""
+    stacked = {name: p.numel() for name, p in model.named_parameters() if p.dim() == 3 and p.is_floating_point()}
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedWeight))
+    share = sum(stacked.values()) / max(sum(stacked.values()) + packed, 1)
+    if share > _WORTH_SAYING:
+        logger.warning(
+            "GroupQuantConfig: %.0f%% of the weights stay in float, because they are no linear layers: %s and %d more",
+            *(100 * share, next(iter(stacked)), len(stacked) - 1),
+        )
 
 
 def _empty_layer(old: nn.Module, config: GroupQuantConfig, name: str) -> GroupQuantLinear:

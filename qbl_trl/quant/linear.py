@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qbl_trl.config import LayerFormat
+from qbl_trl.errors import ConfigError
 from qbl_trl.quant.blocks import add_expanded, pool
 from qbl_trl.quant.packed import PackedWeight
 
@@ -63,7 +64,15 @@ class GroupQuantLinear(PackedWeight, nn.Linear):  # type: ignore[misc]
 
         A merged delta is applied as it was trained, y = W x + expand_e(delta sum_p(x)): the large product is then the
         training model's bit for bit, and a ragged or tiny shift is not rounded into it.
+
+        Raises:
+            ConfigError: if x holds integers: the model has cast its activations to the dtype of the packed weight.
         """
+        if not x.is_floating_point():
+            raise ConfigError(
+                f"a GroupQuantLinear was handed {x.dtype}: the model casts its activations to the dtype of this "
+                "layer's weight, which is packed. Leave the layer out: GroupQuantConfig(modules_to_not_convert=[name])"
+            )
         wide = x
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))

@@ -26,7 +26,7 @@ from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.merging import unwrap
 from qbl_trl.trl import checkpoints, finish, gather, run_record
-from qbl_trl.trl.inject import check_launch, check_merges, find_trainer, place_
+from qbl_trl.trl.inject import check_head, check_launch, check_merges, find_trainer, place_
 from qbl_trl.trl.layers import merges_exactly
 from qbl_trl.trl.merged_loss import merged_loss
 from qbl_trl.trl.metrics import check_finite, measure, summarize
@@ -236,6 +236,7 @@ class QBLoRACallback(TrainerCallback):
         check_rounding(layers, self.outputs.stored_delta)
         if trainer is not None:
             check_launch(trainer, layers, wanted)
+            check_head(trainer, trainer.model)
         if self.eval_merged_loss and (trainer is None or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             raise ConfigError(
                 "QBLoRACallback: eval_merged_loss needs a trainer with the whole model on every process; leave it out "

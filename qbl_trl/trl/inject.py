@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer
 
 from qbl_trl.adapter.layer import BalancedLinear
+from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.linear import GroupQuantLinear
@@ -84,6 +85,21 @@ def check_merges(layers: dict[str, BalancedLinear], wanted: list[str]) -> None:
         f"with in_factor={layer.in_factor[active(layer)[0]]}. Train with quantization_aware=True over a "
         "GroupQuantConfig base, or leave them out and export the adapter beside its base"
     )
+
+
+def check_head(trainer: Trainer, model: nn.Module) -> None:
+    """Refuse a packed output head in a trainer that multiplies with its weight instead of calling it.
+
+    Raises:
+        ConfigError: before the first step, which would fail on shapes.
+    """
+    modules = [vars(sys.modules[cls.__module__]) for cls in type(trainer).__mro__]
+    head = unwrap(model).get_output_embeddings()  # type: ignore[operator]
+    if isinstance(head, GroupQuantLinear) and any("add_fused_lm_head" in names for names in modules):
+        raise ConfigError(
+            f"{type(trainer).__name__} reads the weight of the output head, and quantize_embeddings=True packs it. "
+            "Train over a base with quantize_embeddings=False, or with a trainer that calls the head (transformers')"
+        )
 
 
 _GATHERS = "zero_optimization.stage3_gather_16bit_weights_on_model_save"

@@ -9,7 +9,9 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import qbl_trl
+from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import ConfigError, MergeError
+from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.trl import finish
 from qbl_trl.trl.callback import REPORT, QBLoRACallback
@@ -169,6 +171,12 @@ def test_an_output_folder_that_is_not_empty_is_refused_unless_it_may_be_overwrit
 def test_a_merged_output_is_refused_where_there_is_no_exact_merge(tmp_path, option):
     with pytest.raises(ConfigError, match="need an exact merge"):
         sft(tmp_path, QBLoRACallback(adapter(quantization_aware=False), **option))
+
+
+def test_a_packed_head_is_refused_where_the_trainer_reads_its_weight(tmp_path):
+    packed = quantize_model_(tiny_llama(vocab_size=32), GroupQuantConfig(quantize_embeddings=True))
+    with pytest.raises(ConfigError, match=r"SFTTrainer reads the weight of the output head"):
+        sft(tmp_path, QBLoRACallback(adapter()), packed)
 
 
 def test_a_config_added_after_the_trainer_was_built_is_refused(tmp_path):

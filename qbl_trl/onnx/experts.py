@@ -1,0 +1,43 @@
+"""What a trace needs so that the graph holds every expert of a mixture, whichever the traced tokens choose.
+
+Routers are answered with noise (see `markers.py`), there are enough tokens for every expert to be chosen, and models
+that ask only the chosen experts ask all of them: one without tokens adds nothing.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FEWEST = 5  # sizes 1 and 2 are best avoided: the tracer takes them for broadcasting and for constants
+_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts")
+
+
+def traced_tokens(config: Any) -> int:
+    """Tokens of a row: so many that, of experts chosen at random, every one is chosen (but once in a million)."""
+    config = config.get_text_config()
+    experts = max(getattr(config, name, None) or 1 for name in _COUNTS)
+    chosen = getattr(config, "num_experts_per_tok", None) or 1
+    return _FEWEST if experts == 1 else _FEWEST + math.ceil(experts / chosen * (math.log(experts) + 14))
+
+
+@contextmanager
+def every_expert_asked() -> Iterator[None]:
+    """While open, `torch.greater(tokens_per_expert, 0)` holds for every expert.
+
+    transformers loops over the experts for which it holds; a traced loop has as many turns as the traced tokens made.
+    """
+    original = torch.greater
+
+    def greater(counts: Any, bound: Any) -> Tensor:
+        whole = isinstance(counts, Tensor) and counts.dim() == 1 and not counts.is_floating_point()
+        return torch.ge(counts, 0) if whole and bound == 0 else original(counts, bound)
+
+    torch.greater = greater  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.greater = original

@@ -1,0 +1,135 @@
+"""Rotary embeddings as tables: cosines and sines of every position, as the model itself computes them.
+
+| type | rows |
+| --- | --- |
+| default, linear, yarn, llama3, ... | one per position |
+| longrope | the short factors' up to the length of their training, then the long factors' for every position |
+| dynamic | up to the length where the model starts to change its angles; the graph refuses longer texts |
+
+A traced rotary embedding of the last two types would keep the angles of the text it was traced with, for every text.
+"""
+
+import copy
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from qbl_trl.onnx.graph import Editor, attribute
+from qbl_trl.onnx.markers import TRACE_DOMAIN
+
+_SOME = 4  # positions that tell how a table is laid out
+
+
+class NoTable(Exception):
+    """A rotary embedding that works in another way; becomes Unfusable, or an ExportError."""
+
+
+class Rotary:
+    """One rotary embedding of a model. The model's module is copied: some remember the longest text they saw.
+
+    Attributes:
+        width: features that are rotated.
+        halves: the table consists of two equal halves, as fused operators want it.
+        switch: texts longer than this read the second part of the table; 0 where there is one part.
+        limit: the longest text whose angles are fixed, or None.
+
+    Raises:
+        NoTable: if the module is no function from positions to cosines and sines.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = copy.deepcopy(module)
+        self.switch, self.limit = _switch(module), _limit(module)
+        try:
+            cos, sin = self._rows(_SOME)
+        except Exception as error:  # whatever else its forward may want or return
+            raise NoTable(f"a {type(module).__name__} does not turn positions into cosines and sines") from error
+        half = cos.shape[-1] // 2
+        self.width = int(cos.shape[-1])
+        self.halves = torch.equal(cos[:, :half], cos[:, half:]) and torch.equal(sin[:, :half], sin[:, half:])
+
+    def rows(self, max_length: int) -> int:
+        """Height of the table for texts of up to `max_length` tokens."""
+        return self.switch + (max_length if self.limit is None else min(max_length, self.limit))
+
+    def read(self, max_length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, two of (rows, width) float32."""
+        parts = [self._rows(self.switch)] if self.switch else []
+        # The module chooses its factors by the last position it is asked for.
+        parts.append(self._rows(max(self.rows(max_length) - self.switch, self.switch + 1)))
+        cos, sin = (torch.cat(columns)[: self.rows(max_length)] for columns in zip(*parts, strict=True))
+        return cos, sin
+
+    def _rows(self, length: int) -> tuple[Tensor, Tensor]:
+        module, positions = self._module, torch.arange(length).unsqueeze(0)
+        device = next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
+        with torch.no_grad():
+            cos, sin = module(torch.zeros(1, dtype=torch.float32, device=device), positions.to(device))
+        return cos[0].float().cpu(), sin[0].float().cpu()
+
+
+def is_rotary(module: nn.Module) -> bool:
+    """Whether a module turns positions into angles."""
+    return type(module).__name__.endswith("RotaryEmbedding")
+
+
+def changes_with_length(module: nn.Module) -> bool:
+    """Whether the angles of a position depend on how long the text is."""
+    return bool(_switch(module)) or _limit(module) is not None
+
+
+def steady_length(model: nn.Module) -> float:
+    """The longest text of which every token has the angles it has in all shorter ones."""
+    changes = [_switch(module) or _limit(module) for module in model.modules() if is_rotary(module)]
+    return min((change for change in changes if change), default=float("inf"))
+
+
+def lower_rotary_tables(editor: Editor, rotary: dict[str, Rotary], max_length: int) -> None:
+    """Replace RotaryTable placeholders that no fused operator has taken by two look-ups."""
+    for node in [node for node in editor.graph if node.domain == TRACE_DOMAIN and node.op_type == "RotaryTable"]:
+        name, positions = attribute(node, "name"), node.inputs[1]
+        embedding = rotary[name]
+        if positions is None:
+            continue
+        shape = (embedding.rows(max_length), embedding.width)
+        rows = table_rows(editor, node, positions, embedding)
+        for which, output in enumerate(node.outputs):
+            table = editor.weight(
+                f"{name}.{('cos', 'sin')[which]}", shape, editor.dtype, _reader(embedding, max_length, which)
+            )
+            found = editor.add(node, "Gather", [table, rows], {"axis": 0}, name=name, like=output).outputs[0]
+            found.shape = output.shape
+            editor.replace(output, found)
+        editor.remove(node)
+
+
+def table_rows(editor: Editor, at: ir.Node, positions: ir.Value, rotary: Rotary) -> ir.Value:
+    """Rows of the table for positions (B, S): further down, for every token, once one lies beyond the switch."""
+    if not rotary.switch:
+        return positions
+    last = editor.add(at, "ReduceMax", [positions], {"keepdims": 0}, name="rotary", like=positions).outputs[0]
+    beyond = editor.add(at, "Greater", [last, editor.constant(rotary.switch - 1)], name="rotary").outputs[0]
+    counted = editor.add(at, "Cast", [beyond], {"to": int(ir.DataType.INT64)}, name="rotary", like=positions).outputs[0]
+    shift = editor.add(at, "Mul", [counted, editor.constant(rotary.switch)], name="rotary", like=positions).outputs[0]
+    return editor.add(at, "Add", [positions, shift], name="rotary", like=positions).outputs[0]
+
+
+def _reader(rotary: Rotary, max_length: int, which: int):  # type: ignore[no-untyped-def]
+    return lambda: rotary.read(max_length)[which]
+
+
+def _kind(module: nn.Module) -> str:
+    return str(getattr(module, "rope_type", "default"))
+
+
+def _switch(module: nn.Module) -> int:
+    if _kind(module) != "longrope":
+        return 0
+    config = module.config
+    own = getattr(config, "original_max_position_embeddings", None)
+    return int(own or config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+
+
+def _limit(module: nn.Module) -> int | None:
+    return int(module.original_max_seq_len) if "dynamic" in _kind(module) else None  # type: ignore[arg-type]

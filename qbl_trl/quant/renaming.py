@@ -1,0 +1,49 @@
+"""Names of tensors in a checkpoint and in the model that loads it.
+
+They differ where transformers renames while it loads (vision-language models) and where a base model is loaded from
+the checkpoint of a model with a head, or the other way round.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import PreTrainedModel, modeling_utils
+
+
+def names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """The name in the model of every stored tensor, by its name in the files."""
+    names = list(stored)
+    if hasattr(model, "_get_key_renaming_mapping"):  # transformers 4
+        return _by_class_mapping(model, names)
+    return _by_conversions(model, names)
+
+
+def _by_class_mapping(model: Any, names: list[str]) -> dict[str, str]:
+    kind = type(model).__name__.lower()
+    known = any(name in kind for name in getattr(modeling_utils, "VLMS", ()))
+    prefix = model.base_model_prefix
+    has_prefix = bool(prefix) and any(name.startswith(prefix) for name in names)
+    expects_prefix = bool(prefix) and hasattr(model, prefix)
+    mapping: dict[str, str] = model._get_key_renaming_mapping(
+        names,
+        model._checkpoint_conversion_mapping if known else None,
+        loading_base_model_from_task_state_dict=has_prefix and not expects_prefix,
+        loading_task_model_from_base_state_dict=not has_prefix and expects_prefix,
+    )
+    return mapping
+
+
+def _by_conversions(model: Any, names: list[str]) -> dict[str, str]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    # Conversions that join or split tensors concern float experts; packed layers are only renamed.
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    own, prefix = model.state_dict(), model.base_model_prefix
+    found = {}
+    for name in names:
+        renamed, _ = rename_source_key(name, renamings, [], prefix, own)
+        if renamed not in own and name in own:
+            renamed, _ = rename_source_key(name, [], [], prefix, own)
+        found[name] = renamed
+    return found

@@ -1,0 +1,68 @@
+"""Which layers of a model are quantized: those that multiply by their weight, and whose weight nobody else reads.
+
+Left in float: the output head, heads on top of the base model (a classifier is small and often trained whole), what
+the model itself wants in float32, and layers that only look linear (a router that also chooses its experts).
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+
+from qbl_trl.config import ALLOWED_GROUP_SIZES, GroupQuantConfig
+from qbl_trl.quant.modules import same_module_name
+
+
+def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
+    """Full names of the linear layers to quantize."""
+    skipped = {*HfQuantizer.get_modules_to_not_convert(model, None), *_kept_in_float(model)}
+    skipped |= set(config.modules_to_not_convert or [])
+    inner = getattr(model, "base_model", model)
+    prefix = "" if inner is model else same_module_name(model, inner) + "."
+
+    def is_skipped(name: str) -> bool:
+        return any(name == key or name.endswith("." + key) or f".{key}." in f".{name}." for key in skipped)
+
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.startswith(prefix) and name and is_linear(module) and _is_wide(module) and not is_skipped(name)
+    ]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes W x + b and nothing else. Subclasses are asked, on a few numbers."""
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    # Attention of torch itself reads the weight of this one instead of calling it.
+    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    small: Any = copy.copy(module)
+    generator = torch.Generator().manual_seed(0)
+    # On the CPU, whatever the default device: a model that is being loaded is on none.
+    x, weight, bias = (torch.randn(shape, generator=generator, device="cpu") for shape in ((2, 8), (4, 8), (4,)))
+    small._parameters = {
+        "weight": nn.Parameter(weight),
+        "bias": nn.Parameter(bias) if module.bias is not None else None,
+    }
+    expected = nn.functional.linear(x, small.weight, small.bias)
+    try:
+        with torch.no_grad():
+            y = small(x)
+    except Exception:  # whatever it needs beyond a weight and a bias
+        return False
+    return isinstance(y, torch.Tensor) and y.shape == expected.shape and torch.allclose(y, expected, atol=1e-5)
+
+
+def _is_wide(module: Any) -> bool:
+    return int(module.nx if isinstance(module, Conv1D) else module.in_features) >= min(ALLOWED_GROUP_SIZES)
+
+
+def _kept_in_float(model: nn.Module) -> set[str]:
+    """Modules that a model class declares to need float32 (T5 even casts its activations to their dtype)."""
+    lists = [getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")]
+    return {name.removesuffix(".weight") for names in lists if isinstance(names, (list, set)) for name in names}

@@ -1,0 +1,110 @@
+"""What a graph cannot express is refused with its reason, before anything is written; what may fall back does."""
+
+import pytest
+import torch
+import transformers
+
+from qbl_trl import export_onnx, verify
+from qbl_trl.errors import ExportError
+from qbl_trl.onnx.gate import Gate
+from tests.onnx.models import merged_llama
+from tests.tiny import tiny_llama
+
+FACTORS = {"short_factor": [1.0 + i / 20 for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
+WIDE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100, "pad_token_id": 0}
+GATED = {**WIDE, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+def decoder(kind, **settings):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+def difference(model, folder, length):
+    ids = torch.randint(3, 100, (2, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return verify(model, folder, ids, mask).max_abs_difference
+
+
+@pytest.mark.parametrize("attention", ["attention", "standard"])
+def test_longrope_changes_its_factors_where_the_model_does(tmp_path, attention):
+    model = decoder(
+        "Phi3",
+        **{**GATED, "rope_scaling": {"type": "longrope", **FACTORS}},
+        original_max_position_embeddings=16,
+    )
+    assert export_onnx(model, tmp_path / "out", attention=attention).attention == attention
+    for length in (16, 19, 20, 40):  # 19 with 3 padded are 16; the other row is longer
+        assert difference(model, tmp_path / "out", length) < 5e-6
+
+
+def test_longrope_is_refused_where_the_operator_counts_positions_itself(tmp_path):
+    scaling = {"rope_type": "longrope", "factor": 4.0, **FACTORS}
+    with pytest.raises(ExportError, match=r"longrope change once a text is longer than 64; use \"auto\" or"):
+        export_onnx(merged_llama(rope_scaling=scaling), tmp_path / "out", attention="gqa")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("attention", ["attention", "gqa", "standard"])
+def test_angles_that_grow_with_the_text_are_refused_where_they_begin_to_grow(tmp_path, attention):
+    model = tiny_llama(max_position_embeddings=16, rope_scaling={"rope_type": "dynamic", "factor": 4.0})
+    export_onnx(model, tmp_path / "out", attention=attention)
+    assert difference(model, tmp_path / "out", 16) < 5e-6
+    with pytest.raises(Exception, match=r"cos_cache|out of data bounds"):
+        difference(model, tmp_path / "out", 20)
+
+
+def test_half_precision_is_held_against_the_attention_that_is_written(tmp_path):
+    # Scores are capped by eager attention only.
+    model = decoder("Gemma2", **GATED, head_dim=16, attn_logit_softcapping=0.01, query_pre_attn_scalar=0.01)
+    with pytest.raises(ExportError, match=r"differ from .* the model runs sdpa; load it with attn_implementation"):
+        export_onnx(model, tmp_path / "out", dtype="float16", attention="standard")
+    assert not list(tmp_path.iterdir())
+    export_onnx(model, tmp_path / "out", dtype="float16")
+
+
+def test_a_router_that_computes_in_float32_keeps_its_type_in_half_precision(tmp_path):
+    experts = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1}
+    report = export_onnx(decoder("Ernie4_5_Moe", **GATED, **experts), tmp_path / "out", dtype="float16")
+    assert report.parity_as_written.max_abs_difference < 5e-3  # fp16 keeps 11 bits
+
+
+def test_a_norm_after_rotation_is_no_residual_norm(tmp_path):
+    report = export_onnx(decoder("HunYuanDenseV1", **GATED, head_dim=16), tmp_path / "out")
+    assert report.parity.max_abs_difference < 5e-6
+
+
+def test_a_head_that_the_operator_cannot_rotate_takes_standard_attention(tmp_path):
+    model = decoder("GPTNeoX", **{**WIDE, "intermediate_size": 96, "max_position_embeddings": 64, "rotary_pct": 0.25})
+    with pytest.raises(ExportError, match=r"rotates a multiple of 16 features, not 4 of a head"):
+        export_onnx(model, tmp_path / "out", attention="gqa")
+    assert not list(tmp_path.iterdir())
+    report = export_onnx(model, tmp_path / "out", provider="cuda")
+    assert report.attention == "standard"
+    assert "multiple of 16" in report.attention_reason
+
+
+def test_a_model_without_keys_and_values_is_refused_before_any_work(tmp_path, monkeypatch):
+    model = decoder("Mamba", hidden_size=64, state_size=16, num_hidden_layers=1, vocab_size=100)
+    monkeypatch.setattr("qbl_trl.onnx.export.linear_sources", lambda model: pytest.fail("work began"))
+    with pytest.raises(ExportError, match=r"no ONNX configuration for decoders of type 'mamba'.*takes no past_key"):
+        export_onnx(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_the_tracer_cannot_follow_is_refused_with_its_reason(tmp_path):
+    model = decoder("Apertus", **GATED)
+    with pytest.raises(ExportError, match=r"a ApertusForCausalLM could not be traced: .*'aten::expm1'"):
+        export_onnx(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_gate_is_no_wider_than_the_logits(tmp_path):
+    gate = Gate(merged_llama(), 100)
+    export_onnx(merged_llama(), tmp_path / "out")
+    assert gate.reference.abs().max() < 1
+    gate.reference += 9e-4
+    with pytest.raises(ExportError, match=r"differ from the torch model's by up to 9.\d+e-04"):
+        gate.pass_(tmp_path / "out", 1e-3)
