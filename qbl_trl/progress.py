@@ -13,3 +13,9 @@ def progress(total: int, what: str, unit: str) -> Any:
         what: what is being done, such as "quantizing".
     """
     return logging.tqdm(total=total, desc=what, unit=unit, disable=None, leave=False)
+
+
+def step(bar: Any, what: str) -> None:
+    """One unit is done; `what` comes next."""
+    bar.update()
+    bar.set_description(what)

@@ -1,6 +1,7 @@
 """What surrounds the graph: the model that is read, and the files beside it (config, tokenizer)."""
 
 import copy
+import gc
 import importlib
 import shutil
 from os import PathLike
@@ -16,6 +17,42 @@ _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
+
+
+class Held:
+    """The model to export. What was read from a folder is let go while ONNX Runtime holds its own copy of the weights.
+
+    Args:
+        model_or_path: a model, or a folder of one.
+
+    Attributes:
+        config, generation_config: the decoder's.
+
+    Raises:
+        ExportError: if there is no decoder of transformers in it.
+    """
+
+    def __init__(self, model_or_path: Any) -> None:
+        self._given = model_or_path
+        self._model: torch.nn.Module | None = load_model(model_or_path)
+        decoder = self.decoder()
+        self.config, self.generation_config = decoder.config, decoder.generation_config
+
+    def model(self) -> torch.nn.Module:
+        """The model as it was given, or read (again) from its folder."""
+        if self._model is None:
+            self._model = load_model(self._given)
+        return self._model
+
+    def decoder(self) -> PreTrainedModel:
+        """The transformers decoder inside the model."""
+        return causal_lm(self.model())
+
+    def let_go(self) -> None:
+        """Drop the weights, where they can be read again."""
+        if not isinstance(self._given, torch.nn.Module):
+            self._model = None
+            gc.collect()  # traced modules lie in cycles
 
 
 def load_model(model_or_path: Any) -> torch.nn.Module:
@@ -61,9 +98,9 @@ def max_positions(config: Any) -> int:
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
 
 
-def write(model: PreTrainedModel, source: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+def write(held: Held, source: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
     """Configuration, generation settings and tokenizer, as ORTModelForCausalLM reads them."""
-    config = copy.deepcopy(model.config)
+    config = copy.deepcopy(held.config)
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         for name in ("quantization_config", "_pre_quantization_dtype"):
             if hasattr(part, name):
@@ -71,12 +108,12 @@ def write(model: PreTrainedModel, source: Any, tokenizer: Any, folder: Path, dty
     config.dtype = dtype
     config.use_cache = True
     config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+    if held.generation_config is not None:
+        held.generation_config.save_pretrained(folder)
     if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
         return
-    origin = tokenizer or (source if isinstance(source, (str, PathLike)) else model.config._name_or_path)
+    origin = tokenizer or (source if isinstance(source, (str, PathLike)) else held.config._name_or_path)
     for name in _TOKENIZER_FILES:
         path = Path(origin or "", name)
         if origin and path.is_file():

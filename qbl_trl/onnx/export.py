@@ -20,7 +20,6 @@ from qbl_trl.onnx.files import MODEL_FILE, folder_bytes, save
 from qbl_trl.onnx.gate import Disagreement, Gate, Unrunnable
 from qbl_trl.onnx.genai import write_genai_config
 from qbl_trl.onnx.kernels import cuda_fallbacks
-from qbl_trl.onnx.layers import LinearSource
 from qbl_trl.onnx.linears import LOWERINGS, LoweredLayer
 from qbl_trl.onnx.reference import float32_reference
 from qbl_trl.onnx.report import ExportReport
@@ -31,6 +30,7 @@ from qbl_trl.onnx.skeleton import Unfusable, build_skeleton, fused_attention_tra
 from qbl_trl.onnx.sources import linear_sources
 from qbl_trl.onnx.trace import Untraceable, check_supported, trace
 from qbl_trl.parity import ParityReport
+from qbl_trl.progress import progress, step
 
 ATTENTIONS = ("auto", "attention", "gqa", "standard")
 _FASTEST = {"cpu": "attention", "cuda": "gqa"}
@@ -84,45 +84,48 @@ def export_onnx(
     began = time.perf_counter()
     target = check_free(output_dir, overwrite, ExportError)
     float_type = _check_choices(provider, dtype, lowering, attention, accuracy_level, logits)
-    model = companions.load_model(model_or_path)
-    inner = companions.causal_lm(model)
-    check_supported(inner)
-    sources = linear_sources(inner)
-    options = Options(
-        dtype=torch.float32,
-        lowering=lowering,
-        attention=_FASTEST[provider] if attention == "auto" else attention,
-        accuracy_level=None,
-        last_logits=logits == "last",
-        max_length=max_length or companions.max_positions(inner.config),
-        spelled_out=float_type != torch.float32,
-    )
-    wanted = replace(options, dtype=float_type, accuracy_level=accuracy_level)
-    gate = Gate(
-        float32_reference(model),
-        inner.config.get_text_config().vocab_size,
-        min(options.max_length, steady_length(inner)),
-    )
-    with (
-        new_folder(target, overwrite, ExportError) as folder,
-        tempfile.TemporaryDirectory(dir=folder.parent, prefix=".qbl_") as side,
-    ):
-        exact_folder = folder if float_type == torch.float32 else Path(side)
-        exact, reports = _exact(inner, sources, options, attention == "auto", gate, tolerance, exact_folder)
-        final, lossy = exact, None
-        if exact_folder is not folder:
-            final = _build(inner, sources, replace(wanted, attention=exact.attention), folder)
-        if accuracy_level:
-            set_accuracy_level(folder / MODEL_FILE, accuracy_level)
-        if wanted != options:
-            lossy = gate.look_at(folder)
-        companions.write(inner, model_or_path, tokenizer, folder, float_type)
-        if logits == "all":  # GenAI makes room for the logits of every position and refuses fewer
-            shares = final.attention == "gqa"
-            write_genai_config(
-                inner.config.get_text_config(), inner.generation_config, folder, MODEL_FILE, provider, shares
-            )
-        size = folder_bytes(folder)
+    with progress(4, "reading the model", "step") as bar:
+        held = companions.Held(model_or_path)
+        check_supported(held.decoder())
+        linear_sources(held.decoder())  # refuses what cannot be lowered before work starts
+        options = Options(
+            dtype=torch.float32,
+            lowering=lowering,
+            attention=_FASTEST[provider] if attention == "auto" else attention,
+            accuracy_level=None,
+            provider=provider,
+            last_logits=logits == "last",
+            max_length=max_length or companions.max_positions(held.config),
+            spelled_out=float_type != torch.float32,
+        )
+        wanted = replace(options, dtype=float_type, accuracy_level=accuracy_level)
+        step(bar, "computing its logits")
+        gate = Gate(
+            float32_reference(held.model()),
+            held.config.get_text_config().vocab_size,
+            min(options.max_length, steady_length(held.decoder())),
+        )
+        step(bar, "tracing, writing and checking the graph")
+        with (
+            new_folder(target, overwrite, ExportError) as folder,
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".qbl_") as side,
+        ):
+            exact_folder = folder if float_type == torch.float32 else Path(side)
+            exact, reports = _exact(held, options, attention == "auto", gate, tolerance, exact_folder)
+            step(bar, "finishing the folder")
+            final, lossy = exact, None
+            if exact_folder is not folder:
+                final = _build(held, replace(wanted, attention=exact.attention), folder)
+                held.let_go()
+            if accuracy_level:
+                set_accuracy_level(folder / MODEL_FILE, accuracy_level)
+            if wanted != options:
+                lossy = gate.look_at(folder)
+            companions.write(held, model_or_path, tokenizer, folder, float_type)
+            if logits == "all":  # GenAI makes room for the logits of every position and refuses fewer
+                shares, text = final.attention == "gqa", held.config.get_text_config()
+                write_genai_config(text, held.generation_config, folder, MODEL_FILE, provider, shares)
+            size = folder_bytes(folder)
     return ExportReport(
         path=str(target),
         provider=provider,
@@ -130,27 +133,29 @@ def export_onnx(
         attention=final.attention,
         attention_reason=exact.reason,
         layers=tuple(final.layers),
-        operators=dict(Counter(node.op_type for node in final.graph.graph)),
+        operators=final.operators,
         bytes=size,
         parity=reports[0],
         parity_cached=reports[1],
         parity_as_written=lossy,
-        fallbacks=cuda_fallbacks(final.graph) if provider == "cuda" else (),
+        fallbacks=final.fallbacks,
         seconds=time.perf_counter() - began,
     )
 
 
 @dataclass
 class _Built:
-    graph: ir.Model
+    """What is kept of a graph once it is written: its weights are the model's own."""
+
     layers: list[LoweredLayer]
+    operators: dict[str, int]
+    fallbacks: tuple[str, ...]
     attention: str
     reason: str = ""
 
 
 def _exact(
-    model: PreTrainedModel,
-    sources: dict[str, LinearSource],
+    held: companions.Held,
     options: Options,
     may_fall_back: bool,
     gate: Gate,
@@ -163,18 +168,19 @@ def _exact(
         ExportError: if none computes what the model computes.
     """
     try:
-        built = _build(model, sources, options, folder)
+        built = _build(held, options, folder)
+        held.let_go()
         return built, gate.pass_(folder, tolerance)
     except (Unfusable, Untraceable, Unrunnable, Disagreement) as refusal:
         if options.attention == "standard":
             if (
                 isinstance(refusal, Disagreement)
                 and options.spelled_out
-                and model.config._attn_implementation != "eager"
+                and held.config._attn_implementation != "eager"
             ):
                 raise ExportError(
                     f"{refusal}. Half precision is written with the model's eager attention, and the model runs "
-                    f'{model.config._attn_implementation}; load it with attn_implementation="eager" to see whether it '
+                    f'{held.config._attn_implementation}; load it with attn_implementation="eager" to see whether it '
                     "is the two that differ"
                 ) from None
             raise
@@ -186,21 +192,22 @@ def _exact(
     for left in folder.iterdir():
         left.unlink()
     standard = replace(options, attention="standard")
-    built, reports = _exact(model, sources, standard, False, gate, tolerance, folder)
+    built, reports = _exact(held, standard, False, gate, tolerance, folder)
     built.reason = reason
     return built, reports
 
 
-def _build(model: PreTrainedModel, sources: dict[str, LinearSource], options: Options, folder: Path) -> _Built:
-    built = _trace_and_rewrite(model, sources, options)
-    save(built.graph, folder)
-    return built
+def _build(held: companions.Held, options: Options, folder: Path) -> _Built:
+    graph, layers = _trace_and_rewrite(held.decoder(), options)
+    save(graph, folder)
+    operators = dict(Counter(node.op_type for node in graph.graph))
+    return _Built(layers, operators, cuda_fallbacks(graph) if options.provider == "cuda" else (), options.attention)
 
 
-def _trace_and_rewrite(model: PreTrainedModel, sources: dict[str, LinearSource], options: Options) -> _Built:
+def _trace_and_rewrite(model: PreTrainedModel, options: Options) -> tuple[ir.Model, list[LoweredLayer]]:
     fused = options.attention != "standard"
     traced = torch.float16 if options.dtype == torch.bfloat16 else options.dtype
-    skeleton = build_skeleton(model, sources, traced, fused, options.spelled_out)
+    skeleton = build_skeleton(model, linear_sources(model), traced, fused, options.spelled_out)
     if fused:
         with fused_attention_traced(skeleton):
             graph = trace(skeleton, traced)
@@ -208,7 +215,7 @@ def _trace_and_rewrite(model: PreTrainedModel, sources: dict[str, LinearSource],
         graph = trace(skeleton, traced)
     if traced != options.dtype:
         float16_to_bfloat16(graph)
-    return _Built(graph, rewrite(graph, skeleton, options), options.attention)
+    return graph, rewrite(graph, skeleton, options)
 
 
 def set_accuracy_level(path: Path, level: int) -> None:

@@ -33,6 +33,7 @@ class Options:
         max_length: rows of the rotary tables.
         spelled_out: standard attention as single operators, as half precision needs it; traced so in float32 too, so
             that the graph compared with the model is the one that is written.
+        provider: whose kernels the graph is held against.
     """
 
     dtype: torch.dtype
@@ -42,6 +43,7 @@ class Options:
     last_logits: bool
     max_length: int
     spelled_out: bool = False
+    provider: str = "cpu"
 
 
 def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> list[LoweredLayer]:

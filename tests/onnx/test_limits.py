@@ -1,11 +1,15 @@
 """What a graph cannot express is refused with its reason, before anything is written; what may fall back does."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import transformers
 
 from qbl_trl import export_onnx, verify
 from qbl_trl.errors import ExportError
+from qbl_trl.onnx.companions import Held
 from qbl_trl.onnx.gate import Gate
 from tests.onnx.models import merged_llama
 from tests.tiny import tiny_llama
@@ -108,3 +112,18 @@ def test_the_gate_is_no_wider_than_the_logits(tmp_path):
     gate.reference += 9e-4
     with pytest.raises(ExportError, match=r"differ from the torch model's by up to 9.\d+e-04"):
         gate.pass_(tmp_path / "out", 1e-3)
+
+
+def test_a_model_read_from_a_folder_is_let_go_and_read_again_and_a_given_one_is_kept(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    held = Held(tmp_path / "model")
+    first = weakref.ref(held.model())
+    held.let_go()
+    assert first() is None
+    assert held.decoder().config.vocab_size == held.config.vocab_size
+
+    given = Held(tiny_llama())
+    model = weakref.ref(given.model())
+    given.let_go()
+    gc.collect()
+    assert given.model() is model()
