@@ -31,9 +31,6 @@ class LoweredLayer:
     reason: str = ""
 
 
-_COPIES = 4  # up to this out_factor, repeating the correction is cheaper than reading repeated weights
-
-
 class LinearLowering:
     """Rewrites Linear placeholders of one graph.
 
@@ -167,24 +164,13 @@ class LinearLowering:
             hidden = editor.add(node, "MatMul", [hidden, first], name=label).outputs[0]
         rows, columns = up.shape
         weight = editor.weight(f"{label}.{kind}", (columns, rows), editor.dtype, transposed(give(up), gain))
-        late = 1 < branch.out_factor <= _COPIES and editor.dtype == torch.float32
-        if not late:
-            weight = self._expand(node, weight, columns, rows, branch.out_factor)
+        weight = self._expand(node, weight, columns, rows, branch.out_factor)
         added = editor.add(node, "MatMul", [hidden, weight], name=label, like=node.outputs[0]).outputs[0]
-        if late:
-            added = self._repeat(node, added, rows, branch.out_factor)
         return editor.add(node, "Add", [y, added], name=label, like=node.outputs[0]).outputs[0]
 
-    def _repeat(self, node: ir.Node, y: ir.Value, rows: int, e: int) -> ir.Value:
-        """expand_e of a result: on CPU, decoding reads weights from memory, and these are e times smaller."""
-        editor, shape = self.editor, node.outputs[0].shape
-        axis = editor.constant([-1])
-        column = editor.add(node, "Unsqueeze", [y, axis], like=y).outputs[0]
-        copies = editor.add(node, "Concat", [column] * e, {"axis": -1}, like=y).outputs[0]
-        target = editor.constant([0] * (2 if shape is None else len(shape) - 1) + [rows * e])
-        return editor.add(node, "Reshape", [copies, target], like=y).outputs[0]
-
     def _expand(self, node: ir.Node, weight: ir.Value, columns: int, rows: int, e: int) -> ir.Value:
+        """Columns repeated e times when the session loads; the file holds them once. Repeating the result instead
+        takes three more nodes a layer, which cost more than reading the repeated weights."""
         if e == 1:
             return weight
         editor = self.editor
