@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import tiny_llama
+
 ROOT = Path(__file__).resolve().parents[1]
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -33,6 +35,8 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "false"}
 def launch(output: Path, processes: int, environment: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
     """Run the worker below; what its main process found out."""
     result = output.with_suffix(".json")
+    if options.get("base"):
+        tiny_llama(vocab_size=32).save_pretrained(output.with_suffix(".base"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     if processes == 1:
         command = [sys.executable]
@@ -194,17 +198,10 @@ def _allow_deepspeed_on_cpu() -> None:
     PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
 
 
-def _nf4_base(output: Path, storage: str) -> Any:
+def _nf4_base(folder: Path, storage: str) -> Any:
     import torch
-    from accelerate import PartialState
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from tests.tiny import tiny_llama
-
-    folder = output.with_suffix(".base")
-    with PartialState().main_process_first():
-        if not folder.is_dir():
-            tiny_llama(vocab_size=32).save_pretrained(folder)
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=getattr(torch, storage)
     )
@@ -243,7 +240,7 @@ def worker(output: Path, result: Path, options: dict[str, Any]) -> None:
             "bf16": {"enabled": False},
         }
     if options.get("base") == "bitsandbytes":
-        model = _nf4_base(output, options["storage"])
+        model = _nf4_base(output.with_suffix(".base"), options["storage"])
         trainer = sft(
             output, QBLoRACallback(), model, peft_config=adapter(quantization_aware=False), bf16=False, **settings
         )

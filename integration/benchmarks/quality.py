@@ -404,7 +404,11 @@ Row = tuple[str, str]  # method, pooling
 
 
 def pooling_plan(
-    seeds: tuple[int, ...], rates: tuple[float, ...], poolings: tuple[str, ...] = POOLINGS, **conditions: Any
+    seeds: tuple[int, ...],
+    rates: tuple[float, ...],
+    poolings: tuple[str, ...] = POOLINGS,
+    task: str = "r8",
+    **conditions: Any,
 ) -> Iterator[Job]:
     """Does one learning rate serve LoRA, Q-BLoRA and QA-BLoRA? On one base, so that only the adapter differs."""
     rows: list[Row] = [("lora_affine", "none")]
@@ -412,7 +416,7 @@ def pooling_plan(
     for seed in seeds:
         for lr in rates:
             for method, pooling in rows:
-                yield Cell("r8", method, pooling, lr, seed, **conditions), ("validation",)
+                yield Cell(task, method, pooling, lr, seed, **conditions), ("validation",)
 
 
 def methods_plan(rows: Sequence[Row], seeds: tuple[int, ...] = (0, 1, 2), **conditions: Any) -> Iterator[Job]:
@@ -502,6 +506,7 @@ PLANS: dict[str, Callable[[], Iterable[Job]]] = {
     "long": lambda: methods_plan(ROWS, task="r8", steps=240, pool=1920),
     "depth": lambda: methods_plan(ROWS, task="r8", layers=30),
     "csqa": lambda: methods_plan(ROWS, task="csqa"),
+    "csqa_pooling": lambda: pooling_plan((0, 1, 2), (3e-3, 1e-3, 1e-2), ("sum", "rms"), task="csqa"),
     "arc_easy": lambda: methods_plan(ROWS, task="arc_easy"),
     "exam": lambda: exam_plan("csqa"),
 }
