@@ -88,7 +88,8 @@ class QBLoRAConfig(LoraConfig):
             `quantization_aware`, every one that the base quantized).
         in_factor: p, how many neighbouring inputs are pooled into one. Default 2, or the quantization group of the
             base when `quantization_aware`.
-        out_factor: e, how many neighbouring outputs share one adapter output. Default 2.
+        out_factor: e, how many neighbouring outputs share one adapter output. Default 2, as published; in the tables of
+            integration/benchmarks/RESULTS.md 1 and 2 are even on Reuters R8, and 1 is ahead on CommonsenseQA.
         quantization_aware: QA-BLoRA. Requires in_factor to be a multiple of the base's quantization group, so that
             the trained adapter merges exactly into the zero points and the merged model stays at 4 bits.
         pooling: "mean" (as published), "rms" (mean times sqrt(p), keeps the variance of the input) or "sum". The
