@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from integration.benchmarks import quality, render_results, tasks
+from integration.benchmarks import cells, render_results, tasks
 from qbl_trl.config import GroupQuantConfig
 
 LAYERS, VOCABULARY = 4, 97
@@ -55,13 +55,13 @@ def test_results_md_is_what_the_cells_say():
 
 def test_every_cell_is_named_by_its_settings():
     for result in render_results.load():
-        cell = quality.Cell(**result["settings"])
+        cell = cells.Cell(**result["settings"])
         assert cell.path.is_file(), cell.name
 
 
 def test_a_new_setting_with_a_default_does_not_rename_the_cells_there_are():
-    cell = quality.Cell("r8", "qlora_nf4")
-    explicit = quality.Cell(**dataclasses.asdict(cell))
+    cell = cells.Cell("r8", "qlora_nf4")
+    explicit = cells.Cell(**dataclasses.asdict(cell))
     assert cell.name == explicit.name
     assert cell.name != dataclasses.replace(cell, steps=61).name
 
@@ -81,7 +81,7 @@ def test_a_claim_needs_three_seeds_that_agree(differences, expected):
 
 def test_the_best_rate_is_chosen_on_validation_among_the_rates_with_the_most_seeds():
     def result(lr, seed, nll):
-        cell = quality.Cell("r8", "qlora_nf4", lr=lr, seed=seed)
+        cell = cells.Cell("r8", "qlora_nf4", lr=lr, seed=seed)
         measures = {"validation": {"nll": nll}, "test": {"nll": -nll}}
         return {"settings": dataclasses.asdict(cell), "measures": measures}
 
@@ -132,22 +132,22 @@ def test_measures_of_a_judgement():
     assert measures["accuracy"] == measures["macro_recall"] == 0.5
 
 
-@pytest.mark.parametrize("method", [name for name, m in quality.METHODS.items() if m.adapter != "none"])
+@pytest.mark.parametrize("method", [name for name, m in cells.METHODS.items() if m.adapter != "none"])
 def test_a_fresh_adapter_changes_nothing_and_has_the_parameters_of_lora(model, method):
-    cell = quality.Cell("r8", method, "none" if quality.METHODS[method].p == 1 else "sum", r=2)
+    cell = cells.Cell("r8", method, "none" if cells.METHODS[method].p == 1 else "sum", r=2)
     upper = tasks.Split(model, 2).upper
-    adapted = quality.adapted(cell, upper)
+    adapted = cells.adapted(cell, upper)
     ids = torch.arange(5)[None]
-    torch.testing.assert_close(quality.unwrap(adapted)(ids).logits, upper(ids).logits, rtol=0, atol=1e-5)
-    if quality.METHODS[method].adapter == "low_rank":
-        plain = quality.adapted(quality.Cell("r8", "lora_float", r=2), upper)
+    torch.testing.assert_close(cells.unwrap(adapted)(ids).logits, upper(ids).logits, rtol=0, atol=1e-5)
+    if cells.METHODS[method].adapter == "low_rank":
+        plain = cells.adapted(cells.Cell("r8", "lora_float", r=2), upper)
         ours, theirs = (sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (adapted, plain))
         assert ours == pytest.approx(theirs, rel=0.1)  # ranks are whole numbers, and this model is tiny
 
 
 def test_a_base_held_as_float_computes_what_its_codes_do(model):
-    packed = quality.quantize_model_(tasks.sharing_copy(model), GroupQuantConfig(group_size=32))
+    packed = cells.quantize_model_(tasks.sharing_copy(model), GroupQuantConfig(group_size=32))
     held = tasks.sharing_copy(packed)
-    quality.as_float_(held)
+    cells.as_float_(held)
     ids = torch.arange(5)[None]
     torch.testing.assert_close(held(ids).logits, packed(ids).logits, rtol=0, atol=1e-4)  # float32 rounding

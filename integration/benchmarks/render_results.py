@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from integration.benchmarks import render_speed
-from integration.benchmarks.quality import METHODS, RESULTS
+from integration.benchmarks.cells import METHODS, RESULTS
 
 OUTPUT = Path(__file__).parent / "RESULTS.md"
 VARIED = ("method", "pooling", "lr", "seed")
@@ -244,7 +244,7 @@ def paired(block: Block, ours: Row, theirs: Row, lr: float) -> float | None:
 def progress_ratios(row: Row) -> tuple[float, float]:
     """How far one Adam step moves the output, against LoRA's at the same rate, through B and through A.
 
-        B: (R / r) e^-1/2 s sqrt(p)     A: s / sqrt(p)      with s = c; see quality.py for "tied" and "half"
+        B: (R / r) e^-1/2 s sqrt(p)     A: s / sqrt(p)      with s = c; see cells.py for "tied" and "half"
 
     c is the pooling's factor on the sum, 1/p, 1/sqrt(p) or 1. For a square layer and uncorrelated inputs: A pool(x) has
     c sqrt(p) times LoRA's size; an entry of A moves by the rate whatever p is, and a row of A has only K/p of them.
