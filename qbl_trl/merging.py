@@ -10,6 +10,8 @@ import logging
 from typing import Any
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -61,6 +63,12 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
         raise ConfigError(f'merge: lossy={lossy!r} is not known; allowed: None, "requantize"')
     source = unwrap(peft_model)
     adapter_layers(source)
+    ours = (BalancedLinear, TrainableTokensLayer)  # the second belongs to trainable_token_indices
+    if any(isinstance(module, BaseTunerLayer) and not isinstance(module, ours) for module in source.modules()):
+        raise MergeError(
+            "merge: the model also holds adapters of other PEFT methods; merge it with PEFT's merge_and_unload, or "
+            "delete them"
+        )
     if is_sharded(source):
         raise MergeError(
             "merge: the weights are spread over processes (FSDP or DeepSpeed ZeRO-3); give QBLoRACallback a "

@@ -72,7 +72,8 @@ class BalancedLinear(nn.Module, MergesIntoBase):
         **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)
-        self.base = describe(base_layer, target_name)
+        inner: Any = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+        self.base = describe(inner, target_name)
         LoraLayer.__init__(self, base_layer)
         del self.lora_embedding_A  # a property below
         self.fan_in_fan_out = self.base.transposed

@@ -14,7 +14,7 @@ from peft.utils.peft_types import register_peft_method
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from torch import Tensor, nn
 
-from qbl_trl.adapter import hotswap
+from qbl_trl.adapter import hotswap, mixed
 from qbl_trl.adapter.balance import matched_rank
 from qbl_trl.adapter.factors import record_factors_
 from qbl_trl.adapter.layer import BalancedLinear
@@ -171,9 +171,14 @@ def register() -> None:
 
     if QBLORA not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(
-            name=NAME.lower(), config_cls=QBLoRAConfig, model_cls=QBLoRAModel, prefix=QBLoRAModel.prefix
+            name=NAME.lower(),
+            config_cls=QBLoRAConfig,
+            model_cls=QBLoRAModel,
+            prefix=QBLoRAModel.prefix,
+            is_mixed_compatible=True,
         )
         hotswap.register()
+        mixed.register()
 
 
 register()

@@ -7,7 +7,6 @@ import torch
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
-    PeftMixedModel,
     PeftModel,
     convert_to_lora,
     get_layer_status,
@@ -343,10 +342,6 @@ def test_layers_whose_weight_a_fused_kernel_reads_are_refused():
 
 
 def test_what_is_not_supported_is_refused_in_words(tmp_path):
-    with pytest.raises(ValueError, match="QBLORA"):
-        get_peft_model(tiny_llama(), config(), mixed=True)
-    with pytest.raises(ValueError, match="QBLORA"):
-        PeftMixedModel(tiny_llama(), config())
     model = get_peft_model(tiny_llama(), config())
     with pytest.raises(ConfigError, match=r"embed_tokens: Embedding cannot hold a balanced adapter"):
         get_peft_model(tiny_llama(), config(target_modules=["embed_tokens"]))

@@ -1,0 +1,52 @@
+"""Balanced adapters beside other methods in a PeftMixedModel.
+
+PEFT's mixed model asks a closed list of types and takes a QBLoRAConfig, a LoraConfig by birth, for plain LoRA; so the
+type is put on its list, and its two steps that place a layer are told which layer to build.
+"""
+
+from typing import Any
+
+from peft import AdaLoraConfig, LoraConfig
+from peft.tuners import mixed
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.lora import LoraLayer
+from peft.tuners.mixed import model as mixed_model
+from torch import nn
+
+from qbl_trl.adapter.layer import BalancedLinear
+from qbl_trl.config import QBLoRAConfig
+from qbl_trl.errors import ConfigError
+from qbl_trl.peft_type import QBLORA
+
+
+def register() -> None:
+    """Make the method known to PEFT's mixed model (once)."""
+    if QBLORA in mixed_model.COMPATIBLE_TUNER_TYPES:
+        return
+    mixed_model.COMPATIBLE_TUNER_TYPES = (*mixed_model.COMPATIBLE_TUNER_TYPES, QBLORA)
+    mixed.COMPATIBLE_TUNER_TYPES = mixed_model.COMPATIBLE_TUNER_TYPES
+    cls: Any = mixed_model.MixedModel
+    create, place = cls._create_new_module, cls._create_and_replace
+
+    def create_new_module(config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        if isinstance(config, QBLoRAConfig):
+            return BalancedLinear(target, adapter_name, config=config, **kwargs)
+        return create(config, adapter_name, target, **kwargs)
+
+    def create_and_replace(self: Any, config: Any, adapter_name: str, target: nn.Module, *args: Any, **kw: Any) -> None:
+        _check_one_kind(config, target, args[0] if args else "")
+        place(self, config, adapter_name, target, *args, **kw)
+
+    cls._create_new_module = staticmethod(create_new_module)
+    cls._create_and_replace = create_and_replace
+
+
+def _check_one_kind(config: Any, target: nn.Module, name: str) -> None:
+    """PEFT adds a second LoRA to the LoRA layer that is there, whatever the two configurations are."""
+    low_rank = isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig)
+    held = isinstance(target, LoraLayer) and not isinstance(target, AdaLoraLayer)
+    if low_rank and held and isinstance(config, QBLoRAConfig) != isinstance(target, BalancedLinear):
+        raise ConfigError(
+            f"{name}: one layer cannot hold a LoRA and a balanced adapter; use "
+            "QBLoRAConfig(in_factor=1, out_factor=1) for the LoRA, which computes the same"
+        )

@@ -1,0 +1,47 @@
+"""Balanced adapters beside other PEFT methods on the same layers."""
+
+import pytest
+import torch
+from peft import LoHaConfig, LoraConfig, get_peft_model
+
+from qbl_trl import QBLoRAConfig, merge
+from qbl_trl.adapter.layer import BalancedLinear
+from qbl_trl.errors import ConfigError, MergeError
+from tests.tiny import logits, tiny_llama, tokens
+
+TARGETS = ["q_proj", "down_proj"]
+OURS = QBLoRAConfig(r=4, target_modules=TARGETS, init_lora_weights=False)
+LOHA = LoHaConfig(r=4, target_modules=TARGETS, init_weights=False)
+IDS = tokens()
+
+
+@pytest.mark.parametrize(("first", "second"), [(OURS, LOHA), (LOHA, OURS)])
+def test_two_methods_on_one_layer_add_up_switch_and_merge(first, second):
+    model = get_peft_model(tiny_llama(), first, "first", mixed=True)
+    model.add_adapter("second", second)
+    assert any(isinstance(module, BalancedLinear) for module in model.modules())
+    outputs = {}
+    for names in (["first"], ["second"], ["first", "second"]):
+        model.set_adapter(names)
+        outputs[tuple(names)] = logits(model.eval(), IDS)
+    assert len({round(float(y.sum()), 4) for y in outputs.values()}) == 3
+    merged = model.merge_and_unload()
+    # float32 rounding of sums of at most 96 products
+    torch.testing.assert_close(logits(merged, IDS), outputs["first", "second"], rtol=0, atol=1e-5)
+
+
+LORA = LoraConfig(target_modules=TARGETS)
+
+
+@pytest.mark.parametrize(("first", "second"), [(OURS, LORA), (LORA, OURS)])
+def test_a_lora_and_a_balanced_adapter_do_not_share_a_layer(first, second):
+    model = get_peft_model(tiny_llama(), first, "first", mixed=True)
+    with pytest.raises(ConfigError, match=r"cannot hold a LoRA and a balanced adapter; use QBLoRAConfig\(in_factor=1"):
+        model.add_adapter("second", second)
+
+
+def test_merge_refuses_what_another_method_would_leave_behind():
+    model = get_peft_model(tiny_llama(), OURS, "first", mixed=True)
+    model.add_adapter("second", LOHA)
+    with pytest.raises(MergeError, match="adapters of other PEFT methods"):
+        merge(model)
