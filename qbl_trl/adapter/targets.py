@@ -23,7 +23,7 @@ def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | Non
     foreign = {
         name
         for name, module in model.named_modules()
-        if foreign_kind(module) not in (None, *_SUBCLASSES) and not name.endswith(".base_layer")
+        if foreign_kind(module) and not isinstance(module, nn.Linear) and not name.endswith(".base_layer")
     }
     chosen = plain | foreign
     if config.quantization_aware:
@@ -34,9 +34,6 @@ def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | Non
         by_part.target_modules = [name.rpartition(".")[2] for name in chosen]
         chosen = {name for name in chosen if check_target_module_exists(by_part, name)}
     return None if chosen == plain else chosen
-
-
-_SUBCLASSES = ("bitsandbytes 4-bit", "bitsandbytes 8-bit")  # of nn.Linear
 
 
 def _has_groups(layer: nn.Module) -> bool:

@@ -82,10 +82,11 @@ def agrees(
     generator = torch.Generator().manual_seed(0)
     for bits in (2, 4, 8):
         top = 1 << bits
-        codes = torch.randint(0, top, (3, 1216), generator=generator, dtype=torch.uint8)
-        scales = torch.rand(3, 38, generator=generator).half()
-        whole = torch.randint(0, top, (3, 38), generator=generator, dtype=torch.uint8)
-        broken = torch.rand(3, 38, generator=generator) * top
+        # Drawn on the CPU in fixed types, whatever the defaults of the moment.
+        codes = torch.randint(0, top, (3, 1216), generator=generator, dtype=torch.uint8, device="cpu")
+        scales = torch.rand(3, 38, generator=generator, dtype=torch.float32, device="cpu").half()
+        whole = torch.randint(0, top, (3, 38), generator=generator, dtype=torch.uint8, device="cpu")
+        broken = torch.rand(3, 38, generator=generator, dtype=torch.float32, device="cpu") * top
         cases = ((pack(whole, bits), whole), (broken, broken), (None, torch.full_like(whole, top >> 1)))
         for stored, zeros in cases:
             for dtype in dtypes:

@@ -63,7 +63,8 @@ def _settings(layer: Any, kind: str) -> dict[str, Any]:
 def _check(ours: GroupQuantLinear, layer: nn.Module, name: str) -> None:
     dtype = next((t.dtype for t in _floats(layer)), torch.float32)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_PROBE_ROWS, ours.in_features, generator=generator).to(ours.weight.device, dtype)
+    x = torch.randn(_PROBE_ROWS, ours.in_features, generator=generator, dtype=torch.float32, device="cpu")
+    x = x.to(ours.weight.device, dtype)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         expected = layer(x).float()
         difference = float((ours(x.float()) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
