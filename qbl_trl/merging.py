@@ -121,7 +121,7 @@ def _merge_layer_(
 ) -> float | None:
     """Put the merged layer in the place of `module`; the relative weight error if it was quantized again."""
     active = [adapter for adapter in module.active_adapters if adapter in module.rank]
-    if lossy and not _merges_exactly(module, active):
+    if lossy and not _can_take_the_change(module):
         merged, error = _requantized(module, active, settings)
         replace(model, name, merged)
         return error
@@ -137,9 +137,9 @@ def _merge_layer_(
     return None
 
 
-def _merges_exactly(module: BalancedLinear, active: list[str]) -> bool:
-    group = module.base.group_size
-    if not module.base.mergeable or (group is not None and any(module.in_factor[a] % group for a in active)):
+def _can_take_the_change(module: BalancedLinear) -> bool:
+    """Whether the merge is exact; a base that holds codes of another library has given them over then."""
+    if not module.merges_exactly():
         return False
     try:
         module.take_over_base()

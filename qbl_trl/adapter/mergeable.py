@@ -64,6 +64,11 @@ class MergesIntoBase(LoraLayer):
                 )
             self.merged_adapters.append(name)
 
+    def merges_exactly(self) -> bool:
+        """Whether merging the active adapters changes nothing but the place where they are stored."""
+        group, active = self.base.group_size, [name for name in self.active_adapters if name in self.rank]
+        return self.base.mergeable and (group is None or all(self.in_factor[name] % group == 0 for name in active))
+
     def take_over_base(self) -> None:
         """A base that holds codes of another library becomes a GroupQuantLinear of the same codes; others stay.
 

@@ -27,7 +27,6 @@ from qbl_trl.errors import ConfigError
 from qbl_trl.merging import unwrap
 from qbl_trl.trl import checkpoints, finish, gather, run_record
 from qbl_trl.trl.inject import check_head, check_launch, check_merges, find_trainer, place_
-from qbl_trl.trl.layers import merges_exactly
 from qbl_trl.trl.merged_loss import merged_loss
 from qbl_trl.trl.metrics import check_finite, measure, summarize
 from qbl_trl.trl.outputs import Outputs
@@ -212,7 +211,7 @@ class QBLoRACallback(TrainerCallback):
             self.record.rounding = {"stored": self._rounding.stored, "cost": self._rounding.cost}
             self._rounding.remove()
         # Without an exact merge nothing is computed from the weights, and a sharded model stays as it is.
-        exact = all(merges_exactly(layer) for layer in self._layers.values())
+        exact = all(layer.merges_exactly() for layer in self._layers.values())
         whole = self._gatherer.whole(model, state.is_world_process_zero) if exact and not partitioned else model
         if whole is not None and state.is_world_process_zero:
             if partitioned:

@@ -18,7 +18,6 @@ from qbl_trl.merging import merge, unwrap
 from qbl_trl.parity import compare, logits_of
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import PATCHES
-from qbl_trl.trl.layers import merges_exactly
 from qbl_trl.trl.rounding import round_deltas_, rounded
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ def merge_and_verify(
         MergeError: if the merged model disagrees with the trained one, or an adapter weight is not finite.
     """
     layers = adapter_layers(model)
-    inexact = [name for name, layer in layers.items() if not merges_exactly(layer)]
+    inexact = [name for name, layer in layers.items() if not layer.merges_exactly()]
     if inexact:
         reason = (
             f"{len(inexact)} layers (first: {inexact[0]}) have no exact merge: their base is no affine group base or "

@@ -18,7 +18,7 @@ from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.trl.layers import active, base_of, merges_exactly
+from qbl_trl.trl.layers import active, base_of
 
 # These load a reference model of their own unless the model was a PeftModel before their __init__ ran.
 _NEED_ADAPTERS_FIRST = ("GRPOTrainer", "RLOOTrainer")
@@ -75,7 +75,7 @@ def check_merges(layers: dict[str, BalancedLinear], wanted: list[str]) -> None:
     Raises:
         ConfigError: naming the first layer that does not merge exactly.
     """
-    name = next((name for name, layer in layers.items() if not merges_exactly(layer)), None)
+    name = next((name for name, layer in layers.items() if not layer.merges_exactly()), None)
     if not wanted or name is None:
         return
     layer = layers[name]

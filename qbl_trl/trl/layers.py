@@ -17,10 +17,4 @@ def base_of(layer: BalancedLinear) -> nn.Module:
     return cast(nn.Module, layer.get_base_layer())  # type: ignore[operator]
 
 
-def merges_exactly(layer: BalancedLinear) -> bool:
-    """Whether merging the active adapters changes nothing but the place where they are stored."""
-    group = layer.base.group_size
-    return layer.base.mergeable and (group is None or all(layer.in_factor[name] % group == 0 for name in active(layer)))
-
-
-__all__ = ["active", "base_of", "merges_exactly"]
+__all__ = ["active", "base_of"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.errors import MergeError
-from qbl_trl.trl.layers import active, base_of, merges_exactly
+from qbl_trl.trl.layers import active, base_of
 from qbl_trl.trl.shadow import shadow
 
 _ROWS = 4
@@ -88,7 +88,7 @@ def _adapter_dtypes(layer: BalancedLinear) -> set[torch.dtype]:
 
 
 def _merged(twin: BalancedLinear, base: nn.Module, x: Tensor) -> Tensor:
-    if merges_exactly(twin):
+    if twin.merges_exactly():
         twin.merge(safe_merge=True)
         return base(x).float()  # type: ignore[no-any-return]
     # No exact merge: the export keeps the adapter beside the base, so the sum of both is what deployment computes.

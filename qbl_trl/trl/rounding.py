@@ -19,7 +19,7 @@ from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.adapter.products import add_expanded, sum_neighbours
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.trl.layers import active, base_of, merges_exactly
+from qbl_trl.trl.layers import active, base_of
 
 STORED = ("float16", "bfloat16", "int8")
 
@@ -128,7 +128,7 @@ def check_rounding(layers: dict[str, BalancedLinear], stored: str | None) -> Non
         return
     round_delta(torch.zeros(1, 1), stored)
     for name, layer in layers.items():
-        if not isinstance(base_of(layer), GroupQuantLinear) or not merges_exactly(layer) or len(active(layer)) != 1:
+        if not isinstance(base_of(layer), GroupQuantLinear) or not layer.merges_exactly() or len(active(layer)) != 1:
             raise ConfigError(
                 f"{name}: stored_delta={stored!r} rounds the block delta that a merge over a GroupQuantConfig base "
                 "stores, and this layer stores none. Train one adapter with quantization_aware=True, or leave it out"
