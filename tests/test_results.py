@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from integration.benchmarks import cells, render_results, tasks
+from integration.benchmarks import blocks, cells, claims, render_results, tasks
 from qbl_trl.config import GroupQuantConfig
 
 LAYERS, VOCABULARY = 4, 97
@@ -48,13 +48,15 @@ def oracle(model: LlamaForCausalLM, ids: list[int], wanted: list[int]) -> float:
 
 
 def test_results_md_is_what_the_cells_say():
-    assert render_results.OUTPUT.read_text() == render_results.render(render_results.load()), (
+    assert render_results.OUTPUT.read_text() == render_results.render(blocks.load()), (
         "run python -m integration.benchmarks.render_results"
     )
+    drawn = render_results.plots(blocks.load())
+    assert {path: path.read_text() for path in render_results.PLOTS.iterdir()} == drawn
 
 
 def test_every_cell_is_named_by_its_settings():
-    for result in render_results.load():
+    for result in blocks.load():
         cell = cells.Cell(**result["settings"])
         assert cell.path.is_file(), cell.name
 
@@ -76,7 +78,7 @@ def test_a_new_setting_with_a_default_does_not_rename_the_cells_there_are():
     ],
 )
 def test_a_claim_needs_three_seeds_that_agree(differences, expected):
-    assert render_results.verdict(render_results.CLAIMS[0], differences) == expected
+    assert claims.verdict(claims.CLAIMS[0], differences) == expected
 
 
 def test_the_best_rate_is_chosen_on_validation_among_the_rates_with_the_most_seeds():
@@ -86,9 +88,7 @@ def test_the_best_rate_is_chosen_on_validation_among_the_rates_with_the_most_see
         return {"settings": dataclasses.asdict(cell), "measures": measures}
 
     lucky = [result(3e-3, 0, 0.1)]
-    (block,) = render_results.blocks(
-        [result(1e-3, s, 0.5) for s in (0, 1)] + [result(1e-2, s, 0.6) for s in (0, 1)] + lucky
-    )
+    (block,) = blocks.blocks([result(1e-3, s, 0.5) for s in (0, 1)] + [result(1e-2, s, 0.6) for s in (0, 1)] + lucky)
     assert block.best_rate(("qlora_nf4", "none")) == 1e-3
 
 

@@ -15,7 +15,11 @@ computed once (tasks.Split).
 | --- | --- | --- | --- | --- |
 | lora_float | float32 | 1 | 1 | A, B |
 | qlora_nf4, qblora_nf4 | NF4, blocks of 64, double quantization (bitsandbytes) | 1, 2 | 1, 2 | A, B |
+| loftq_nf4, qblora_error_nf4 | NF4, the adapter started at its error (one iteration of LoftQ) | 1, 2 | 1, 2 | A, B |
+| pissa_nf4 | NF4 of what the largest singular vectors leave (PEFT's PiSSA) | 1 | 1 | A, B |
 | lora_affine, qblora_affine | affine groups of g | 1, 2 | 1, 2 | A, B |
+| affine_p2e1, affine_p1e2 | affine groups of g | 2, 1 | 1, 2 | A, B |
+| affine_e2_writers, affine_e2_readers | affine groups of g | 1 | 2 on some layers, else 1 | A, B |
 | qalora, qablora_e2, qablora_e4 | affine groups of g | g | 1, 2, 4 | A, B |
 | qahira_e1, qahira_e2 | affine groups of g | g | 1, 2 | D |
 
@@ -24,6 +28,7 @@ not sqrt(p/K)), "half" lies half way to it from "rms". Both give B inputs of the
 faster than under "rms", sqrt(p) times under "tied" and p^(1/4) times under "half".
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -38,13 +43,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from integration.benchmarks import tasks
 from integration.demo.data import default_cache, smollm2
+from qbl_trl.adapter.initialize import initialize_from_error_
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.config import POOLINGS as POOLINGS_OF_CONFIG
 from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
@@ -60,14 +66,25 @@ POOLED = "g"  # in METHODS: p is the quantization group
 
 @dataclass(frozen=True)
 class Method:
-    """base: "float", "nf4" or "affine"; p may be POOLED."""
+    """What is trained, on what.
+
+    Attributes:
+        base: "float", "nf4" or "affine".
+        p, e: the factors; p may be POOLED.
+        start: "" (B = 0), "error" (LoftQ's) or "pissa".
+        shared: regular expression, the layers whose outputs share; e is 1 elsewhere.
+    """
 
     base: str
     p: int | str
     e: int
     adapter: str = "low_rank"
+    start: str = ""
+    shared: str = ".*"
 
 
+READERS = r".*\.(q_proj|k_proj|v_proj|gate_proj|up_proj)"  # of the residual stream
+WRITERS = r".*\.(o_proj|down_proj)"  # into it
 METHODS = {
     "base_float": Method("float", 1, 1, "none"),
     "base_nf4": Method("nf4", 1, 1, "none"),
@@ -75,8 +92,15 @@ METHODS = {
     "lora_float": Method("float", 1, 1),
     "qlora_nf4": Method("nf4", 1, 1),
     "qblora_nf4": Method("nf4", 2, 2),
+    "loftq_nf4": Method("nf4", 1, 1, start="error"),
+    "qblora_error_nf4": Method("nf4", 2, 2, start="error"),
+    "pissa_nf4": Method("nf4", 1, 1, start="pissa"),
     "lora_affine": Method("affine", 1, 1),
+    "affine_p2e1": Method("affine", 2, 1),
+    "affine_p1e2": Method("affine", 1, 2),
     "qblora_affine": Method("affine", 2, 2),
+    "affine_e2_writers": Method("affine", 1, 2, shared=WRITERS),
+    "affine_e2_readers": Method("affine", 1, 2, shared=READERS),
     "qalora": Method("affine", POOLED, 1),
     "qablora_e2": Method("affine", POOLED, 2),
     "qablora_e4": Method("affine", POOLED, 4),
@@ -143,7 +167,8 @@ class Cell:
             r=self.r,
             lora_alpha=self.lora_alpha,
             in_factor=self.in_factor,
-            out_factor=method.e,
+            out_factor=1,
+            out_factor_pattern={method.shared: method.e},
             pooling=self.pooling if self.pooling in POOLINGS_OF_CONFIG else "sum",
             adapter=method.adapter,
             quantization_aware=quantization_aware,
@@ -207,13 +232,29 @@ def nf4_values(weight: Tensor) -> Tensor:
 def adapted(cell: Cell, base: nn.Module) -> nn.Module:
     """Fresh adapters, started by the cell's seed, on a copy of the base."""
     torch.manual_seed(cell.seed)
+    if METHODS[cell.method].start == "pissa":
+        return pissa(cell)
     model = get_peft_model(tasks.sharing_copy(base), cell.adapter())
+    if METHODS[cell.method].start == "error":
+        initialize_from_error_(model, split_of(cell, "float").upper)
     share = {"tied": 0.5, "half": 0.25}.get(cell.pooling)
     if share is not None:
         for layer in adapter_layers(model).values():
             p = layer.in_factor["default"]
             layer.pooling_scale["default"] = p ** (share - 0.5)
             layer.lora_A["default"].weight.data /= p**share
+    return model
+
+
+def pissa(cell: Cell) -> nn.Module:
+    """PEFT's PiSSA: A and B hold the largest singular vectors, and NF4 what is left of the weights."""
+    base = copy.deepcopy(split_of(cell, "float").upper)
+    targets = target_layers(base, GroupQuantConfig())
+    options = {"r": cell.r, "lora_alpha": cell.lora_alpha, "target_modules": list(targets)}
+    model = get_peft_model(base, LoraConfig(init_lora_weights="pissa", **options))
+    for name in targets:
+        weight = model.get_submodule(f"base_model.model.{name}.base_layer").weight
+        weight.data = nf4_values(weight.data)
     return model
 
 

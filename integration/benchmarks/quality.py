@@ -67,6 +67,16 @@ ROWS: tuple[Row, ...] = (
     ("lora_float", "none"),
     ("qahira_e2", DEFAULT_POOLING),
 )
+FACTORS: tuple[Row, ...] = (
+    ("affine_p2e1", DEFAULT_POOLING),
+    ("affine_p1e2", "none"),
+    ("lora_affine", "none"),
+    ("qblora_affine", DEFAULT_POOLING),
+    ("qahira_e1", DEFAULT_POOLING),
+    ("qahira_e2", DEFAULT_POOLING),
+)
+WHERE: tuple[Row, ...] = (("affine_e2_writers", "none"), ("affine_e2_readers", "none"), ("lora_affine", "none"))
+STARTS: tuple[Row, ...] = (("loftq_nf4", "none"), ("pissa_nf4", "none"), ("qblora_error_nf4", DEFAULT_POOLING))
 
 
 CORE: tuple[tuple[str, str, float], ...] = (
@@ -120,10 +130,16 @@ PLANS: dict[str, Callable[[], Iterable[Job]]] = {
     "methods": lambda: methods_plan(ROWS, task="r8"),
     "gptq": gptq_plan,
     "groups64": lambda: methods_plan(ROWS[2:4], task="r8", group_size=64),
-    "bits2": lambda: methods_plan(ROWS[2:4], task="r8", bits=2),
+    "bits2": lambda: methods_plan(ROWS[:5], task="r8", bits=2),
     "long": lambda: methods_plan(ROWS, task="r8", steps=240, pool=1920),
     "depth": lambda: methods_plan(ROWS, task="r8", layers=30),
     "csqa": lambda: methods_plan(ROWS, task="csqa"),
+    "csqa_factors": lambda: methods_plan(FACTORS, task="csqa"),
+    "csqa_where": lambda: methods_plan(WHERE, task="csqa"),
+    "csqa_rank2": lambda: methods_plan(ROWS[:5], task="csqa", r=2, lora_alpha=4),
+    "csqa_long": lambda: methods_plan(ROWS[:4], task="csqa", steps=240, pool=1920),
+    "csqa_starts": lambda: methods_plan(STARTS, task="csqa"),
+    "starts": lambda: methods_plan(STARTS, task="r8"),
     "csqa_pooling": lambda: pooling_plan((0, 1, 2), (3e-3, 1e-3, 1e-2), ("sum", "rms"), task="csqa"),
     "arc_easy": lambda: methods_plan(ROWS, task="arc_easy"),
     "exam": lambda: exam_plan("csqa"),

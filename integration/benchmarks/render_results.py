@@ -1,136 +1,31 @@
 """results/*.json -> RESULTS.md. Every number in the file comes from a cell; nothing is typed in by hand.
 
-    python -m integration.benchmarks.render_results
-
-A block is all that was measured under one set of conditions (task, depth, steps, base). Inside it a row is a method
-with its pooling; its rate is the one with the lowest mean validation NLL, and only then is its test split looked at.
-Comparisons are paired by seed: the same seed means the same questions in the same order.
+python -m integration.benchmarks.render_results
 """
 
-import dataclasses
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from integration.benchmarks import render_speed
-from integration.benchmarks.cells import METHODS, RESULTS
+from integration.benchmarks.blocks import Block, Result, Row, blocks, is_base, load, spread, table, title, values
+from integration.benchmarks.cells import METHODS, RESULTS, Cell
+from integration.benchmarks.claims import CLAIMS, claims_table
+from integration.benchmarks.dot_plot import dot_plot
 
 OUTPUT = Path(__file__).parent / "RESULTS.md"
-VARIED = ("method", "pooling", "lr", "seed")
-
-Result = dict[str, Any]
-Row = tuple[str, str]  # method, pooling
-
-NAMES = {
-    "base_float": "float32, not trained",
-    "base_nf4": "NF4, not trained",
-    "base_affine": "affine groups, not trained",
-    "lora_float": "LoRA, float32 base",
-    "qlora_nf4": "QLoRA (NF4)",
-    "qblora_nf4": "Q-BLoRA p=e=2 (NF4)",
-    "lora_affine": "LoRA, affine base",
-    "qblora_affine": "Q-BLoRA p=e=2, affine base",
-    "qalora": "QA-LoRA p=g, e=1",
-    "qablora_e2": "QA-BLoRA p=g, e=2",
-    "qablora_e4": "QA-BLoRA p=g, e=4",
-    "qahira_e1": "QA-HiRA p=g, e=1",
-    "qahira_e2": "QA-HiRA p=g, e=2",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """Results that differ in method, pooling, rate and seed only."""
-
-    conditions: dict[str, Any]
-    results: tuple[Result, ...]
-
-    def rows(self) -> list[Row]:
-        found = {(r["settings"]["method"], r["settings"]["pooling"]) for r in self.results}
-        return sorted(found, key=lambda row: (list(METHODS).index(row[0]), row[1]))
-
-    def rates(self) -> list[float]:
-        return sorted({r["settings"]["lr"] for r in self.results if not is_base(r)})
-
-    def of(self, row: Row, lr: float | None = None) -> list[Result]:
-        """The results of a row, at one rate or all, by seed."""
-        chosen = [
-            r
-            for r in self.results
-            if (r["settings"]["method"], r["settings"]["pooling"]) == row and lr in (None, r["settings"]["lr"])
-        ]
-        return sorted(chosen, key=lambda r: r["settings"]["seed"])
-
-    def best_rate(self, row: Row) -> float:
-        """The lowest mean validation NLL among the rates with the most seeds."""
-        by_rate = {
-            lr: values(self.of(row, lr), "validation", "nll") for lr in {r["settings"]["lr"] for r in self.of(row)}
-        }
-        most = max(len(v) for v in by_rate.values())
-        return min((lr for lr, v in by_rate.items() if len(v) == most), key=lambda lr: mean(by_rate[lr]))
-
-    def tested_rate(self, row: Row) -> float:
-        """The best rate on validation among those that were judged on test; the best rate if none was."""
-        tested = [r for r in self.of(row) if "test" in r["measures"]]
-        return Block(self.conditions, tuple(tested or self.of(row))).best_rate(row)
-
-
-def is_base(result: Result) -> bool:
-    return METHODS[result["settings"]["method"]].adapter == "none"
-
-
-def values(results: Iterable[Result], measure: str, key: str) -> list[float]:
-    return [r["measures"][measure][key] for r in results if key in r["measures"].get(measure, {})]
-
-
-def load(folder: Path = RESULTS) -> list[Result]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-
-
-def blocks(results: list[Result]) -> list[Block]:
-    grouped: dict[str, list[Result]] = {}
-    for result in results:
-        conditions = {key: value for key, value in result["settings"].items() if key not in VARIED}
-        if is_base(result):
-            conditions["steps"] = None
-        grouped.setdefault(json.dumps(conditions, sort_keys=True), []).append(result)
-    found = []
-    for key, members in grouped.items():
-        conditions = json.loads(key)
-        if conditions["steps"] is None:
-            continue
-        untrained = grouped.get(json.dumps(conditions | {"steps": None}, sort_keys=True), [])
-        found.append(Block(conditions, tuple(members + untrained)))
-    return sorted(found, key=lambda block: (-len(block.results), json.dumps(block.conditions, sort_keys=True)))
-
-
-# ---- text
-
-
-def spread(numbers: list[float], digits: int = 3) -> str:
-    """Mean, standard deviation where there is more than one, and how many."""
-    if not numbers:
-        return ""
-    deviation = f" ± {stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{mean(numbers):.{digits}f}{deviation} ({len(numbers)})"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def title(row: Row) -> str:
-    return NAMES[row[0]] + ("" if row[1] == "none" else f", {row[1]}")
+PLOTS = RESULTS.parent / "plots"
+OURS, PEER, DEPLOYED = "#2b6cb0", "#7b8794", "#c05621"
 
 
 def describe(conditions: dict[str, Any]) -> str:
     c = conditions
     length = f"stories of {c['tokens']} tokens, " if c["task"] == "r8" else ""
+    rank = f"rank {c['r']}, " if c["r"] != Cell.r else ""
     return (
-        f"{c['task']}: {c['steps']} steps of {c['batch']}, {length}adapters on the upper {c['layers']} of 30 layers, "
+        f"{c['task']}: {c['steps']} steps of {c['batch']}, {length}{rank}"
+        f"adapters on the upper {c['layers']} of 30 layers, "
         f"{c['bits']}-bit groups of {c['group_size']} ({c['algorithm']})"
     )
 
@@ -180,6 +75,30 @@ def deployed_table(block: Block) -> str:
             )
     return (
         table(["deployed at the affine base's bits", "route", "NLL", "accuracy", "macro recall"], rows) if rows else ""
+    )
+
+
+def plot(block: Block) -> tuple[str, str]:
+    """Name and text of the block's picture: the test NLL of every row, trained and deployed; no text if none is."""
+    rows = []
+    for row in block.rows():
+        if is_base(block.of(row)[0]):
+            continue
+        found = block.of(row, block.tested_rate(row))
+        colour = OURS if "blora" in row[0] else PEER
+        rows.append((title(row), colour, values(found, "test", "nll")))
+        for route in sorted({name for r in found for name in r["measures"] if name.startswith("test/")}):
+            at = f"{title(row)}, {route.removeprefix('test/')}"
+            rows.append((at, DEPLOYED, values(found, route, "nll")))
+    c = block.conditions
+    special = [
+        f"{key}{c[key]}" for key in ("r", "steps", "layers", "bits", "group_size") if c[key] != getattr(Cell, key)
+    ]
+    name = "-".join([c["task"], *special]) + ".svg"
+    if not any(measured for _, _, measured in rows):
+        return name, ""
+    return name, dot_plot(
+        describe(c).partition(", adapters")[0], "NLL of the right answer on the test split, nats", rows
     )
 
 
@@ -258,73 +177,6 @@ def progress_ratios(row: Row) -> tuple[float, float]:
     return rank * e**-0.5 * through_b * p**0.5, through_a * p**-0.5
 
 
-# ---- comparisons
-
-MERGED, TRAINED = "test/merged", "test"
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """`ours` has a lower test NLL than `theirs`, each at its own best rate; a side is (method, measure)."""
-
-    text: str
-    ours: tuple[str, str]
-    theirs: tuple[str, str]
-
-
-CLAIMS = (
-    Claim("Q-BLoRA is better than QLoRA (NF4)", ("qblora_nf4", TRAINED), ("qlora_nf4", TRAINED)),
-    Claim("Q-BLoRA is better than LoRA (affine base)", ("qblora_affine", TRAINED), ("lora_affine", TRAINED)),
-    Claim("QA-BLoRA (e=2) is better than QA-LoRA", ("qablora_e2", TRAINED), ("qalora", TRAINED)),
-    Claim("QA-BLoRA (e=4) is better than QA-LoRA", ("qablora_e4", TRAINED), ("qalora", TRAINED)),
-    Claim("QA-BLoRA (e=2) is better than QLoRA", ("qablora_e2", TRAINED), ("qlora_nf4", TRAINED)),
-    Claim("QA-BLoRA (e=2) is better than QA-HiRA (e=2)", ("qablora_e2", TRAINED), ("qahira_e2", TRAINED)),
-    Claim("merging QA-BLoRA loses nothing", ("qablora_e2", MERGED), ("qablora_e2", TRAINED)),
-    Claim("merged QA-BLoRA is better than QLoRA, rtn", ("qablora_e2", MERGED), ("qlora_nf4", "test/rtn")),
-    Claim(
-        "merged QA-BLoRA is better than LoRA on the affine base, rtn",
-        ("qablora_e2", MERGED),
-        ("lora_affine", "test/rtn"),
-    ),
-    Claim(
-        "merged QA-BLoRA is better than QLoRA on float, rtn", ("qablora_e2", MERGED), ("qlora_nf4", "test/float+rtn")
-    ),
-    Claim("merged QA-BLoRA is better than QLoRA, gptq", ("qablora_e2", MERGED), ("qlora_nf4", "test/gptq")),
-    Claim("merged QA-BLoRA is better than LoRA on float, rtn", ("qablora_e2", MERGED), ("lora_float", "test/rtn")),
-    Claim("merged QA-BLoRA is better than LoRA on float, gptq", ("qablora_e2", MERGED), ("lora_float", "test/gptq")),
-)
-
-
-def claims_table(block: Block) -> str:
-    rows = []
-    for claim in CLAIMS:
-        for ours in (row for row in block.rows() if row[0] == claim.ours[0]):
-            theirs = next((r for r in block.rows() if r[0] == claim.theirs[0] and r[1] in ("none", ours[1])), None)
-            if theirs is None:
-                continue
-            sides = [
-                {
-                    r["settings"]["seed"]: r["measures"][m]["nll"]
-                    for r in block.of(s, block.tested_rate(s))
-                    if m in r["measures"]
-                }
-                for s, m in ((ours, claim.ours[1]), (theirs, claim.theirs[1]))
-            ]
-            differences = [sides[0][seed] - sides[1][seed] for seed in sorted(sides[0].keys() & sides[1].keys())]
-            if differences:
-                rows.append([claim.text, ours[1], spread(differences), verdict(claim, differences)])
-    return table(["claim", "pooling", "difference in test NLL, paired by seed", "verdict"], rows) if rows else ""
-
-
-def verdict(claim: Claim, differences: list[float]) -> str:
-    """Decided by at least three seeds that agree; by nothing less."""
-    if claim.ours[0] == claim.theirs[0]:
-        return "holds" if max(map(abs, differences)) < 1e-3 else "does not hold"
-    if len(differences) < 3 or min(differences) < 0 < max(differences):
-        return "undecided"
-    return "holds" if max(differences) < 0 else "does not hold: the other is better"
-
-
 # ---- the file
 
 INTRODUCTION = """# What the methods reach at equal trainable parameters, and what they cost
@@ -336,7 +188,7 @@ that `python -m integration.benchmarks.quality` trained and judged, and can trai
   float32 base is no full-precision baseline.
 - **Adapters**: on every linear layer of the upper layers named in each title; the layers below are frozen, and what
   they make of a text is computed once. Parameters are those of a LoRA of rank 8, alpha 16 (QA-HiRA has no rank: its
-  count is given). The same code trains every method; LoRA is p = e = 1.
+  count is given), unless a title names another rank. The same code trains every method; LoRA is p = e = 1.
 - **Training**: AdamW, rate rising over a tenth of the steps and falling to zero, no weight decay, gradients clipped at
   1, cross-entropy of the answer and the end token, float32. 4-bit bases are held as the float32 values their codes
   stand for; rows called *merged* are judged on the packed 4-bit model that `qbl_trl.merge` returns.
@@ -346,6 +198,8 @@ that `python -m integration.benchmarks.quality` trained and judged, and can trai
   (test tables: among those judged on test). "First step": what
   Adam's first step gains, sum |dloss/dB|, against LoRA's; A moves from the second step on, and "A's share" is how far
   a step of A moves A pool(x), against LoRA's.
+- **Plots**: a dot for each seed, a stroke at the mean; grey for methods that share no outputs or are not ours, blue for
+  balanced adapters, orange for what is deployed at 4 bits.
 - **Verdicts** need three seeds that agree; they hold for this model, task and length of training, and no further.
 """
 
@@ -386,13 +240,25 @@ def render(results: list[Result]) -> str:
         tables = [rates_table, excess_table, transfer_table, test_table, deployed_table, claims_table]
         parts.append(f"## {describe(block.conditions)}\n")
         parts += [text + "\n" for make in tables if (text := make(block))]
+        name, picture = plot(block)
+        if picture:
+            parts.append(f"![{describe(block.conditions)}](results/{PLOTS.name}/{name})\n")
     parts += [machine(results), NOT_RUN + unmeasured(blocks(results)), render_speed.render()]
     return "\n".join(parts)
 
 
+def plots(results: list[Result]) -> dict[Path, str]:
+    """Every picture of the file by its path."""
+    drawn = (plot(block) for block in blocks(results))
+    return {PLOTS / name: picture for name, picture in drawn if picture}
+
+
 def main() -> None:
     OUTPUT.write_text(render(load()))
-    print(f"{OUTPUT} written")
+    PLOTS.mkdir(exist_ok=True)
+    for path, picture in plots(load()).items():
+        path.write_text(picture)
+    print(f"{OUTPUT} and {PLOTS} written")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,10 @@ rate times the sum of |gradient| over B. An entry's gradient is a sum over e out
 which for "rms" is (R / r) / sqrt(e): on a square layer 1.41 for p = e = 2, 2.66 for p = 32, e = 2. These are
 first-step figures under independence, not a promise; the default follows measurement (integration/benchmarks).
 
+B A has N/e rows and K/p columns, so a rank above min(K/p, N/e) reaches no weight change that this full rank does not;
+it only spends parameters, and what pooling saved is lost. In groups of 32 a layer of 4096 x 4096 is there from r = 34 on
+(e = 2), one of 576 x 576 from r = 5. The parameters of such a layer are better spent on e = 1 or saved.
+
 R is rounded to the nearest whole number. One rank costs 1/R of the adapter, so a single layer of small rank can be off
 by 1/(2R); over the layers of a decoder block the total stays within 1% of LoRA's from r = 16 on.
 
@@ -55,6 +59,12 @@ def matched_rank(r: int, in_features: int, out_features: int, in_factor: int, ou
     """R, the rank that spends exactly the parameters of a plain LoRA of rank r (rounded, at least 1)."""
     saved = in_features / in_factor + out_features / out_factor
     return max(1, round(r * (in_features + out_features) / saved))
+
+
+def largest_useful_r(in_features: int, out_features: int, in_factor: int, out_factor: int) -> float:
+    """The nominal rank at which R is the full rank of the block matrix, min(K/p, N/e); more reaches nothing new."""
+    inputs, outputs = in_features / in_factor, out_features / out_factor
+    return min(inputs, outputs) * (inputs + outputs) / (in_features + out_features)
 
 
 def fitting_factors(features: int, multiple_of: int = 1) -> list[int]:

@@ -4,6 +4,7 @@ Everything PEFT does with a LoRA model (naming, saving, several adapters, mixed 
 which layer is built and how adapters of compressed shape are combined.
 """
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from torch import Tensor, nn
 
 from qbl_trl.adapter import hotswap, mixed
-from qbl_trl.adapter.balance import matched_rank
+from qbl_trl.adapter.balance import largest_useful_r, matched_rank
 from qbl_trl.adapter.factors import record_factors_
 from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.adapter.targets import resolve_all_linear
@@ -58,6 +59,8 @@ class QBLoRAModel(LoraModel):
         }
         if chosen:
             record_factors_(self.peft_config[adapter_name], chosen)
+            if not self.peft_config[adapter_name].inference_mode:
+                _warn_of_surplus_rank(adapter_name, {name: layers[name] for name in chosen})
 
     def _check_target_module_compatiblity(self, peft_config: QBLoRAConfig, model: nn.Module, target_name: str) -> None:
         """Refuse the layers PEFT refuses for LoRA: a fused kernel (Mamba's) would read their weight, not call them."""
@@ -163,6 +166,27 @@ class _BlockView:
     def __init__(self, layer: BalancedLinear) -> None:
         self.lora_A, self.lora_embedding_A = layer.lora_A, layer.lora_embedding_A
         self.get_delta_weight = layer.block_delta
+
+
+def _warn_of_surplus_rank(adapter_name: str, layers: dict[str, BalancedLinear]) -> None:
+    """One warning if trained parameters go into ranks beyond the full rank of the block matrices."""
+    useful: dict[str, float] = {}
+    for name, layer in layers.items():
+        p, e = layer.in_factor[adapter_name], layer.out_factor[adapter_name]
+        inputs, outputs = layer.base.in_features, layer.base.out_features
+        if layer.rank[adapter_name] > min(inputs // p, outputs // e) and layer.r[adapter_name] <= min(inputs, outputs):
+            useful[name] = largest_useful_r(inputs, outputs, p, e)
+    if useful:
+        tightest = min(useful, key=lambda name: useful[name])
+        layer = layers[tightest]
+        p, e = layer.in_factor[adapter_name], layer.out_factor[adapter_name]
+        warnings.warn(
+            f"adapter {adapter_name!r}: on {len(useful)} of {len(layers)} layers r={layer.r[adapter_name]} buys ranks "
+            f"beyond the full rank of a pooled weight change; they cost parameters and reach nothing new ({tightest}: "
+            f"rank {layer.rank[adapter_name]} for {layer.base.out_features // e} x {layer.base.in_features // p} "
+            f'blocks). Spend them otherwise: a smaller out_factor, r={max(1, int(useful[tightest]))}, or adapter="block"',
+            stacklevel=2,
+        )
 
 
 def register() -> None:
