@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qbl_trl.adapter.balance import fitting_factors, matched_rank, pool_scale
+from qbl_trl.adapter.balance import fitting_factors, largest_useful_r, matched_rank, pool_scale
 from qbl_trl.errors import ConfigError
 
 # hidden size, MLP size, key and value size
@@ -50,6 +50,17 @@ def test_no_other_rank_is_nearer_to_loras_parameters(r, p, e, columns, rows):
 @given(r=st.integers(1, 64), c=st.sampled_from([1, 2, 4]), columns=st.integers(1, 32), rows=st.integers(1, 32))
 def test_equal_factors_multiply_the_rank(r, c, columns, rows):
     assert matched_rank(r, columns * c, rows * c, c, c) == c * r
+
+
+@given(
+    p=st.sampled_from([1, 2, 4, 32]), e=st.sampled_from([1, 2, 4]), columns=st.integers(1, 64), rows=st.integers(1, 64)
+)
+def test_the_largest_useful_r_buys_full_rank_and_no_more(p, e, columns, rows):
+    k, n = columns * p, rows * e
+    most = largest_useful_r(k, n, p, e)
+    assert most * (k + n) == pytest.approx(min(columns, rows) * (columns + rows))
+    if most >= 1:
+        assert matched_rank(int(most), k, n, p, e) <= min(columns, rows) <= matched_rank(int(most) + 1, k, n, p, e)
 
 
 def test_rms_pooling_keeps_the_variance_of_uncorrelated_inputs_whatever_the_factor():
