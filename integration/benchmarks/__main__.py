@@ -20,6 +20,7 @@ def main() -> None:
         ["base"],
         ["callback_overhead"],
         ["decode"],
+        ["growth"],
         ["quality", "--full" if args.full else "--quick"],
         ["render_results"],
     ]

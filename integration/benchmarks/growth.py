@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import gc
 import json
-import math
 import os
 import platform
 import subprocess
@@ -126,13 +125,6 @@ class PeakMemory:
 
     def above_start(self) -> int:
         return self._read("VmHWM") - self._start
-
-
-def slope(xs: list[float], ys: list[float]) -> float:
-    """Least squares of log y on log x."""
-    lx, ly = ([math.log(v) for v in values] for values in (xs, ys))
-    mx, my = sum(lx) / len(lx), sum(ly) / len(ly)
-    return sum((a - mx) * (b - my) for a, b in zip(lx, ly, strict=True)) / sum((a - mx) ** 2 for a in lx)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -104,7 +106,61 @@ def callback(found: dict[str, Any]) -> str:
     )
 
 
+GROWING = {
+    "step_seconds": "seconds of a training step",
+    "step_peak_bytes": "peak memory of a step, above the model",
+    "saved_bytes": "bytes saved for backward",
+    "export_seconds": "seconds to export",
+    "export_peak_bytes": "peak memory of the export, above the model",
+    "graph_bytes": "bytes of the graph",
+    "decode_seconds": "seconds of a decoding step",
+}
+
+
+def growth(found: dict[str, Any]) -> str:
+    """Log-log slopes along each axis, with the values at both ends."""
+    rows = []
+    for axis in dict.fromkeys(row["axis"] for row in found["rows"]):
+        for measure, words in GROWING.items():
+            line = [axis, words]
+            for method in ("lora", "ours"):
+                points = [row for row in found["rows"] if (row["axis"], row["method"]) == (axis, method)]
+                points = [row for row in points if measure in row]
+                if not points:
+                    line.append("")
+                    continue
+                values = [row[measure] for row in points]
+                ends = f"{points[0][axis]}: {short(values[0])}, {points[-1][axis]}: {short(values[-1])}"
+                line.append(f"**{slope([row[axis] for row in points], values):.2f}** ({ends})")
+            if any(line[2:]):
+                rows.append(line)
+    start = ", ".join(f"{key} {value}" for key, value in found["start"].items())
+    return (
+        "## How cost grows\n\n"
+        f"`python -m integration.benchmarks.growth`, {found['threads']} threads, medians of {found['steps']}. A Llama "
+        f"of random weights over 4-bit groups of 32; each axis starts from {start}. In bold the slope of the logarithms "
+        "(1: linear, 2: quadratic), in brackets the value at both ends.\n\n"
+        + table(["axis", "cost", "LoRA", "QA-BLoRA"], rows)
+    )
+
+
+def short(value: float) -> str:
+    """Bytes as MB, seconds as ms."""
+    return f"{value / 1e6:.1f} MB" if value > 1e4 else f"{value * 1e3:.1f} ms"
+
+
+def slope(xs: list[float], ys: list[float]) -> float:
+    """Least squares of log y on log x."""
+    return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
+
+
 def render() -> str:
     """Every table whose benchmark has run."""
-    makers = {"train_step": training_step, "base": base, "decode": decoding, "callback_overhead": callback}
+    makers = {
+        "train_step": training_step,
+        "base": base,
+        "decode": decoding,
+        "callback_overhead": callback,
+        "growth": growth,
+    }
     return "\n".join(make(found) for name, make in makers.items() if (found := load(name)))
