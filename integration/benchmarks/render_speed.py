@@ -138,8 +138,8 @@ def growth(found: dict[str, Any]) -> str:
     return (
         "## How cost grows\n\n"
         f"`python -m integration.benchmarks.growth`, {found['threads']} threads, medians of {found['steps']}. A Llama "
-        f"of random weights over 4-bit groups of 32; each axis starts from {start}. In bold the slope of the logarithms "
-        "(1: linear, 2: quadratic), in brackets the value at both ends.\n\n"
+        f"of random weights over 4-bit groups of 32; each axis starts from {start}. In bold the slope of the "
+        "logarithms (1: linear, 2: quadratic), in brackets the value at both ends.\n\n"
         + table(["axis", "cost", "LoRA", "QA-BLoRA"], rows)
     )
 
