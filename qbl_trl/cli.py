@@ -1,4 +1,4 @@
-"""qbl-trl: quantize | inspect | merge | to-lora | export | verify | report.
+"""qbl-trl: quantize | inspect | merge | to-lora | export | convert | verify | report.
 
 Each command is one public function of the package; `qbl-trl COMMAND --help` lists its options. An error of the
 package is one line on standard error and exit status 1; nothing half-written is left.
@@ -54,6 +54,13 @@ def make_parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="model folder -> ONNX graph at 4 bits")
     options.add_arguments(export)
     export.set_defaults(run=options.run)
+
+    convert = commands.add_parser("convert", help="4-bit folder, merged or not -> GGUF (llama.cpp) or HQQ")
+    convert.add_argument("model", help="a quantized or merged folder")
+    convert.add_argument("output", type=Path, help="a new file (gguf) or folder (hqq)")
+    convert.add_argument("--to", required=True, metavar="{gguf,hqq}", help="formats that hold a merged adapter")
+    convert.add_argument("--template", type=Path, help="gguf: a GGUF file of the same model, for its metadata")
+    convert.set_defaults(run=_convert)
 
     verify = commands.add_parser("verify", help="compare two models on the same text")
     verify.add_argument("reference", help="folder of a torch or ONNX model")
@@ -131,6 +138,20 @@ def _to_lora(args: argparse.Namespace) -> None:
     from qbl_trl.adapter.to_lora import to_lora
 
     print(to_lora(args.adapter, args.output))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from qbl_trl.folders import new_folder
+    from qbl_trl.quant.writers import check_request, write_checkpoint
+
+    check_request(args.output, args.to, args.template)
+    if args.to == "hqq":
+        with new_folder(args.output) as draft:
+            report = write_checkpoint(_load(args.model), draft, args.to)
+            _copy_tokenizer(args.model, draft)
+    else:
+        report = write_checkpoint(_load(args.model), args.output, args.to, template=args.template)
+    print(f"{args.output}: {report.layers} layers; weights off by {report.largest_rounding:.1e} at most")
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -217,18 +238,22 @@ _TOKENIZER_FILES = (
 
 def _save(model: Any, tokenizer_of: str, output: Path, overwrite: bool) -> None:
     """The model and the tokenizer beside it; a folder's tokenizer files are copied as they are."""
-    from transformers import AutoTokenizer
-
     from qbl_trl.folders import new_folder
 
     with new_folder(output, overwrite) as draft:
         model.save_pretrained(draft)
-        if Path(tokenizer_of).is_dir():
-            for name in _TOKENIZER_FILES:
-                if Path(tokenizer_of, name).is_file():
-                    shutil.copy(Path(tokenizer_of, name), draft)
-        else:
-            AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(draft)
+        _copy_tokenizer(tokenizer_of, draft)
+
+
+def _copy_tokenizer(source: str, output: Path) -> None:
+    from transformers import AutoTokenizer
+
+    if Path(source).is_dir():
+        for name in _TOKENIZER_FILES:
+            if Path(source, name).is_file():
+                shutil.copy(Path(source, name), output)
+    else:
+        AutoTokenizer.from_pretrained(source).save_pretrained(output)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,19 @@ def test_to_lora_writes_plain_lora_files(adapter, tmp_path):
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
+def test_convert_writes_hqq_and_says_why_integer_zero_points_cannot_be(adapter, tmp_path, capsys):
+    main(["merge", str(adapter[0]), str(tmp_path / "merged")])
+    assert main(["convert", str(tmp_path / "merged"), str(tmp_path / "hqq"), "--to", "hqq"]) == 0
+    assert json.loads((tmp_path / "hqq" / "config.json").read_text())["quantization_config"]["quant_method"] == "hqq"
+    assert "14 layers; weights off by 0.0e+00" in capsys.readouterr().out
+    assert main(["convert", str(tmp_path / "merged"), str(tmp_path / "gptq"), "--to", "gptq"]) == 1
+    assert "gptq stores integer zero points" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "merged"), str(tmp_path / "out.gguf"), "--to", "gguf"]) == 1
+    assert "needs template=" in capsys.readouterr().err
+    assert not (tmp_path / "gptq").exists()
+    assert not (tmp_path / "out.gguf").exists()
+
+
 def test_an_output_folder_that_is_not_empty_is_refused_and_left_alone(float_folder, tmp_path, capsys):
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "precious").touch()
@@ -81,7 +94,9 @@ def test_an_adapter_file_that_lacks_layers_is_refused(adapter, tmp_path, capsys)
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("command", ["quantize", "inspect", "merge", "to-lora", "export", "verify", "report"])
+@pytest.mark.parametrize(
+    "command", ["quantize", "inspect", "merge", "to-lora", "export", "convert", "verify", "report"]
+)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
         make_parser().parse_args([command, "--help"])

@@ -26,9 +26,9 @@ rate times the sum of |gradient| over B. An entry's gradient is a sum over e out
 which for "rms" is (R / r) / sqrt(e): on a square layer 1.41 for p = e = 2, 2.66 for p = 32, e = 2. These are
 first-step figures under independence, not a promise; the default follows measurement (integration/benchmarks).
 
-B A has N/e rows and K/p columns, so a rank above min(K/p, N/e) reaches no weight change that this full rank does not;
-it only spends parameters, and what pooling saved is lost. In groups of 32 a layer of 4096 x 4096 is there from r = 34 on
-(e = 2), one of 576 x 576 from r = 5. The parameters of such a layer are better spent on e = 1 or saved.
+B A has N/e rows and K/p columns, so a rank above min(K/p, N/e) reaches no weight change that this full rank does not:
+it only costs parameters. In groups of 32 and with e = 2, a layer of 4096 x 4096 is there from r = 34 on, one of
+576 x 576 from r = 5. A smaller e or a smaller r leaves nothing idle.
 
 R is rounded to the nearest whole number. One rank costs 1/R of the adapter, so a single layer of small rank can be off
 by 1/(2R); over the layers of a decoder block the total stays within 1% of LoRA's from r = 16 on.

@@ -178,13 +178,13 @@ def _warn_of_surplus_rank(adapter_name: str, layers: dict[str, BalancedLinear]) 
             useful[name] = largest_useful_r(inputs, outputs, p, e)
     if useful:
         tightest = min(useful, key=lambda name: useful[name])
-        layer = layers[tightest]
+        layer, enough = layers[tightest], max(1, int(useful[tightest]))
         p, e = layer.in_factor[adapter_name], layer.out_factor[adapter_name]
         warnings.warn(
             f"adapter {adapter_name!r}: on {len(useful)} of {len(layers)} layers r={layer.r[adapter_name]} buys ranks "
             f"beyond the full rank of a pooled weight change; they cost parameters and reach nothing new ({tightest}: "
             f"rank {layer.rank[adapter_name]} for {layer.base.out_features // e} x {layer.base.in_features // p} "
-            f'blocks). Spend them otherwise: a smaller out_factor, r={max(1, int(useful[tightest]))}, or adapter="block"',
+            f'blocks). Spend them otherwise: a smaller out_factor, r={enough}, or adapter="block"',
             stacklevel=2,
         )
 

@@ -58,6 +58,16 @@ def write_checkpoint(
             or a layer has bits or groups that the format lacks.
         FoldError: if a merged delta varies inside a group.
     """
+    path = check_request(output, format, template)
+    if template is None or format == "hqq":
+        return _write_hqq(model, path)
+    from qbl_trl.quant.gguf_writer import write_gguf
+
+    return WriteReport(path, *write_gguf(model, path, Path(template)))
+
+
+def check_request(output: str | os.PathLike[str], format: str, template: str | os.PathLike[str] | None = None) -> Path:
+    """What can be refused before a model is read: the output as a Path, or write_checkpoint's ConfigError."""
     if format in _INTEGER_FORMATS:
         raise ConfigError(
             f"write_checkpoint: {format} stores integer zero points, and a merged adapter shifts them by fractions: "
@@ -70,15 +80,12 @@ def write_checkpoint(
     path = Path(output)
     if path.is_file() or (path.is_dir() and (format == "gguf" or any(path.iterdir()))):
         raise ConfigError(f"write_checkpoint: {path} exists already; choose another output, or remove it")
-    if format == "hqq":
-        return _write_hqq(model, path)
-    if template is None:
+    if format == "gguf" and (template is None or not Path(template).is_file()):
         raise ConfigError(
-            'write_checkpoint: format="gguf" needs template=, a GGUF file of the same model, for metadata and tokenizer'
+            'write_checkpoint: format="gguf" needs template=, a GGUF file of the same model, for metadata and '
+            f"tokenizer; {'none was named' if template is None else f'{template} is no file'}"
         )
-    from qbl_trl.quant.gguf_writer import write_gguf
-
-    return WriteReport(path, *write_gguf(model, path, Path(template)))
+    return path
 
 
 def folded(layer: PackedWeight) -> Affine:
