@@ -6,14 +6,17 @@ GenAI's builder needs transformers 5, so it runs in an environment of its own; w
 graphs of one loop are measured in turn, in one process, so that whatever else the machine does hits all of them
 alike; the figures are medians. Our graphs hold a merged adapter (one value per block of 32 by 2 weights) over
 the same int4 embedding and head as GenAI's; `base` is the same without the adapter: the difference is what it costs.
+llama.cpp runs SmolLM2 from its GGUF file, as published and with a merged adapter (`qbl-trl convert --to gguf`).
 The results are written to integration/benchmarks/results/decode.json.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,8 +30,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from integration.demo.data import smollm2_gguf
 from qbl_trl import GroupQuantConfig, export_onnx
+from qbl_trl.quant.importers import convert_checkpoint
 from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.writers import write_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
 _WARM_UP = 4  # steps
@@ -72,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
     folders = build(source, args.work / source.name, args.genai_python, seconds)
     bandwidth = memory_bandwidth(args.threads)
     rows: list[Row] = []
-    for loop in (bare_sessions, optimum_loop, genai_loop):
+    for loop in (bare_sessions, optimum_loop, genai_loop, llama_loop):
         measured = loop(folders, args, bandwidth)
         print(table(measured), flush=True)
         rows += measured
@@ -123,12 +129,18 @@ def ours(source: Path, out: Path, merged: bool, **options: Any) -> None:
     """The base in groups of 32 with its embedding, and a random merged adapter."""
     quantization = GroupQuantConfig(bits=4, group_size=32, quantize_embeddings=True)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=quantization)
+    if merged:
+        set_random_adapter_(model)
+    export_onnx(model, out, tokenizer=source, overwrite=True, **options)
+
+
+def set_random_adapter_(model: Any) -> None:
+    """One value per block of 32 by 2 weights of every packed layer but the head."""
     head, generator = model.get_output_embeddings(), torch.Generator().manual_seed(0)
     for layer in model.modules():
-        if merged and isinstance(layer, GroupQuantLinear) and layer is not head:
+        if isinstance(layer, GroupQuantLinear) and layer is not head:
             delta = torch.randn(layer.out_features // 2, layer.in_features // 32, generator=generator) * 1e-3
             layer.set_delta(delta, 32, 2)
-    export_onnx(model, out, tokenizer=source, overwrite=True, **options)
 
 
 def genai_build(python: str, source: Path, out: Path) -> None:
@@ -293,6 +305,47 @@ def genai_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: fl
             rest.append((time.perf_counter() - start) / max(count, 1))
         speeds[name] = (args.prompt / median(first), 1 / median(rest))
     return rows_of("GenAI runtime", {name: folders[name] for name in speeds}, speeds, bandwidth)
+
+
+def llama_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
+    """llama.cpp, where it is installed and the model came as a GGUF file: SmolLM2."""
+    if args.random or not importlib.util.find_spec("llama_cpp"):
+        return []
+    from llama_cpp import Llama
+
+    files = {"GGUF Q4_1, as published": smollm2_gguf(), "GGUF Q4_1, merged adapter": merged_gguf(folders)}
+    models = {
+        name: Llama(str(file), n_ctx=args.prompt + args.new + 8, n_threads=args.threads, verbose=False)
+        for name, file in files.items()
+    }
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
+    for turn in tqdm(range(args.rounds), desc="llama.cpp"):
+        for name in list(models) if turn % 2 == 0 else reversed(models):
+            models[name].reset()
+            start = time.perf_counter()
+            models[name].eval(list(range(1, args.prompt + 1)))
+            times[name][0].append(time.perf_counter() - start)
+            for _ in range(args.new):
+                start = time.perf_counter()
+                models[name].eval([1])
+                times[name][1].append(time.perf_counter() - start)
+    rows = []
+    for name, (first, rest) in times.items():
+        size, speed = files[name].stat().st_size, 1 / median(rest)
+        rows.append(Row(name, "llama.cpp", size / 1e6, args.prompt / median(first), speed, speed * size / bandwidth))
+    return rows
+
+
+def merged_gguf(folders: dict[str, Path]) -> Path:
+    """The published GGUF file with a random merged adapter in its offsets."""
+    file = next(iter(folders.values())).parent / "merged.gguf"
+    if not file.is_file():
+        with tempfile.TemporaryDirectory() as base:
+            convert_checkpoint(smollm2_gguf(), Path(base) / "model")
+            model = AutoModelForCausalLM.from_pretrained(Path(base) / "model", dtype=torch.float32)
+            set_random_adapter_(model)
+            write_checkpoint(model, file, "gguf", template=smollm2_gguf())
+    return file
 
 
 # ---- report
