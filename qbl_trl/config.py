@@ -82,7 +82,8 @@ class QBLoRAConfig(LoraConfig):
     the parameters of a plain LoRA of rank `r`: R = round(r (K + N) / (K / in_factor + N / out_factor)).
 
     Attributes:
-        r: nominal rank, the rank of the plain LoRA with as many parameters. Default 64.
+        r: nominal rank, the rank of the plain LoRA with as many parameters. Default 64. R beyond min(K / p, N / e)
+            reaches nothing new; placing the adapter warns of it and names an r that fits.
         lora_alpha: scale numerator, the adapter is multiplied by lora_alpha / r. Default 16.
         target_modules: names, a regular expression or "all-linear" (every linear layer but the output head; where
             `quantization_aware`, every one that the base quantized).
