@@ -137,6 +137,8 @@ PLANS: dict[str, Callable[[], Iterable[Job]]] = {
     "csqa_factors": lambda: methods_plan(FACTORS, task="csqa"),
     "csqa_where": lambda: methods_plan(WHERE, task="csqa"),
     "csqa_rank2": lambda: methods_plan(ROWS[:5], task="csqa", r=2, lora_alpha=4),
+    "rank2": lambda: methods_plan(ROWS[:5], task="r8", r=2, lora_alpha=4),
+    "csqa_rank1": lambda: methods_plan(ROWS[2:4], task="csqa", r=1, lora_alpha=2),
     "csqa_long": lambda: methods_plan(ROWS[:4], task="csqa", steps=240, pool=1920),
     "csqa_starts": lambda: methods_plan(STARTS, task="csqa"),
     "starts": lambda: methods_plan(STARTS, task="r8"),

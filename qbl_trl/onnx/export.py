@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from qbl_trl.errors import ExportError
 from qbl_trl.folders import check_free, new_folder
 from qbl_trl.onnx import companions
+from qbl_trl.onnx.branches import choose_branches
+from qbl_trl.onnx.digits import layout_for
 from qbl_trl.onnx.files import MODEL_FILE, folder_bytes, save
 from qbl_trl.onnx.gate import Disagreement, Gate, Unrunnable
 from qbl_trl.onnx.genai import write_genai_config
@@ -98,7 +100,12 @@ def export_onnx(
             max_length=max_length or companions.max_positions(held.config),
             spelled_out=float_type != torch.float32,
         )
-        wanted = replace(options, dtype=float_type, accuracy_level=accuracy_level)
+        wanted = replace(
+            options,
+            dtype=float_type,
+            accuracy_level=accuracy_level,
+            digits=accuracy_level == 4 and lowering == "auto" and provider == "cpu" and _has_digits(held.decoder()),
+        )
         step(bar, "computing its logits")
         gate = Gate(
             float32_reference(held.model()),
@@ -110,14 +117,15 @@ def export_onnx(
             new_folder(target, overwrite, ExportError) as folder,
             tempfile.TemporaryDirectory(dir=folder.parent, prefix=".qbl_") as side,
         ):
-            exact_folder = folder if float_type == torch.float32 else Path(side)
+            as_it_is = float_type == torch.float32 and not wanted.digits
+            exact_folder = folder if as_it_is else Path(side)
             exact, reports = _exact(held, options, attention == "auto", gate, tolerance, exact_folder)
             step(bar, "finishing the folder")
             final, lossy = exact, None
             if exact_folder is not folder:
                 final = _build(held, replace(wanted, attention=exact.attention), folder)
                 held.let_go()
-            if accuracy_level:
+            elif accuracy_level:
                 set_accuracy_level(folder / MODEL_FILE, accuracy_level)
             if wanted != options:
                 lossy = gate.look_at(folder)
@@ -216,6 +224,10 @@ def _trace_and_rewrite(model: PreTrainedModel, options: Options) -> tuple[ir.Mod
     if traced != options.dtype:
         float16_to_bfloat16(graph)
     return graph, rewrite(graph, skeleton, options)
+
+
+def _has_digits(decoder: PreTrainedModel) -> bool:
+    return any(layout_for(source) for source in choose_branches(linear_sources(decoder), "auto").values())
 
 
 def set_accuracy_level(path: Path, level: int) -> None:

@@ -3,17 +3,19 @@
     factored           y = W(q, s, z) x + expand_e(D sum_p(x))         integer z, exact for every p and e
     float_zero_point   y = W(q, s, z') x,  z' = z - D / s              one operator, needs p to be a multiple of g
     low_rank           y = base(x) + expand_e(gain B (A sum_p(x)))     the two factors as trained
+    digits             y = [W | digits of D] [x, sum_p(x), ...]        with 8-bit activations only, see digits.py
 
 Expanding D along its rows happens in the graph, on constants: the file holds (N / e, K / p), ONNX Runtime folds the
 expansion once when it loads, and a token pays one small product.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 import torch
 
 from qbl_trl.errors import ExportError
+from qbl_trl.onnx.digits import Layout, extended, layout_for
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor
 from qbl_trl.onnx.layers import BlockDelta, Bnb4Base, Branch, DenseBase, GroupBase, LinearSource, Stored
 from qbl_trl.onnx.weights import Reader, folded_zeros, give, transposed, zero_shift
@@ -38,15 +40,22 @@ class LinearLowering:
         lowering: "auto", "factored", "float_zero_point" or "low_rank".
         shared: names of weights that other layers use too, by data pointer (a tied embedding).
         accuracy_level: attribute of MatMulNBits; 4 quantizes activations to 8 bits on CPU, None and 0 do not.
+        digits: write block deltas as digits beside the codes where they fit there.
     """
 
     def __init__(
-        self, editor: Editor, lowering: str, accuracy_level: int | None, shared: dict[tuple[int, ...], str]
+        self,
+        editor: Editor,
+        lowering: str,
+        accuracy_level: int | None,
+        shared: dict[tuple[int, ...], str],
+        digits: bool = False,
     ) -> None:
-        self.editor, self.lowering, self.accuracy_level = editor, lowering, accuracy_level
+        self.editor, self.lowering, self.accuracy_level, self.digits = editor, lowering, accuracy_level, digits
         self.shared = shared
         self.layers: list[LoweredLayer] = []
         self._pooled: dict[tuple[ir.Value, int], ir.Value] = {}
+        self._appended: dict[tuple[ir.Value, int], ir.Value] = {}
 
     def lower(self, node: ir.Node, source: LinearSource) -> None:
         """Replace one placeholder.
@@ -62,6 +71,11 @@ class LinearLowering:
             x = editor.add(node, "Cast", [x], {"to": int(editor.float_type)}, name=name).outputs[0]
             x.type = node.outputs[0].type = ir.TensorType(editor.float_type)
         branches: tuple[Branch, ...] = source.branches
+        corrections: list[str] = []
+        layout = layout_for(source) if self.digits else None
+        if layout is not None:
+            x, source, branches = *self._append_digits(node, x, source, layout), ()
+            corrections.append("block delta in 8 bits")
         if isinstance(source.base, GroupBase):
             y, branches = self._group(node, x, source, source.base)
             operator = "MatMulNBits"
@@ -69,7 +83,6 @@ class LinearLowering:
             y, operator = self._bnb4(node, x, source, source.base), "MatMulBnb4"
         else:
             y, operator = self._dense(node, x, source, source.base), "MatMul"
-        corrections: list[str] = []
         for branch in branches:
             y = self._branch(node, x, y, name, branch, len(corrections))
             corrections.append("block delta" if isinstance(branch, BlockDelta) else "low rank")
@@ -121,6 +134,18 @@ class LinearLowering:
             attributes["accuracy_level"] = self.accuracy_level
         made = editor.add(node, "MatMulNBits", inputs, attributes, domain=MS_DOMAIN, name=name, like=node.outputs[0])
         return made.outputs[0], branches
+
+    def _append_digits(
+        self, node: ir.Node, x: ir.Value, source: LinearSource, layout: Layout
+    ) -> tuple[ir.Value, LinearSource]:
+        """[x, h, h, ...], once per input, and the layer that reads it."""
+        p = source.in_features // layout.columns
+        if (x, p) not in self._appended:
+            pooled = self._pool(node, x, layout.columns, p)
+            joined = self.editor.add(node, "Concat", [x] + [pooled] * layout.copies, {"axis": -1}, like=x)
+            self._appended[x, p] = joined.outputs[0]
+        wider = replace(source, in_features=source.in_features + layout.width, base=extended(source, layout))
+        return self._appended[x, p], replace(wider, branches=())
 
     def _bnb4(self, node: ir.Node, x: ir.Value, source: LinearSource, base: Bnb4Base) -> ir.Value:
         editor, name = self.editor, source.name

@@ -34,6 +34,7 @@ class Options:
         spelled_out: standard attention as single operators, as half precision needs it; traced so in float32 too, so
             that the graph compared with the model is the one that is written.
         provider: whose kernels the graph is held against.
+        digits: whether block deltas may be written in 8 bits, see `digits.py`.
     """
 
     dtype: torch.dtype
@@ -44,6 +45,7 @@ class Options:
     max_length: int
     spelled_out: bool = False
     provider: str = "cpu"
+    digits: bool = False
 
 
 def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> list[LoweredLayer]:
@@ -65,7 +67,7 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> list[Lower
     shared = lower_embeddings(editor, skeleton.embeddings)
     linears = pack_projections(editor, choose_branches(skeleton.linears, options.lowering))
     accept_guessed_caches(editor, skeleton.model.config)
-    lowering = LinearLowering(editor, options.lowering, options.accuracy_level, shared)
+    lowering = LinearLowering(editor, options.lowering, options.accuracy_level, shared, options.digits)
     for node in [node for node in editor.graph if node.domain == TRACE_DOMAIN and node.op_type == "Linear"]:
         lowering.lower(node, linears[attribute(node, "name")])
     _finish(model)

@@ -1,0 +1,161 @@
+"""A block delta written as two more digits beside the codes of its layer: for kernels with 8-bit activations.
+
+    W x + D h  ~  [W | s c | s' c'] [x, h, h]        h = sum_p(x),   D ~ s c + s' c'
+
+c and c' are signed codes of the layer's own width with one scale per row and block, so one MatMulNBits does it all:
+no second product reads D in float32, and nothing is added afterwards. The second digit holds what the first leaves:
+
+    |D - s c - s' c'|  <=  s' / 2  <=  max|D| / 225      over a row's block, 4-bit codes (one digit of 8: max|D| / 255)
+
+which is the error that 8-bit activations make everywhere else; without them the exact product stays (`linears.py`).
+
+A block has one scale, so no block may hold both digits: h is appended often enough that one copy starts where the
+first digit's blocks have ended. Copies between have codes that stand for zero.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qbl_trl.onnx.layers import BlockDelta, GroupBase, LinearSource, Stored
+from qbl_trl.onnx.weights import unpacked_zeros
+from qbl_trl.quant.packing import pack
+
+_LARGEST_SHARE = 4  # no more than a quarter of the layer's own blocks: beyond, D has too many columns for this
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the digits of (N, columns) lie among the columns that are appended to a layer.
+
+    Attributes:
+        starts: first appended column of each digit.
+        copies: how often h is appended.
+        blocks: appended blocks; the last may be partly empty.
+    """
+
+    bits: int
+    block: int
+    columns: int
+    starts: tuple[int, ...]
+    copies: int
+
+    @classmethod
+    def of(cls, bits: int, block: int, columns: int) -> "Layout":
+        """Two digits of 4 bits or one of 8."""
+        first_blocks = -(-columns // block)
+        second = -(-first_blocks * block // columns)  # the first copy that starts behind them
+        starts = (0,) if bits == 8 else (0, second * columns)
+        return cls(bits, block, columns, starts, starts[-1] // columns + 1)
+
+    @property
+    def width(self) -> int:
+        """Appended columns."""
+        return self.copies * self.columns
+
+    @property
+    def blocks(self) -> int:
+        """Appended blocks; the last may be partly empty."""
+        return -(-self.width // self.block)
+
+
+def layout_for(source: LinearSource) -> Layout | None:
+    """How the layer's block deltas become digits, or None where they are better multiplied in float.
+
+    Not for fractional zero points of the base itself: their correction is as large as the weights.
+    """
+    base, branches = source.base, source.branches
+    if not isinstance(base, GroupBase) or base.bits not in (4, 8) or not branches:
+        return None
+    if base.zeros is not None and base.zeros.floating:
+        return None
+    if not all(isinstance(branch, BlockDelta) for branch in branches) or len({b.in_factor for b in branches}) != 1:
+        return None
+    if source.in_features % base.group_size:
+        return None
+    layout = Layout.of(base.bits, base.group_size, source.in_features // branches[0].in_factor)
+    own = source.in_features // base.group_size
+    return layout if _LARGEST_SHARE * layout.blocks <= own else None
+
+
+def encode(delta: Tensor, layout: Layout, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """The digits of a block delta.
+
+    Args:
+        delta: (N, columns) float, in weight units.
+        dtype: what the scales are stored in; codes are chosen for the rounded scales.
+
+    Returns:
+        codes (N, blocks * block) uint8 around 2**(bits-1); scales (N, blocks) in `dtype`.
+    """
+    rows, middle = delta.shape[0], 1 << (layout.bits - 1)
+    codes = torch.zeros(rows, layout.blocks * layout.block)
+    scales = torch.zeros(rows, layout.blocks, dtype=dtype)
+    left = delta.detach().float()
+    for start in layout.starts:
+        held = torch.zeros_like(codes)
+        held[:, start : start + layout.columns] = left
+        largest = held.view(rows, layout.blocks, layout.block).abs().amax(2)
+        own = (largest / (middle - 0.5)).to(dtype)  # its half step reaches `largest`, on the positive side too
+        wide = own.float().repeat_interleave(layout.block, 1)
+        digit = torch.where(wide > 0, held / wide, 0.0).round().clamp(-middle, middle - 1)
+        codes, scales = codes + digit, torch.where(largest > 0, own, scales)
+        left = left - (digit * wide)[:, start : start + layout.columns]
+    return (codes + middle).to(torch.uint8), scales
+
+
+@dataclass(frozen=True)
+class _Extended(Stored):
+    """What a layer stores with the digits behind it; made when read."""
+
+    rows: int
+    width: int
+    make: Callable[[], Tensor]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows, self.width
+
+    @property
+    def pointers(self) -> tuple[int, ...]:
+        return ()  # no other layer stores the same
+
+    def read(self) -> Tensor:
+        return self.make()
+
+
+def extended(source: LinearSource, layout: Layout) -> GroupBase:
+    """The layer's base with the digits of its branches appended to codes, scales and zero points."""
+    base = source.base
+    if not isinstance(base, GroupBase):
+        raise TypeError(f"{source.name}: only codes in groups have digits")
+    rows, groups = base.scales.shape
+    dtype = base.scales.parts[0].dtype
+    per_byte = 8 // base.bits
+
+    def digits() -> tuple[Tensor, Tensor]:
+        deltas = [b.delta.read().cpu().float().repeat_interleave(b.out_factor, 0) for b in _deltas(source)]
+        return encode(torch.stack(deltas).sum(0), layout, dtype)
+
+    def weight() -> Tensor:
+        codes = pack(digits()[0], base.bits)
+        return torch.cat([base.weight.read().cpu().reshape(rows, -1), codes], 1)
+
+    def zeros() -> Tensor:
+        middle = torch.full((rows, layout.blocks), float(1 << (base.bits - 1)))
+        return pack(torch.cat([unpacked_zeros(base).cpu(), middle], 1).to(torch.uint8), base.bits)
+
+    total = groups + layout.blocks
+    return GroupBase(
+        base.bits,
+        base.group_size,
+        _Extended(base.weight.parts, rows, total * base.group_size // per_byte, weight),
+        _Extended(base.scales.parts, rows, total, lambda: torch.cat([base.scales.read().cpu(), digits()[1]], 1)),
+        None if base.zeros is None else _Extended(base.zeros.parts, rows, -(-total // per_byte), zeros),
+    )
+
+
+def _deltas(source: LinearSource) -> list[BlockDelta]:
+    return [branch for branch in source.branches if isinstance(branch, BlockDelta)]
