@@ -89,8 +89,10 @@ class QBLoRAConfig(LoraConfig):
             `quantization_aware`, every one that the base quantized).
         in_factor: p, how many neighbouring inputs are pooled into one. Default 2, or the quantization group of the
             base when `quantization_aware`.
-        out_factor: e, how many neighbouring outputs share one adapter output. Default 2, as published; in the tables of
-            integration/benchmarks/RESULTS.md 1 and 2 are even on Reuters R8, and 1 is ahead on CommonsenseQA.
+        out_factor: e, how many neighbouring outputs share one adapter output. Default 2, as published; when
+            `quantization_aware`, 1 on the layers where 2 would raise R beyond full rank. Sharing outputs buys rank: it
+            wins while there is rank to buy and loses where there is none (CommonsenseQA at ranks 1 to 8 in
+            integration/benchmarks/RESULTS.md).
         quantization_aware: QA-BLoRA. Requires in_factor to be a multiple of the base's quantization group, so that
             the trained adapter merges exactly into the zero points and the merged model stays at 4 bits.
         pooling: "mean" (as published), "rms" (mean times sqrt(p), keeps the variance of the input) or "sum". The
@@ -119,7 +121,10 @@ class QBLoRAConfig(LoraConfig):
     in_factor: int | None = field(
         default=None, metadata={"help": "Inputs pooled into one; 2, or the base's group if quantization_aware."}
     )
-    out_factor: int = field(default=2, metadata={"help": "Outputs that share one adapter output."})
+    out_factor: int | None = field(
+        default=None,
+        metadata={"help": "Outputs that share one adapter output; 2, or 1 where quantization_aware leaves no rank."},
+    )
     quantization_aware: bool = field(
         default=False, metadata={"help": "Align in_factor with the base's groups: exact merge at 4 bits (QA-BLoRA)."}
     )
@@ -147,10 +152,11 @@ class QBLoRAConfig(LoraConfig):
         if everywhere:
             self.target_modules = "all-linear"
         self.peft_type = QBLORA
-        if self.in_factor is None and not self.quantization_aware:
-            self.in_factor = 2
+        for name in ("in_factor", "out_factor"):
+            if getattr(self, name) is None and not self.quantization_aware:
+                setattr(self, name, 2)
         for name in ("in_factor", "out_factor", "r"):
-            if name != "in_factor" or self.in_factor is not None:
+            if name == "r" or getattr(self, name) is not None:
                 _whole_number(name, getattr(self, name))
         for name in ("in_factor_pattern", "out_factor_pattern"):
             for layer, value in getattr(self, name).items():

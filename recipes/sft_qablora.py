@@ -42,7 +42,7 @@ class QABLoRAArguments:
     lora_alpha: int = field(default=16, metadata={"help": "The adapter is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the pooled input."})
     in_factor: int | None = field(default=None, metadata={"help": "Inputs pooled into one; default: the group size."})
-    out_factor: int = field(default=2, metadata={"help": "Outputs that share one adapter output."})
+    out_factor: int | None = field(default=None, metadata={"help": "Outputs that share one; default: 2 or 1, by rank."})
     overwrite: bool = field(default=False, metadata={"help": "Replace what output_dir/merged and onnx hold."})
     export_onnx: bool = field(default=False, metadata={"help": "Also write output_dir/onnx."})
     provider: str = field(default="cpu", metadata={"help": "Where the ONNX graph will run: cpu or cuda."})

@@ -1,5 +1,6 @@
 """RESULTS.md is what its cells say, and the quality benchmark measures what it claims to."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -132,7 +133,7 @@ def test_measures_of_a_judgement():
     assert measures["accuracy"] == measures["macro_recall"] == 0.5
 
 
-@pytest.mark.parametrize("method", [name for name, m in cells.METHODS.items() if m.adapter != "none"])
+@pytest.mark.parametrize("method", [n for n, m in cells.METHODS.items() if m.adapter != "none" and not m.start])
 def test_a_fresh_adapter_changes_nothing_and_has_the_parameters_of_lora(model, method):
     cell = cells.Cell("r8", method, "none" if cells.METHODS[method].p == 1 else "sum", r=2)
     upper = tasks.Split(model, 2).upper
@@ -143,6 +144,22 @@ def test_a_fresh_adapter_changes_nothing_and_has_the_parameters_of_lora(model, m
         plain = cells.adapted(cells.Cell("r8", "lora_float", r=2), upper)
         ours, theirs = (sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (adapted, plain))
         assert ours == pytest.approx(theirs, rel=0.1)  # ranks are whole numbers, and this model is tiny
+
+
+@pytest.mark.parametrize("method", [n for n, m in cells.METHODS.items() if m.start])
+def test_a_start_that_knows_the_float_weights_begins_nearer_to_them(model, method, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(cells, "split_of", lambda cell, kind=None: tasks.Split(copy.deepcopy(model), 2))
+    exact, rounded = (tasks.Split(copy.deepcopy(model), 2).upper for _ in range(2))
+    names = list(cells.target_layers(exact, GroupQuantConfig()))
+    for name in names:
+        weight = rounded.get_submodule(name).weight
+        weight.data = cells.nf4_values(weight.data)
+    started = cells.unwrap(cells.adapted(cells.Cell("r8", method, r=4), rounded))
+    for name in names:
+        layer, weight = started.get_submodule(name), exact.get_submodule(name).weight
+        found = layer.get_base_layer().weight + layer.get_delta_weight("default")
+        assert (found - weight).norm() < (rounded.get_submodule(name).weight - weight).norm()
 
 
 def test_a_base_held_as_float_computes_what_its_codes_do(model):

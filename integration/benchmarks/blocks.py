@@ -36,6 +36,7 @@ NAMES = {
     "affine_e2_readers": "p=1, e=2 on q, k, v, gate and up, affine base",
     "qalora": "QA-LoRA p=g, e=1",
     "qablora_e2": "QA-BLoRA p=g, e=2",
+    "qablora": "QA-BLoRA p=g, e by rank",
     "qablora_e4": "QA-BLoRA p=g, e=4",
     "qahira_e1": "QA-HiRA p=g, e=1",
     "qahira_e2": "QA-HiRA p=g, e=2",

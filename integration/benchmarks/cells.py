@@ -21,6 +21,7 @@ computed once (tasks.Split).
 | affine_p2e1, affine_p1e2 | affine groups of g | 2, 1 | 1, 2 | A, B |
 | affine_e2_writers, affine_e2_readers | affine groups of g | 1 | 2 on some layers, else 1 | A, B |
 | qalora, qablora_e2, qablora_e4 | affine groups of g | g | 1, 2, 4 | A, B |
+| qablora | affine groups of g | g | QBLoRAConfig's default: 2 where that leaves rank, else 1 | A, B |
 | qahira_e1, qahira_e2 | affine groups of g | g | 1, 2 | D |
 
 Two poolings are none of the package's: "tied" is the sum with A started as a plain LoRA's A would be (bound 1/sqrt(K),
@@ -34,6 +35,7 @@ import hashlib
 import json
 import platform
 import random
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -50,6 +52,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from integration.benchmarks import tasks
 from integration.demo.data import default_cache, smollm2
+from qbl_trl.adapter.balance import default_out_factor
 from qbl_trl.adapter.initialize import initialize_from_error_
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.config import POOLINGS as POOLINGS_OF_CONFIG
@@ -62,6 +65,7 @@ from qbl_trl.quant.targets import target_layers
 RESULTS = Path(__file__).parent / "results" / "quality"
 CALIBRATION = 128  # training prompts
 POOLED = "g"  # in METHODS: p is the quantization group
+BY_RANK = "by rank"  # in METHODS: e is what QBLoRAConfig chooses for a quantization-aware layer
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,14 @@ class Method:
 
     Attributes:
         base: "float", "nf4" or "affine".
-        p, e: the factors; p may be POOLED.
+        p, e: the factors; p may be POOLED, e may be BY_RANK.
         start: "" (B = 0), "error" (LoftQ's) or "pissa".
         shared: regular expression, the layers whose outputs share; e is 1 elsewhere.
     """
 
     base: str
     p: int | str
-    e: int
+    e: int | str
     adapter: str = "low_rank"
     start: str = ""
     shared: str = ".*"
@@ -103,6 +107,7 @@ METHODS = {
     "affine_e2_readers": Method("affine", 1, 2, shared=READERS),
     "qalora": Method("affine", POOLED, 1),
     "qablora_e2": Method("affine", POOLED, 2),
+    "qablora": Method("affine", POOLED, BY_RANK),
     "qablora_e4": Method("affine", POOLED, 4),
     "qahira_e1": Method("affine", POOLED, 1, "block"),
     "qahira_e2": Method("affine", POOLED, 2, "block"),
@@ -161,14 +166,22 @@ class Cell:
     def affine(self) -> GroupQuantConfig:
         return GroupQuantConfig(bits=self.bits, group_size=self.group_size, algorithm=self.algorithm)
 
-    def adapter(self, quantization_aware: bool = False) -> QBLoRAConfig:
+    def out_factors(self, model: nn.Module) -> dict[str, int]:
+        """e by layer, as `out_factor_pattern` takes it."""
+        method = METHODS[self.method]
+        if method.e != BY_RANK:
+            return {method.shared: int(method.e)}
+        sizes = {n: (m.in_features, m.out_features) for n, m in model.named_modules() if hasattr(m, "in_features")}
+        return {f"^{re.escape(n)}": default_out_factor(self.r, *size, self.in_factor) for n, size in sizes.items()}
+
+    def adapter(self, model: nn.Module, quantization_aware: bool = False) -> QBLoRAConfig:
         method = METHODS[self.method]
         return QBLoRAConfig(
             r=self.r,
             lora_alpha=self.lora_alpha,
             in_factor=self.in_factor,
             out_factor=1,
-            out_factor_pattern={method.shared: method.e},
+            out_factor_pattern=self.out_factors(model),
             pooling=self.pooling if self.pooling in POOLINGS_OF_CONFIG else "sum",
             adapter=method.adapter,
             quantization_aware=quantization_aware,
@@ -234,7 +247,7 @@ def adapted(cell: Cell, base: nn.Module) -> nn.Module:
     torch.manual_seed(cell.seed)
     if METHODS[cell.method].start == "pissa":
         return pissa(cell)
-    model = get_peft_model(tasks.sharing_copy(base), cell.adapter())
+    model = get_peft_model(tasks.sharing_copy(base), cell.adapter(base))
     if METHODS[cell.method].start == "error":
         initialize_from_error_(model, split_of(cell, "float").upper)
     share = {"tied": 0.5, "half": 0.25}.get(cell.pooling)
@@ -385,7 +398,7 @@ def deployed(cell: Cell, model: nn.Module, route: str) -> tuple[tasks.Split, nn.
     if route == "merged":
         packed = tasks.sharing_copy(split_of(cell, "float").upper)
         quantize_model_(packed, cell.affine)
-        peft_model = get_peft_model(packed, cell.adapter(quantization_aware=True))
+        peft_model = get_peft_model(packed, cell.adapter(packed, quantization_aware=True))
         peft_model.load_state_dict(trained_tensors(model), strict=False)
         return lower, merge(peft_model)
     start, _, algorithm = route.rpartition("+")

@@ -31,6 +31,8 @@ CLAIMS = (
     Claim("starting at the error is better than zero, Q-BLoRA", ("qblora_error_nf4", TRAINED), ("qblora_nf4", TRAINED)),
     Claim("QA-BLoRA (e=2) is better than QA-LoRA", ("qablora_e2", TRAINED), ("qalora", TRAINED)),
     Claim("QA-BLoRA (e=4) is better than QA-LoRA", ("qablora_e4", TRAINED), ("qalora", TRAINED)),
+    Claim("QA-BLoRA (e by rank) is better than QA-LoRA", ("qablora", TRAINED), ("qalora", TRAINED)),
+    Claim("QA-BLoRA (e by rank) is better than e=2", ("qablora", TRAINED), ("qablora_e2", TRAINED)),
     Claim("QA-BLoRA (e=2) is better than QLoRA", ("qablora_e2", TRAINED), ("qlora_nf4", TRAINED)),
     Claim("QA-BLoRA (e=2) is better than QA-HiRA (e=2)", ("qablora_e2", TRAINED), ("qahira_e2", TRAINED)),
     Claim("QA-HiRA (e=1) is better than QA-LoRA", ("qahira_e1", TRAINED), ("qalora", TRAINED)),

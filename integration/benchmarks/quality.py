@@ -75,6 +75,11 @@ FACTORS: tuple[Row, ...] = (
     ("qahira_e1", DEFAULT_POOLING),
     ("qahira_e2", DEFAULT_POOLING),
 )
+SHARING: tuple[Row, ...] = (
+    ("qalora", DEFAULT_POOLING),
+    ("qablora_e2", DEFAULT_POOLING),
+    ("qablora", DEFAULT_POOLING),
+)
 WHERE: tuple[Row, ...] = (("affine_e2_writers", "none"), ("affine_e2_readers", "none"), ("lora_affine", "none"))
 STARTS: tuple[Row, ...] = (("loftq_nf4", "none"), ("pissa_nf4", "none"), ("qblora_error_nf4", DEFAULT_POOLING))
 
@@ -138,6 +143,8 @@ PLANS: dict[str, Callable[[], Iterable[Job]]] = {
     "csqa_where": lambda: methods_plan(WHERE, task="csqa"),
     "csqa_rank2": lambda: methods_plan(ROWS[:5], task="csqa", r=2, lora_alpha=4),
     "rank2": lambda: methods_plan(ROWS[:5], task="r8", r=2, lora_alpha=4),
+    "rank4": lambda: methods_plan(SHARING, task="r8", r=4, lora_alpha=8),
+    "csqa_rank4": lambda: methods_plan(SHARING, task="csqa", r=4, lora_alpha=8),
     "csqa_rank1": lambda: methods_plan(ROWS[2:4], task="csqa", r=1, lora_alpha=2),
     "csqa_long": lambda: methods_plan(ROWS[:4], task="csqa", steps=240, pool=1920),
     "csqa_starts": lambda: methods_plan(STARTS, task="csqa"),

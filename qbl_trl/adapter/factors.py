@@ -6,7 +6,7 @@ from collections import Counter
 
 from peft.utils.other import get_pattern_key
 
-from qbl_trl.adapter.balance import fitting_factors
+from qbl_trl.adapter.balance import default_out_factor, fitting_factors
 from qbl_trl.adapter.bases import Base, quantize_hint
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
@@ -17,7 +17,7 @@ def choose_factors(base: Base, config: QBLoRAConfig, name: str) -> tuple[int, in
 
     Args:
         base: the described base layer.
-        config: in_factor (None: the base's group), out_factor, quantization_aware, on_misfit.
+        config: in_factor (None: the base's group), out_factor (None: by rank), quantization_aware, on_misfit.
         name: full name of the layer, for the error.
 
     Raises:
@@ -32,11 +32,11 @@ def choose_factors(base: Base, config: QBLoRAConfig, name: str) -> tuple[int, in
                 f"{base.kind}. Load the model with {quantize_hint()}, or set quantization_aware=False"
             )
         unit = base.group_size
-    sides = (
-        ("in_factor", config.in_factor or unit, config.in_factor_pattern, base.in_features, unit),
-        ("out_factor", config.out_factor, config.out_factor_pattern, base.out_features, 1),
+    p = _of_side(
+        "in_factor", config.in_factor or unit, config.in_factor_pattern, base.in_features, unit, config.on_misfit, name
     )
-    p, e = (_of_side(*side, config.on_misfit, name) for side in sides)
+    shared = _shared_outputs(base, config, p, name) if config.out_factor is None else config.out_factor
+    e = _of_side("out_factor", shared, config.out_factor_pattern, base.out_features, 1, config.on_misfit, name)
     if e == base.out_features > 1:
         warnings.warn(
             f"{name}: out_factor={e} makes all {e} outputs share one adapter output; set out_factor_pattern for this "
@@ -50,11 +50,13 @@ def record_factors_(config: QBLoRAConfig, chosen: dict[str, tuple[int, int]]) ->
     """Write the factors of every layer into the configuration, in place; reading it back gives the same adapter.
 
     Args:
-        config: where in_factor is still open, the most frequent one is written.
+        config: where a factor is still open, the most frequent one is written.
         chosen: (p, e) by full layer name.
     """
     if config.in_factor is None:
         config.in_factor = Counter(p for p, _ in chosen.values()).most_common(1)[0][0]
+    if config.out_factor is None:
+        config.out_factor = Counter(e for _, e in chosen.values()).most_common(1)[0][0]
     for at, common, pattern in (
         (0, config.in_factor, config.in_factor_pattern),
         (1, config.out_factor, config.out_factor_pattern),
@@ -62,6 +64,13 @@ def record_factors_(config: QBLoRAConfig, chosen: dict[str, tuple[int, int]]) ->
         for name, factors in chosen.items():
             if pattern.get(get_pattern_key(list(pattern), name), common) != factors[at]:
                 pattern[f"^{re.escape(name)}"] = factors[at]
+
+
+def _shared_outputs(base: Base, config: QBLoRAConfig, p: int, name: str) -> int:
+    r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+    if config.adapter == "block":  # has no rank that could run out
+        r = 0
+    return default_out_factor(r, base.in_features, base.out_features, p)
 
 
 def _of_side(

@@ -93,8 +93,8 @@ def plain_factors(config: QBLoRAConfig, layer: str, matrices: dict[str, Tensor])
     alpha = _by_pattern(config.alpha_pattern, layer, config.lora_alpha)
     if p is None or e is None or r is None or alpha is None:
         raise ConfigError(
-            f"{layer}: adapter_config.json does not say in_factor; set it to the pooling factor the adapter was "
-            "trained with (the quantization group of its base)"
+            f"{layer}: adapter_config.json does not say in_factor or out_factor; set them to the factors the adapter "
+            "was trained with (in_factor: the quantization group of its base)"
         )
     gain = alpha / (math.sqrt(r) if config.use_rslora else r) * pool_scale(config.pooling, p)
     if "lora_block" in matrices:

@@ -42,7 +42,29 @@ def test_quantization_aware_over_a_base_without_groups_says_which_line_to_write(
 
 
 def test_quantization_aware_pools_by_the_group_of_the_layer():
-    assert choose_factors(base(group=64), QBLoRAConfig(quantization_aware=True), NAME) == (64, 2)
+    assert choose_factors(base(group=64), QBLoRAConfig(quantization_aware=True, out_factor=2), NAME) == (64, 2)
+
+
+@given(k=st.integers(1, 300), n=st.integers(1, 5000), r=st.integers(1, 200))
+def test_outputs_are_shared_by_default_only_where_that_leaves_rank(k, n, r):
+    p, e = choose_factors(base(32 * k, n), QBLoRAConfig(r=r, quantization_aware=True), NAME)
+    naive = r * (32 * k + n) / (k + n / 2)  # R of e = 2, before rounding
+    assert p == 32
+    assert e == (2 if n % 2 == 0 and n > 2 and naive <= min(k, n / 2) else 1)
+
+
+def test_a_rank_of_its_own_decides_how_a_layer_shares():
+    few = QBLoRAConfig(r=64, quantization_aware=True, rank_pattern={"down_proj": 4})
+    assert choose_factors(base(), few, NAME) == (32, 2)
+    assert choose_factors(base(), few, "model.layers.3.mlp.up_proj") == (32, 1)
+
+
+def test_a_block_has_no_rank_that_could_run_out():
+    assert choose_factors(base(), QBLoRAConfig(adapter="block", quantization_aware=True), NAME) == (32, 2)
+
+
+def test_without_quantization_awareness_two_outputs_share_as_published():
+    assert choose_factors(base(), QBLoRAConfig(r=500), NAME) == (2, 2)
 
 
 @given(k=st.integers(1, 300), wanted=st.integers(1, 40))

@@ -136,6 +136,7 @@ def test_an_adapter_that_never_learned_its_factor_says_what_to_set(tmp_path):
     model = adapted({})
     model.save_pretrained(tmp_path / "ours")
     path = tmp_path / "ours" / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "in_factor": None, "quantization_aware": True}))
-    with pytest.raises(ConfigError, match="does not say in_factor; set it"):
-        to_lora(tmp_path / "ours", tmp_path / "lora")
+    for name in ("in_factor", "out_factor"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), name: None, "quantization_aware": True}))
+        with pytest.raises(ConfigError, match="does not say in_factor or out_factor; set them"):
+            to_lora(tmp_path / "ours", tmp_path / "lora")
