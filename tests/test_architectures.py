@@ -74,7 +74,7 @@ def test_what_was_trained_is_what_is_merged_saved_and_reloaded(name, tmp_path):
     config = getattr(transformers, f"{name}Config")(**ARCHITECTURES[name])
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "float")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=GroupQuantConfig())
-    model = get_peft_model(base, QBLoRAConfig(r=8, quantization_aware=True, init_lora_weights=False))
+    model = get_peft_model(base, QBLoRAConfig(r=8, out_factor=2, quantization_aware=True, init_lora_weights=False))
 
     model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -98,7 +98,7 @@ def test_models_for_other_tasks_merge_save_and_reload_as_well(name, tmp_path):
         config.vocab_size, config.pad_token_id, config.decoder_start_token_id = 100, 0, 0
     auto.from_config(config).save_pretrained(tmp_path / "float")
     base = auto.from_pretrained(tmp_path / "float", quantization_config=GroupQuantConfig())
-    adapter = QBLoRAConfig(r=8, quantization_aware=True, init_lora_weights=False, task_type=TASKS[auto])
+    adapter = QBLoRAConfig(r=8, out_factor=2, quantization_aware=True, init_lora_weights=False, task_type=TASKS[auto])
     model = get_peft_model(base, adapter).eval()
     inputs = {"input_ids": tokens()}
     if auto is AutoModelForSeq2SeqLM:

@@ -26,7 +26,13 @@ def groups(**changes):
 
 def adapted(base=groups, **settings):
     torch.manual_seed(3)
-    defaults = {"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM", "quantization_aware": base is groups}
+    defaults = {
+        "r": 4,
+        "out_factor": 2,
+        "init_lora_weights": False,
+        "task_type": "CAUSAL_LM",
+        "quantization_aware": base is groups,
+    }
     return get_peft_model(base(), QBLoRAConfig(**{**defaults, **settings})).eval()
 
 

@@ -75,7 +75,7 @@ def measure(point: Point, method: str, steps: int, export: bool) -> dict[str, fl
         num_attention_heads=point.width // 64,
         num_key_value_heads=point.width // 64,
     )
-    ours = QBLoRAConfig(r=point.rank, quantization_aware=True)
+    ours = QBLoRAConfig(r=point.rank, quantization_aware=True, out_factor=2)
     model = peft.get_peft_model(groups_(LlamaForCausalLM(config)), ours if method == "ours" else lora(point.rank))
     ids = torch.randint(0, _VOCABULARY, (_BATCH, point.length), generator=torch.Generator().manual_seed(0))
     peak = PeakMemory()

@@ -19,7 +19,7 @@ def base(**changes: Any) -> PreTrainedModel:
 
 def adapter(**changes: Any) -> QBLoRAConfig:
     """QA-BLoRA of nominal rank 4."""
-    return QBLoRAConfig(**{"r": 4, "quantization_aware": True, "task_type": "CAUSAL_LM", **changes})
+    return QBLoRAConfig(**{"r": 4, "quantization_aware": True, "out_factor": 2, "task_type": "CAUSAL_LM", **changes})
 
 
 def settings(output: Path, **changes: Any) -> dict[str, Any]:
