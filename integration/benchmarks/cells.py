@@ -278,9 +278,10 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 # ---- one cell
 
 
-def train_(model: nn.Module, cell: Cell, split: tasks.Split, items: list[tasks.Item]) -> tuple[list[float], float]:
+def train_(model: nn.Module, cell: Cell, split: tasks.Split, task: tasks.Task) -> tuple[list[float], float]:
     """Train in place. Returns the mean loss of every ten steps and the median seconds of a step."""
     tokenizer, generator = tokenizer_(), random.Random(cell.seed)
+    items = task.train[: cell.pool]
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=cell.lr, weight_decay=0.0)
     warmup = max(1, cell.steps // 10)
@@ -294,7 +295,7 @@ def train_(model: nn.Module, cell: Cell, split: tasks.Split, items: list[tasks.I
         if len(order) < cell.batch:
             order = generator.sample(range(len(items)), len(items))
         batch, order = [items[i] for i in order[: cell.batch]], order[cell.batch :]
-        queries = [tasks.answer_query(tokenizer, i.prompt, i.choices[i.gold], end=True) for i in batch]
+        queries = [tasks.answer_query(tokenizer, i.prompt, i.choices[i.gold], end=task.ends) for i in batch]
         loss = -torch.cat(split.log_probs(causal, queries)).mean()
         rising, falling = (step + 1) / warmup, (cell.steps - step) / (cell.steps - warmup)
         optimizer.param_groups[0]["lr"] = cell.lr * min(rising, falling)
@@ -331,7 +332,7 @@ def run(cell: Cell, wanted: tuple[str, ...] = ("validation",), command: str = ""
         if result and saved.is_file():
             model.load_state_dict(load_file(saved), strict=False)
         else:
-            losses, seconds = train_(model, cell, split, task.train[: cell.pool])
+            losses, seconds = train_(model, cell, split, task)
             result = header(cell, command) | {
                 "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
                 "seconds_per_step": round(seconds, 3),

@@ -151,6 +151,7 @@ PLANS: dict[str, Callable[[], Iterable[Job]]] = {
     "starts": lambda: methods_plan(STARTS, task="r8"),
     "csqa_pooling": lambda: pooling_plan((0, 1, 2), (3e-3, 1e-3, 1e-2), ("sum", "rms"), task="csqa"),
     "arc_easy": lambda: methods_plan(ROWS, task="arc_easy"),
+    "speeches": lambda: methods_plan(ROWS[:4], task="speeches"),
     "exam": lambda: exam_plan("csqa"),
 }
 QUICK = ("pooling", "pooling_seeds", "first_step", "core")

@@ -51,10 +51,10 @@ def test_table(block: Block) -> str:
                     title(row),
                     f"{found[0]['trainable_parameters']:,}",
                     "" if is_base(found[0]) else f"{found[0]['settings']['lr']:g}",
-                    *[spread(values(found, "test", key)) for key in ("nll", "accuracy", "macro_recall")],
+                    *[spread(values(found, "test", key)) for key in measured(block)],
                 ]
             )
-    header = ["on the test split", "trained parameters", "rate", "NLL", "accuracy", "macro recall"]
+    header = ["on the test split", "trained parameters", "rate", *measured(block).values()]
     return table(header, rows) if rows else ""
 
 
@@ -70,12 +70,16 @@ def deployed_table(block: Block) -> str:
                 [
                     title(row),
                     route.removeprefix("test/"),
-                    *[spread(values(found, route, key)) for key in ("nll", "accuracy", "macro_recall")],
+                    *[spread(values(found, route, key)) for key in measured(block)],
                 ]
             )
-    return (
-        table(["deployed at the affine base's bits", "route", "NLL", "accuracy", "macro recall"], rows) if rows else ""
-    )
+    return table(["deployed at the affine base's bits", "route", *measured(block).values()], rows) if rows else ""
+
+
+def measured(block: Block) -> dict[str, str]:
+    """What the block's task is judged by: key and title."""
+    titles = {"nll": "NLL", "accuracy": "accuracy", "macro_recall": "macro recall", "perplexity": "perplexity"}
+    return {key: title for key, title in titles.items() if any(values(block.results, "test", key))}
 
 
 def plot(block: Block) -> tuple[str, str]:

