@@ -7,7 +7,8 @@ no second product reads D in float32, and nothing is added afterwards. The secon
 
     |D - s c - s' c'|  <=  s' / 2  <=  max|D| / 225      over a row's block, 4-bit codes (one digit of 8: max|D| / 255)
 
-which is the error that 8-bit activations make everywhere else; without them the exact product stays (`linears.py`).
+which is far below what 8-bit activations cost, as long as D is no larger than a step of the codes; a larger one, and
+every graph without 8-bit activations, keeps the product in float (`linears.py`).
 
 A block has one scale, so no block may hold both digits: h is appended often enough that one copy starts where the
 first digit's blocks have ended. Copies between have codes that stand for zero.
@@ -64,7 +65,9 @@ class Layout:
 def layout_for(source: LinearSource) -> Layout | None:
     """How the layer's block deltas become digits, or None where they are better multiplied in float.
 
-    Not for fractional zero points of the base itself: their correction is as large as the weights.
+    That is where digits would take more columns than they are worth, and where the delta is larger than one step of
+    4-bit codes (root mean squares): 8 bits of it would then be felt. Not for fractional zero points of the base itself
+    either, whose correction is as large as the weights.
     """
     base, branches = source.base, source.branches
     if not isinstance(base, GroupBase) or base.bits not in (4, 8) or not branches:
@@ -77,7 +80,16 @@ def layout_for(source: LinearSource) -> Layout | None:
         return None
     layout = Layout.of(base.bits, base.group_size, source.in_features // branches[0].in_factor)
     own = source.in_features // base.group_size
-    return layout if _LARGEST_SHARE * layout.blocks <= own else None
+    if _LARGEST_SHARE * layout.blocks > own:
+        return None
+    step = base.scales.read().cpu().float().square().mean().sqrt() * (1 << base.bits) / 16
+    return layout if _delta(source).square().mean().sqrt() <= step else None
+
+
+def _delta(source: LinearSource) -> Tensor:
+    """(N, columns) float32: all branches together, repeated to the layer's outputs."""
+    branches = [branch for branch in source.branches if isinstance(branch, BlockDelta)]
+    return torch.stack([b.delta.read().cpu().float().repeat_interleave(b.out_factor, 0) for b in branches]).sum(0)
 
 
 def encode(delta: Tensor, layout: Layout, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -136,8 +148,7 @@ def extended(source: LinearSource, layout: Layout) -> GroupBase:
     per_byte = 8 // base.bits
 
     def digits() -> tuple[Tensor, Tensor]:
-        deltas = [b.delta.read().cpu().float().repeat_interleave(b.out_factor, 0) for b in _deltas(source)]
-        return encode(torch.stack(deltas).sum(0), layout, dtype)
+        return encode(_delta(source), layout, dtype)
 
     def weight() -> Tensor:
         codes = pack(digits()[0], base.bits)
@@ -155,7 +166,3 @@ def extended(source: LinearSource, layout: Layout) -> GroupBase:
         _Extended(base.scales.parts, rows, total, lambda: torch.cat([base.scales.read().cpu(), digits()[1]], 1)),
         None if base.zeros is None else _Extended(base.zeros.parts, rows, -(-total // per_byte), zeros),
     )
-
-
-def _deltas(source: LinearSource) -> list[BlockDelta]:
-    return [branch for branch in source.branches if isinstance(branch, BlockDelta)]

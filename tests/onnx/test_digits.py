@@ -1,5 +1,7 @@
 """Digits: a block delta beside the codes is the delta, to the half step that its docstring states."""
 
+from dataclasses import replace
+
 import onnx
 import pytest
 import torch
@@ -117,6 +119,14 @@ def test_8_bit_activations_write_the_delta_as_digits_and_say_so(tmp_path):
     assert found.count("Concat") == found.count("ReduceSum") == found.count("MatMulNBits") == 8
     assert found.count("Add") == 0
     onnx.checker.check_model(str(tmp_path / "digits" / "model.onnx"))
+
+
+def test_a_delta_larger_than_a_step_of_the_codes_stays_in_float():
+    steps = torch.rand(6, 18).half()
+    for size, expected in ((0.9, True), (1.1, False)):
+        layer, _ = source(4, 32, 576, (BlockDelta(Stored.of(torch.full((3, 18), size)), 32, 2),))
+        layer = replace(layer, base=replace(layer.base, scales=Stored.of(torch.ones_like(steps))))
+        assert (layout_for(layer) is not None) == expected
 
 
 def test_fractional_zero_points_of_a_base_stay_in_float():
