@@ -4,9 +4,10 @@
 
 GenAI's builder needs transformers 5, so it runs in an environment of its own; without one its rows are left out. All
 graphs of one loop are measured in turn, in one process, so that whatever else the machine does hits all of them
-alike; the figures are medians. Our graphs hold a merged adapter (one value per block of 32 by 2 weights) over
-the same int4 embedding and head as GenAI's; `base` is the same without the adapter: the difference is what it costs.
-llama.cpp runs SmolLM2 from its GGUF file, as published and with a merged adapter (`qbl-trl convert --to gguf`).
+alike; speeds are medians, and ratios medians of the ratios within a turn. Our graphs hold a merged adapter (one value
+per block of 32 by 2 weights) over the same int4 embedding and head as GenAI's; `base` is the same without the adapter:
+the difference is what it costs. llama.cpp runs SmolLM2 from its GGUF file, as published and with a merged adapter
+(`qbl-trl convert --to gguf`).
 The results are written to integration/benchmarks/results/decode.json.
 """
 
@@ -42,13 +43,15 @@ _WARM_UP = 4  # steps
 
 @dataclass
 class Row:
-    """One graph in one loop; speeds in tokens per second, bandwidth as the share of what the machine reads."""
+    """One graph in one loop: tokens per second, ratios to the loop's first graph, share of what the machine reads."""
 
     graph: str
     loop: str
     megabytes: float
     prefill: float
     decode: float
+    prefill_ratio: float
+    decode_ratio: float
     bandwidth: float
 
 
@@ -193,29 +196,38 @@ def memory_bandwidth(threads: int) -> float:
     return values.nbytes / best
 
 
-def bare_sessions(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
-    """numpy in, numpy out, nothing shared between steps.
+Turn = tuple[float, float]  # seconds of the prefill, seconds of one decoding step
 
-    Graphs take turns by whole generations, forwards and backwards: stepping them in turn would let each session's
-    threads spin into the next one's step. A generation's first prefill and first steps only warm it up.
+
+def take_turns(loop: str, names: list[str], rounds: int, turn: Callable[[str], Turn]) -> dict[str, list[Turn]]:
+    """Whole generations in turn, forwards and backwards, so that the machine's moods hit all graphs alike.
+
+    Stepping them in turn instead would let each session's threads spin into the next one's step.
     """
+    found: dict[str, list[Turn]] = {name: [] for name in names}
+    for number in tqdm(range(rounds), desc=loop):
+        for name in names if number % 2 == 0 else names[::-1]:
+            found[name].append(turn(name))
+    return found
+
+
+def bare_sessions(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
+    """numpy in, numpy out, nothing shared between steps. The first prefill and steps of a turn only warm it up."""
     sessions = {name: session(folder, args.threads) for name, folder in folders.items()}
-    prefill: dict[str, list[float]] = {name: [] for name in folders}
-    decode: dict[str, list[float]] = {name: [] for name in folders}
     ids = np.arange(1, args.prompt + 1)[None]
-    for turn in tqdm(range(args.rounds), desc="bare session"):
-        for name in list(sessions) if turn % 2 == 0 else reversed(sessions):
-            opened = sessions[name]
-            step(opened, ids, args.prompt, None)
-            taken, cache = step(opened, ids, args.prompt, None)
-            prefill[name].append(taken)
-            times = []
-            for length in range(args.prompt + 1, args.prompt + args.new + 1):
-                taken, cache = step(opened, ids[:, :1], length, cache)
-                times.append(taken)
-            decode[name] += times[_WARM_UP:]
-    speeds = {name: (args.prompt / median(prefill[name]), 1 / median(decode[name])) for name in folders}
-    return rows_of("bare session", folders, speeds, bandwidth)
+
+    def turn(name: str) -> Turn:
+        opened = sessions[name]
+        step(opened, ids, args.prompt, None)
+        prefill, cache = step(opened, ids, args.prompt, None)
+        times = []
+        for length in range(args.prompt + 1, args.prompt + args.new + 1):
+            taken, cache = step(opened, ids[:, :1], length, cache)
+            times.append(taken)
+        return prefill, median(times[_WARM_UP:])
+
+    found = take_turns("bare session", list(sessions), args.rounds, turn)
+    return rows_of("bare session", sizes_of(folders), found, args, bandwidth)
 
 
 def session(folder: Path, threads: int) -> onnxruntime.InferenceSession:
@@ -247,32 +259,33 @@ def step(
 
 
 def optimum_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
-    """ORTModelForCausalLM.generate, torch limited to one thread."""
+    """ORTModelForCausalLM.generate, torch limited to one thread: one new token, then all of them."""
     from optimum.onnxruntime import ORTModelForCausalLM
 
     torch.set_num_threads(1)
     ids = torch.arange(1, args.prompt + 1).unsqueeze(0)
-    speeds = {}
-    for name, folder in tqdm(folders.items(), desc="ORTModelForCausalLM"):
+    models = {}
+    for name, folder in folders.items():
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = args.threads
         if not (folder / "config.json").is_file():  # GenAI's builder writes none
             (folder / "config.json").write_text((args.model / "config.json").read_text())
-        model = ORTModelForCausalLM.from_pretrained(folder, session_options=options)
-        speeds[name] = generation_speed(model.generate, ids, args)
+        models[name] = ORTModelForCausalLM.from_pretrained(folder, session_options=options)
+
+    def seconds(name: str, new: int) -> float:
+        options = {"attention_mask": torch.ones_like(ids), "do_sample": False}
+        start = time.perf_counter()
+        models[name].generate(ids, min_new_tokens=new, max_new_tokens=new, **options)
+        return time.perf_counter() - start
+
+    def turn(name: str) -> Turn:
+        seconds(name, 1)
+        short = seconds(name, 1)
+        return short, (seconds(name, args.new) - short) / (args.new - 1)
+
+    found = take_turns("ORTModelForCausalLM", list(models), args.rounds, turn)
     torch.set_num_threads(args.threads)
-    return rows_of("ORTModelForCausalLM", folders, speeds, bandwidth)
-
-
-def generation_speed(generate: Callable[..., Any], ids: torch.Tensor, args: argparse.Namespace) -> tuple[float, float]:
-    """(prefill, decode) tokens per second of a `generate` function: one new token, and all of them."""
-    short, long = [], []
-    for _ in range(args.rounds):
-        for times, new in ((short, 1), (long, args.new)):
-            start = time.perf_counter()
-            generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, max_new_tokens=new, do_sample=False)
-            times.append(time.perf_counter() - start)
-    return args.prompt / median(short), (args.new - 1) / (median(long) - median(short))
+    return rows_of("ORTModelForCausalLM", sizes_of(folders), found, args, bandwidth)
 
 
 def genai_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
@@ -281,30 +294,31 @@ def genai_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: fl
         import onnxruntime_genai as genai
     except ImportError:
         return []
-    speeds = {}
-    for name, folder in tqdm(folders.items(), desc="GenAI"):
-        if not (folder / "genai_config.json").is_file():
-            continue
-        config = json.loads((folder / "genai_config.json").read_text())
-        config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = args.threads
-        (folder / "genai_config.json").write_text(json.dumps(config, indent=2))
-        model, first, rest = genai.Model(str(folder)), [], []
-        for _ in range(args.rounds):
-            params = genai.GeneratorParams(model)
-            length = args.prompt + args.new
-            params.set_search_options(max_length=length, min_length=length, do_sample=False)
-            generator = genai.Generator(model, params)
-            start = time.perf_counter()
-            generator.append_tokens(list(range(1, args.prompt + 1)))
+    models = {}
+    for name, folder in folders.items():
+        if (folder / "genai_config.json").is_file():
+            config = json.loads((folder / "genai_config.json").read_text())
+            config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = args.threads
+            (folder / "genai_config.json").write_text(json.dumps(config, indent=2))
+            models[name] = genai.Model(str(folder))
+
+    def turn(name: str) -> Turn:
+        params = genai.GeneratorParams(models[name])
+        length = args.prompt + args.new
+        params.set_search_options(max_length=length, min_length=length, do_sample=False)
+        generator = genai.Generator(models[name], params)
+        start = time.perf_counter()
+        generator.append_tokens(list(range(1, args.prompt + 1)))
+        generator.generate_next_token()
+        first = time.perf_counter() - start
+        start, count = time.perf_counter(), 0
+        while not generator.is_done():
             generator.generate_next_token()
-            first.append(time.perf_counter() - start)
-            start, count = time.perf_counter(), 0
-            while not generator.is_done():
-                generator.generate_next_token()
-                count += 1
-            rest.append((time.perf_counter() - start) / max(count, 1))
-        speeds[name] = (args.prompt / median(first), 1 / median(rest))
-    return rows_of("GenAI runtime", {name: folders[name] for name in speeds}, speeds, bandwidth)
+            count += 1
+        return first, (time.perf_counter() - start) / max(count, 1)
+
+    found = take_turns("GenAI runtime", list(models), args.rounds, turn)
+    return rows_of("GenAI runtime", sizes_of(folders), found, args, bandwidth)
 
 
 def llama_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
@@ -318,22 +332,19 @@ def llama_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: fl
         name: Llama(str(file), n_ctx=args.prompt + args.new + 8, n_threads=args.threads, verbose=False)
         for name, file in files.items()
     }
-    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
-    for turn in tqdm(range(args.rounds), desc="llama.cpp"):
-        for name in list(models) if turn % 2 == 0 else reversed(models):
-            models[name].reset()
-            start = time.perf_counter()
-            models[name].eval(list(range(1, args.prompt + 1)))
-            times[name][0].append(time.perf_counter() - start)
-            for _ in range(args.new):
-                start = time.perf_counter()
-                models[name].eval([1])
-                times[name][1].append(time.perf_counter() - start)
-    rows = []
-    for name, (first, rest) in times.items():
-        size, speed = files[name].stat().st_size, 1 / median(rest)
-        rows.append(Row(name, "llama.cpp", size / 1e6, args.prompt / median(first), speed, speed * size / bandwidth))
-    return rows
+
+    def seconds(name: str, tokens: list[int]) -> float:
+        start = time.perf_counter()
+        models[name].eval(tokens)
+        return time.perf_counter() - start
+
+    def turn(name: str) -> Turn:
+        models[name].reset()
+        first = seconds(name, list(range(1, args.prompt + 1)))
+        return first, median(seconds(name, [1]) for _ in range(args.new))
+
+    found = take_turns("llama.cpp", list(models), args.rounds, turn)
+    return rows_of("llama.cpp", {name: file.stat().st_size for name, file in files.items()}, found, args, bandwidth)
 
 
 def merged_gguf(folders: dict[str, Path]) -> Path:
@@ -351,13 +362,31 @@ def merged_gguf(folders: dict[str, Path]) -> Path:
 # ---- report
 
 
-def rows_of(loop: str, folders: dict[str, Path], speeds: dict[str, tuple[float, float]], bandwidth: float) -> list[Row]:
-    """Speeds with what is read per token beside them."""
-    rows = []
-    for name, folder in folders.items():
-        size = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
-        prefill, decode = speeds[name]
-        rows.append(Row(name, loop, size / 1e6, prefill, decode, decode * size / bandwidth))
+def sizes_of(folders: dict[str, Path]) -> dict[str, int]:
+    """Bytes of the graphs and their weights: what a token reads."""
+    return {name: sum(path.stat().st_size for path in folder.glob("model.onnx*")) for name, folder in folders.items()}
+
+
+def rows_of(
+    loop: str, sizes: dict[str, int], found: dict[str, list[Turn]], args: argparse.Namespace, bandwidth: float
+) -> list[Row]:
+    """Median speeds, and the medians of the ratios to the first graph in the same turn."""
+    rows, first = [], next(iter(found.values()))
+    for name, turns in found.items():
+        prefill, decode = (median(seconds) for seconds in zip(*turns, strict=True))
+        ratios = [[theirs[i] / ours[i] for ours, theirs in zip(turns, first, strict=True)] for i in (0, 1)]
+        rows.append(
+            Row(
+                graph=name,
+                loop=loop,
+                megabytes=sizes[name] / 1e6,
+                prefill=args.prompt / prefill,
+                decode=1 / decode,
+                prefill_ratio=median(ratios[0]),
+                decode_ratio=median(ratios[1]),
+                bandwidth=sizes[name] / decode / bandwidth,
+            )
+        )
     return rows
 
 
@@ -368,11 +397,9 @@ def table(rows: list[Row]) -> str:
     titles = ("loop", "graph", "MB", "prefill/s", "ratio", "decode/s", "ratio", "of RAM")
     lines = ["{:<20} {:<36} {:>7} {:>10} {:>6} {:>9} {:>6} {:>7}".format(*titles)]
     for row in rows:
-        first = next(other for other in rows if other.loop == row.loop)
         lines.append(
-            f"{row.loop:<20} {row.graph:<36} {row.megabytes:>7.1f} {row.prefill:>10.1f} "
-            f"{row.prefill / first.prefill:>6.2f} {row.decode:>9.1f} {row.decode / first.decode:>6.2f} "
-            f"{row.bandwidth:>7.1%}"
+            f"{row.loop:<20} {row.graph:<36} {row.megabytes:>7.1f} {row.prefill:>10.1f} {row.prefill_ratio:>6.2f} "
+            f"{row.decode:>9.1f} {row.decode_ratio:>6.2f} {row.bandwidth:>7.1%}"
         )
     return "\n".join(lines)
 

@@ -67,6 +67,7 @@ ROWS: tuple[Row, ...] = (
     ("lora_float", "none"),
     ("qahira_e2", DEFAULT_POOLING),
 )
+BY_RANK: Row = ("qablora", DEFAULT_POOLING)
 FACTORS: tuple[Row, ...] = (
     ("affine_p2e1", DEFAULT_POOLING),
     ("affine_p1e2", "none"),
@@ -74,11 +75,6 @@ FACTORS: tuple[Row, ...] = (
     ("qblora_affine", DEFAULT_POOLING),
     ("qahira_e1", DEFAULT_POOLING),
     ("qahira_e2", DEFAULT_POOLING),
-)
-SHARING: tuple[Row, ...] = (
-    ("qalora", DEFAULT_POOLING),
-    ("qablora_e2", DEFAULT_POOLING),
-    ("qablora", DEFAULT_POOLING),
 )
 WHERE: tuple[Row, ...] = (("affine_e2_writers", "none"), ("affine_e2_readers", "none"), ("lora_affine", "none"))
 STARTS: tuple[Row, ...] = (("loftq_nf4", "none"), ("pissa_nf4", "none"), ("qblora_error_nf4", DEFAULT_POOLING))
@@ -141,10 +137,10 @@ PLANS: dict[str, Callable[[], Iterable[Job]]] = {
     "csqa": lambda: methods_plan(ROWS, task="csqa"),
     "csqa_factors": lambda: methods_plan(FACTORS, task="csqa"),
     "csqa_where": lambda: methods_plan(WHERE, task="csqa"),
-    "csqa_rank2": lambda: methods_plan(ROWS[:5], task="csqa", r=2, lora_alpha=4),
-    "rank2": lambda: methods_plan(ROWS[:5], task="r8", r=2, lora_alpha=4),
-    "rank4": lambda: methods_plan(SHARING, task="r8", r=4, lora_alpha=8),
-    "csqa_rank4": lambda: methods_plan(SHARING, task="csqa", r=4, lora_alpha=8),
+    "csqa_rank2": lambda: methods_plan([*ROWS[:5], BY_RANK], task="csqa", r=2, lora_alpha=4),
+    "rank2": lambda: methods_plan([*ROWS[:5], BY_RANK], task="r8", r=2, lora_alpha=4),
+    "rank4": lambda: methods_plan(ROWS[2:4], task="r8", r=4, lora_alpha=8),
+    "csqa_rank4": lambda: methods_plan(ROWS[2:4], task="csqa", r=4, lora_alpha=8),
     "csqa_rank1": lambda: methods_plan(ROWS[2:4], task="csqa", r=1, lora_alpha=2),
     "csqa_long": lambda: methods_plan(ROWS[:4], task="csqa", steps=240, pool=1920),
     "csqa_starts": lambda: methods_plan(STARTS, task="csqa"),

@@ -75,13 +75,12 @@ def base(found: dict[str, Any]) -> str:
 def decoding(found: dict[str, Any]) -> str:
     parts = ["## Graphs in ONNX Runtime\n", "`python -m integration.benchmarks.decode`, speeds in tokens per second.\n"]
     for name, entry in found.items():
-        first = {row["loop"]: row for row in reversed(entry["rows"])}
         rows = [
             [
                 row["loop"],
                 row["graph"],
                 f"{row['megabytes']:.1f}",
-                *(f"{row[key]:.0f} ({row[key] / first[row['loop']][key]:.2f})" for key in ("prefill", "decode")),
+                *(f"{row[key]:.0f} ({row[key + '_ratio']:.2f})" for key in ("prefill", "decode")),
                 f"{row['bandwidth']:.0%}",
             ]
             for row in entry["rows"]
@@ -89,7 +88,7 @@ def decoding(found: dict[str, Any]) -> str:
         built = ", ".join(f"{graph} {seconds:.0f} s" for graph, seconds in entry["build_seconds"].items())
         parts.append(
             f"{name}, {entry['threads']} threads, ONNX Runtime {entry['versions']['onnxruntime']}; in brackets the "
-            f"ratio to the first graph of the loop; the last column is the share of the "
+            f"ratio to the first graph of the loop (median over turns); the last column is the share of the "
             f"{entry['bandwidth_gb_s']:.0f} GB/s that this machine reads. Written in: {built}.\n"
         )
         parts.append(table(["loop", "graph", "MB", "prefill", "decode", "of memory bandwidth"], rows))
