@@ -1,7 +1,9 @@
 """RESULTS.md is what its cells say, and the quality benchmark measures what it claims to."""
 
+import argparse
 import copy
 import dataclasses
+import importlib
 import math
 
 import pytest
@@ -92,6 +94,17 @@ def test_the_best_rate_is_chosen_on_validation_among_the_rates_with_the_most_see
     lucky = [result(3e-3, 0, 0.1)]
     (block,) = blocks.blocks([result(1e-3, s, 0.5) for s in (0, 1)] + [result(1e-2, s, 0.6) for s in (0, 1)] + lucky)
     assert block.best_rate(("qlora_nf4", "none")) == 1e-3
+
+
+def test_ratios_are_those_of_the_same_turn():
+    pytest.importorskip("onnxruntime")
+    loops = importlib.import_module("integration.benchmarks.loops")
+    args = argparse.Namespace(prompt=100)
+    turns = {"peer": [(1.0, 1.0), (2.0, 4.0), (1.0, 1.0)], "ours": [(0.5, 2.0), (1.0, 2.0), (2.0, 2.0)]}
+    peer, ours = loops.rows_of("bare session", {"peer": 10, "ours": 20}, turns, args, bandwidth=100.0)
+    assert (peer.prefill_ratio, peer.decode_ratio) == (1.0, 1.0)
+    assert (ours.prefill_ratio, ours.decode_ratio) == (2.0, 0.5)
+    assert (ours.prefill, ours.decode, ours.bandwidth) == (100.0, 0.5, 0.1)
 
 
 # ---- the measurement

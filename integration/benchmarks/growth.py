@@ -31,7 +31,7 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from integration.benchmarks.decode import session, step
+from integration.benchmarks.loops import session, step
 from integration.benchmarks.train_step import SavedBytes, groups_, lora, stepper
 from qbl_trl import QBLoRAConfig, export_onnx, merge
 

@@ -1,0 +1,118 @@
+"""The graphs that decode.py compares: ours, GenAI's, Optimum's, and a GGUF file, all of one model."""
+
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from integration.demo.data import smollm2_gguf
+from qbl_trl import GroupQuantConfig, export_onnx
+from qbl_trl.quant.importers import convert_checkpoint
+from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.writers import write_checkpoint
+
+
+def build(source: Path, work: Path, genai_python: str | None, seconds: dict[str, float]) -> dict[str, Path]:
+    """Every graph of the comparison, by name; those that are there already are kept."""
+    work.mkdir(parents=True, exist_ok=True)
+    folders: dict[str, Path] = {}
+
+    def once(name: str, make: Callable[[Path], Any]) -> None:
+        folders[name] = work / name
+        if not (work / name / "model.onnx").is_file():
+            start = time.perf_counter()
+            make(work / name)
+            seconds[name] = time.perf_counter() - start
+
+    if genai_python:
+        once("genai int4", lambda out: genai_build(genai_python, source, out))
+    once("ours int8 activations", lambda out: ours(source, out, merged=True, accuracy_level=4))
+    once("ours int8 activations, last logits", lambda out: ours(source, out, True, accuracy_level=4, logits="last"))
+    once("base int8 activations", lambda out: ours(source, out, merged=False, accuracy_level=4))
+    once("ours exact, last logits", lambda out: ours(source, out, merged=True, logits="last"))
+    gqa = {"accuracy_level": 4, "attention": "gqa"}
+    once("ours int8 activations, gqa", lambda out: ours(source, out, merged=True, **gqa))
+    once("base int8 activations, gqa", lambda out: ours(source, out, merged=False, **gqa))
+    once("optimum fp32", lambda out: optimum_fp32(source, out))
+    return folders
+
+
+def ours(source: Path, out: Path, merged: bool, **options: Any) -> None:
+    """The base in groups of 32 with its embedding, and a random merged adapter."""
+    model = merged_model(source) if merged else packed_model(source)
+    export_onnx(model, out, tokenizer=source, overwrite=True, **options)
+
+
+def packed_model(source: Path) -> Any:
+    """The base in groups of 32, with its embedding."""
+    quantization = GroupQuantConfig(bits=4, group_size=32, quantize_embeddings=True)
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=quantization)
+
+
+def merged_model(source: Path) -> Any:
+    """The same with a random merged adapter."""
+    model = packed_model(source)
+    set_random_adapter_(model)
+    return model
+
+
+def set_random_adapter_(model: Any) -> None:
+    """One value per block of 32 by 2 weights of every packed layer but the head."""
+    head, generator = model.get_output_embeddings(), torch.Generator().manual_seed(0)
+    for layer in model.modules():
+        if isinstance(layer, GroupQuantLinear) and layer is not head:
+            delta = torch.randn(layer.out_features // 2, layer.in_features // 32, generator=generator) * 1e-3
+            layer.set_delta(delta, 32, 2)
+
+
+def genai_build(python: str, source: Path, out: Path) -> None:
+    """GenAI's own int4 graph: block 32, 8-bit activations."""
+    options = ["-p", "int4", "-e", "cpu", "-c", str(out) + ".cache", "--extra_options"]
+    settings = ["int4_block_size=32", "int4_accuracy_level=4"]
+    command = [python, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(out), *options, *settings]
+    subprocess.run(command, check=True)
+
+
+def optimum_fp32(source: Path, out: Path) -> None:
+    """What Optimum exports by itself."""
+    from optimum.exporters.onnx import onnx_export_from_model
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    onnx_export_from_model(model, out, task="text-generation-with-past", do_validation=False)
+
+
+def random_llama(shape: str, work: Path, tokenizer: Path) -> Path:
+    """A float Llama of random weights, HIDDENxLAYERS, with a tokenizer: GenAI's builder asks for one."""
+    hidden, layers = (int(part) for part in shape.split("x"))
+    folder = work / f"random-llama-{shape}"
+    if not folder.is_dir():
+        config = LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=hidden * 4,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=max(hidden // 256, 1),
+            vocab_size=49152,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
+
+
+def merged_gguf(folders: dict[str, Path]) -> Path:
+    """The published GGUF file with a random merged adapter in its offsets."""
+    file = next(iter(folders.values())).parent / "merged.gguf"
+    if not file.is_file():
+        with tempfile.TemporaryDirectory() as base:
+            convert_checkpoint(smollm2_gguf(), Path(base) / "model")
+            model = AutoModelForCausalLM.from_pretrained(Path(base) / "model", dtype=torch.float32)
+            set_random_adapter_(model)
+            write_checkpoint(model, file, "gguf", template=smollm2_gguf())
+    return file

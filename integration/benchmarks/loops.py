@@ -1,0 +1,244 @@
+"""The loops that decode.py times: a bare session, ORTModelForCausalLM, ONNX Runtime GenAI, llama.cpp, torch.
+
+Graphs of one loop take turns by whole generations, so that the machine's moods hit all of them alike.
+"""
+
+import argparse
+import importlib.util
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
+
+from integration.benchmarks.graphs import merged_gguf, merged_model
+from integration.demo.data import smollm2_gguf
+
+_WARM_UP = 4  # steps
+Turn = tuple[float, float]  # seconds of the prefill, seconds of one decoding step
+
+
+@dataclass
+class Row:
+    """One graph in one loop: tokens per second, ratios to the loop's first graph, share of what the machine reads."""
+
+    graph: str
+    loop: str
+    megabytes: float
+    prefill: float
+    decode: float
+    prefill_ratio: float
+    decode_ratio: float
+    bandwidth: float
+
+
+def memory_bandwidth(threads: int) -> float:
+    """Bytes per second of reading 800 MB, the best of five."""
+    values = torch.ones(200_000_000)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        values.sum()
+        best = min(best, time.perf_counter() - start)
+    return values.nbytes / best
+
+
+def take_turns(loop: str, names: list[str], rounds: int, turn: Callable[[str], Turn]) -> dict[str, list[Turn]]:
+    """Whole generations in turn, forwards and backwards, so that the machine's moods hit all graphs alike.
+
+    Stepping them in turn instead would let each session's threads spin into the next one's step.
+    """
+    found: dict[str, list[Turn]] = {name: [] for name in names}
+    for number in tqdm(range(rounds), desc=loop):
+        for name in names if number % 2 == 0 else names[::-1]:
+            found[name].append(turn(name))
+    return found
+
+
+def bare_sessions(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
+    """numpy in, numpy out, nothing shared between steps. The first prefill and steps of a turn only warm it up."""
+    sessions = {name: session(folder, args.threads) for name, folder in folders.items()}
+    ids = np.arange(1, args.prompt + 1)[None]
+
+    def turn(name: str) -> Turn:
+        opened = sessions[name]
+        step(opened, ids, args.prompt, None)
+        prefill, cache = step(opened, ids, args.prompt, None)
+        times = []
+        for length in range(args.prompt + 1, args.prompt + args.new + 1):
+            taken, cache = step(opened, ids[:, :1], length, cache)
+            times.append(taken)
+        return prefill, median(times[_WARM_UP:])
+
+    found = take_turns("bare session", list(sessions), args.rounds, turn)
+    return rows_of("bare session", sizes_of(folders), found, args, bandwidth)
+
+
+def session(folder: Path, threads: int) -> onnxruntime.InferenceSession:
+    """One session with a fixed number of threads."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    return onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+
+
+def step(
+    opened: onnxruntime.InferenceSession, ids: Any, length: int, cache: dict[str, Any] | None
+) -> tuple[float, dict[str, Any]]:
+    """Run new tokens over a cache; the seconds ONNX Runtime took, and the new cache."""
+    inputs = {value.name: value for value in opened.get_inputs()}
+    outputs = opened.get_outputs()
+    if cache is None:
+        shapes = {value.name: value.shape for value in outputs}
+        sizes = next(shape for name, shape in shapes.items() if name == "present.0.key")
+        head = sizes[3] if isinstance(sizes[3], int) else 64
+        cache = {n: np.zeros((1, sizes[1], 0, head), np.float32) for n in inputs if n.startswith("past")}
+    feed = {"input_ids": ids, "attention_mask": np.ones((1, length), np.int64), **cache}
+    if "position_ids" in inputs:
+        feed["position_ids"] = np.arange(length - ids.shape[1], length)[None]
+    start = time.perf_counter()
+    made = opened.run(None, feed)
+    taken = time.perf_counter() - start
+    named = {value.name: array for value, array in zip(outputs, made, strict=True)}
+    return taken, {n.replace("present", "past_key_values"): a for n, a in named.items() if n != "logits"}
+
+
+def optimum_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
+    """ORTModelForCausalLM.generate, torch limited to one thread: one new token, then all of them."""
+    from optimum.onnxruntime import ORTModelForCausalLM
+
+    torch.set_num_threads(1)
+    ids = torch.arange(1, args.prompt + 1).unsqueeze(0)
+    models = {}
+    for name, folder in folders.items():
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = args.threads
+        if not (folder / "config.json").is_file():  # GenAI's builder writes none
+            (folder / "config.json").write_text((args.model / "config.json").read_text())
+        models[name] = ORTModelForCausalLM.from_pretrained(folder, session_options=options)
+
+    found = take_turns(
+        "ORTModelForCausalLM", list(models), args.rounds, lambda name: generation(models[name], ids, args)
+    )
+    torch.set_num_threads(args.threads)
+    return rows_of("ORTModelForCausalLM", sizes_of(folders), found, args, bandwidth)
+
+
+def generation(model: Any, ids: torch.Tensor, args: argparse.Namespace) -> Turn:
+    """A turn of `generate`: one new token (the second time), then all of them."""
+
+    def seconds(new: int) -> float:
+        start = time.perf_counter()
+        mask = torch.ones_like(ids)
+        model.generate(ids, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, do_sample=False)
+        return time.perf_counter() - start
+
+    seconds(1)
+    short = seconds(1)
+    return short, (seconds(args.new) - short) / (args.new - 1)
+
+
+def torch_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
+    """torch itself: the float model and the packed one with a merged adapter, through `generate`."""
+    ids = torch.arange(1, args.prompt + 1).unsqueeze(0)
+    models = {
+        "float32": AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
+        "4-bit groups, merged adapter": merged_model(args.model),
+    }
+    sizes = {name: model.get_memory_footprint() for name, model in models.items()}
+    found = take_turns("torch", list(models), args.rounds, lambda name: generation(models[name], ids, args))
+    return rows_of("torch", sizes, found, args, bandwidth)
+
+
+def genai_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
+    """ONNX Runtime GenAI, where it is installed."""
+    try:
+        import onnxruntime_genai as genai
+    except ImportError:
+        return []
+    models = {}
+    for name, folder in folders.items():
+        if (folder / "genai_config.json").is_file():
+            config = json.loads((folder / "genai_config.json").read_text())
+            config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = args.threads
+            (folder / "genai_config.json").write_text(json.dumps(config, indent=2))
+            models[name] = genai.Model(str(folder))
+
+    def turn(name: str) -> Turn:
+        params = genai.GeneratorParams(models[name])
+        length = args.prompt + args.new
+        params.set_search_options(max_length=length, min_length=length, do_sample=False)
+        generator = genai.Generator(models[name], params)
+        start = time.perf_counter()
+        generator.append_tokens(list(range(1, args.prompt + 1)))
+        generator.generate_next_token()
+        first = time.perf_counter() - start
+        start, count = time.perf_counter(), 0
+        while not generator.is_done():
+            generator.generate_next_token()
+            count += 1
+        return first, (time.perf_counter() - start) / max(count, 1)
+
+    found = take_turns("GenAI runtime", list(models), args.rounds, turn)
+    return rows_of("GenAI runtime", sizes_of(folders), found, args, bandwidth)
+
+
+def llama_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
+    """llama.cpp, where it is installed and the model came as a GGUF file: SmolLM2."""
+    if args.random or not importlib.util.find_spec("llama_cpp"):
+        return []
+    from llama_cpp import Llama
+
+    files = {"GGUF Q4_1, as published": smollm2_gguf(), "GGUF Q4_1, merged adapter": merged_gguf(folders)}
+    models = {
+        name: Llama(str(file), n_ctx=args.prompt + args.new + 8, n_threads=args.threads, verbose=False)
+        for name, file in files.items()
+    }
+
+    def seconds(name: str, tokens: list[int]) -> float:
+        start = time.perf_counter()
+        models[name].eval(tokens)
+        return time.perf_counter() - start
+
+    def turn(name: str) -> Turn:
+        models[name].reset()
+        first = seconds(name, list(range(1, args.prompt + 1)))
+        return first, median(seconds(name, [1]) for _ in range(args.new))
+
+    found = take_turns("llama.cpp", list(models), args.rounds, turn)
+    return rows_of("llama.cpp", {name: file.stat().st_size for name, file in files.items()}, found, args, bandwidth)
+
+
+def sizes_of(folders: dict[str, Path]) -> dict[str, int]:
+    """Bytes of the graphs and their weights: what a token reads."""
+    return {name: sum(path.stat().st_size for path in folder.glob("model.onnx*")) for name, folder in folders.items()}
+
+
+def rows_of(
+    loop: str, sizes: dict[str, int], found: dict[str, list[Turn]], args: argparse.Namespace, bandwidth: float
+) -> list[Row]:
+    """Median speeds, and the medians of the ratios to the first graph in the same turn."""
+    rows, first = [], next(iter(found.values()))
+    for name, turns in found.items():
+        prefill, decode = (median(seconds) for seconds in zip(*turns, strict=True))
+        ratios = [[theirs[i] / ours[i] for ours, theirs in zip(turns, first, strict=True)] for i in (0, 1)]
+        rows.append(
+            Row(
+                graph=name,
+                loop=loop,
+                megabytes=sizes[name] / 1e6,
+                prefill=args.prompt / prefill,
+                decode=1 / decode,
+                prefill_ratio=median(ratios[0]),
+                decode_ratio=median(ratios[1]),
+                bandwidth=sizes[name] / decode / bandwidth,
+            )
+        )
+    return rows
