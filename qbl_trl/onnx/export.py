@@ -70,7 +70,7 @@ def export_onnx(
         attention: "attention" (the ONNX operator: fastest on CPU), "gqa" (GroupQueryAttention: fastest on CUDA, and in
             GenAI), "standard" (as traced), or "auto": the fastest of the provider where it fits the model.
         accuracy_level: 4 lets MatMulNBits quantize activations to 8 bits on CPU: faster, not exact; reported. With
-            lowering="auto" a merged adapter then lies in 8 bits beside the codes if it fits; "factored" keeps it in float.
+            lowering="auto" a merged adapter then lies beside the codes, in 8 bits; "factored" keeps it in float.
         logits: "all" positions, or the "last" one only, as `generate` needs (not for ONNX Runtime GenAI).
         max_length: positions of the rotary tables; the model's own maximum by default.
         tolerance: largest logit difference allowed in float32 (less where all logits are below 1); None reports
