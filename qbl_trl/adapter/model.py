@@ -98,12 +98,15 @@ class QBLoRAModel(LoraModel):
         self, adapters: list[str], combination_type: str, svd_rank: int | None
     ) -> tuple[str, int, Any]:
         checked = super()._check_add_weighted_adapter(adapters, combination_type, svd_rank)
-        shapes = {self._block_shape(name) for name in adapters}
-        if len(shapes) > 1:
-            raise ConfigError(
-                f"add_weighted_adapter: {', '.join(adapters)} differ in (in_factor, out_factor, pooling): "
-                f"{sorted(map(str, shapes))}; only adapters of one compressed shape can be combined"
-            )
+        for layer_name, layer in self.model.named_modules():
+            if isinstance(layer, BalancedLinear):
+                shapes = {self._block_shape(layer, name) for name in adapters if name in layer.rank}
+                if len(shapes) > 1:
+                    raise ConfigError(
+                        f"add_weighted_adapter: {', '.join(adapters)} differ in (in_factor, out_factor, pooling) at "
+                        f"{layer_name}: {sorted(map(str, shapes))}; only adapters of one compressed shape can be "
+                        "combined"
+                    )
         if any(self.peft_config[name].adapter == "block" for name in adapters):
             raise ConfigError("add_weighted_adapter combines low-rank factors; an adapter='block' has none")
         kind, rank, targets = checked
@@ -121,9 +124,8 @@ class QBLoRAModel(LoraModel):
                     matched = matched_rank(r, layer.base.in_features, layer.base.out_features, p, e)
                     yield max(0, sum(layer.rank[name] for name in held) - matched)
 
-    def _block_shape(self, name: str) -> tuple[int | None, int, str]:
-        config = self.peft_config[name]
-        return config.in_factor, config.out_factor, config.pooling
+    def _block_shape(self, layer: BalancedLinear, name: str) -> tuple[int, int, str]:
+        return layer.in_factor[name], layer.out_factor[name], self.peft_config[name].pooling
 
     def _svd_generalized_task_arithmetic_weighted_adapter(
         self,

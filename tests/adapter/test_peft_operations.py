@@ -197,6 +197,9 @@ def test_adapters_of_different_blocks_do_not_combine():
     model.add_adapter("second", config(in_factor=2))
     with pytest.raises(ConfigError, match=r"differ in \(in_factor, out_factor, pooling\)"):
         model.add_weighted_adapter(["default", "second"], [1, 1], "sum", "cat")
+    model.add_adapter("third", config(in_factor=4, out_factor_pattern={"layers.1.mlp.up_proj": 4}))
+    with pytest.raises(ConfigError, match=r"differ in .* at model\.layers\.1\.mlp\.up_proj"):
+        model.add_weighted_adapter(["default", "third"], [1, 1], "sum", "cat")
     model.add_adapter("block", config(adapter="block", in_factor=4))
     with pytest.raises(ConfigError, match="adapter='block' has none"):
         model.add_weighted_adapter(["block"], [1], "sum", "linear")
