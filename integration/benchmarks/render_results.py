@@ -212,9 +212,9 @@ NOT_RUN = """## Not run
 - Other models; all 30 layers wherever a title says fewer; training until nothing improves. Few steps favour what
   learns fast: the order of methods may change with longer training.
 - Groups of 128 with a pooled input: SmolLM2's width of 576 is no multiple of 128.
-- CommonsenseQA, ARC-Easy, the MMLU exam and groups of 64 or 2 bits, unless a title above names them: their loaders and
-  plans are there (`--full`), the hours were not.
-- IR-QLoRA, LoftQ and PiSSA; PEFT's own QA-LoRA (GPTQ layers only); perplexity after training.
+- Tasks, bits, groups and lengths that no title above names: their loaders and plans are there (`--full`), the hours
+  were not.
+- IR-QLoRA, which PEFT does not offer; PEFT's own QA-LoRA, which takes GPTQ layers only.
 - 4-bit NF4 kernels: the NF4 base is held as the values bitsandbytes dequantizes it to.
 """
 
