@@ -43,6 +43,7 @@ def rates_table(block: Block) -> str:
 
 def test_table(block: Block) -> str:
     rows = []
+    examined = bool(values(block.results, "mmlu:test", "accuracy"))
     for row in block.rows():
         found = block.of(row, None if is_base(block.of(row)[0]) else block.tested_rate(row))
         if values(found, "test", "nll"):
@@ -52,9 +53,11 @@ def test_table(block: Block) -> str:
                     f"{found[0]['trainable_parameters']:,}",
                     "" if is_base(found[0]) else f"{found[0]['settings']['lr']:g}",
                     *[spread(values(found, "test", key)) for key in measured(block)],
+                    *[spread(values(found, "mmlu:test", "accuracy"))] * examined,
                 ]
             )
     header = ["on the test split", "trained parameters", "rate", *measured(block).values()]
+    header += ["MMLU accuracy, untouched"] * examined
     return table(header, rows) if rows else ""
 
 

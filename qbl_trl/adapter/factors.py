@@ -57,13 +57,43 @@ def record_factors_(config: QBLoRAConfig, chosen: dict[str, tuple[int, int]]) ->
         config.in_factor = Counter(p for p, _ in chosen.values()).most_common(1)[0][0]
     if config.out_factor is None:
         config.out_factor = Counter(e for _, e in chosen.values()).most_common(1)[0][0]
-    for at, common, pattern in (
-        (0, config.in_factor, config.in_factor_pattern),
-        (1, config.out_factor, config.out_factor_pattern),
-    ):
-        for name, factors in chosen.items():
-            if pattern.get(get_pattern_key(list(pattern), name), common) != factors[at]:
-                pattern[f"^{re.escape(name)}"] = factors[at]
+    common = config.in_factor, config.out_factor
+    for at, field in enumerate(("in_factor_pattern", "out_factor_pattern")):
+        given = getattr(config, field)
+        keys = list(given)
+        missing = {
+            name: factors[at]
+            for name, factors in chosen.items()
+            if given.get(get_pattern_key(keys, name), common[at]) != factors[at]
+        }
+        # A new dictionary: copies of a configuration share the old one.
+        setattr(config, field, {**given, **_short({} if given else _kinds(chosen, at), missing)})
+
+
+def recorded_factors(config: QBLoRAConfig, name: str) -> tuple[int | None, int | None]:
+    """(p, e) that a configuration states for a layer, once its adapter was placed."""
+    p, e = config.in_factor_pattern, config.out_factor_pattern
+    return (
+        p.get(get_pattern_key(list(p), name), config.in_factor),
+        e.get(get_pattern_key(list(e), name), config.out_factor),
+    )
+
+
+def _kinds(chosen: dict[str, tuple[int, int]], at: int) -> dict[str, set[int]]:
+    """The factors that layers of one kind (their last name) have."""
+    kinds: dict[str, set[int]] = {}
+    for name, factors in chosen.items():
+        kinds.setdefault(name.rpartition(".")[2], set()).add(factors[at])
+    return kinds
+
+
+def _short(kinds: dict[str, set[int]], missing: dict[str, int]) -> dict[str, int]:
+    """One entry for a kind of layers that agree, one for each other layer: a large model has thousands."""
+    pattern: dict[str, int] = {}
+    for name, factor in missing.items():
+        kind = name.rpartition(".")[2]
+        pattern[re.escape(kind) if kinds.get(kind) == {factor} else f"^{re.escape(name)}"] = factor
+    return pattern
 
 
 def _shared_outputs(base: Base, config: QBLoRAConfig, p: int, name: str) -> int:

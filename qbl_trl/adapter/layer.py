@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qbl_trl.adapter.balance import matched_rank, pool_scale
 from qbl_trl.adapter.bases import Base, describe
-from qbl_trl.adapter.factors import choose_factors
+from qbl_trl.adapter.factors import choose_factors, record_factors_
 from qbl_trl.adapter.mergeable import MergesIntoBase
 from qbl_trl.adapter.products import add_expanded, pool
 from qbl_trl.adapter.projections import ExpandedLinear, PooledLinear, compute_dtype
@@ -266,6 +266,18 @@ class BalancedLinear(nn.Module, MergesIntoBase):
 
     def __repr__(self) -> str:
         return "qblora." + super().__repr__()
+
+
+def record_placed_(model: nn.Module, adapter_name: str, config: QBLoRAConfig) -> dict[str, BalancedLinear]:
+    """Write the factors that an adapter's layers got into its configuration, in place; returns those layers."""
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BalancedLinear) and adapter_name in module.rank
+    }
+    if layers:
+        record_factors_(config, {n: (m.in_factor[adapter_name], m.out_factor[adapter_name]) for n, m in layers.items()})
+    return layers
 
 
 def adapter_layers(model: nn.Module) -> dict[str, BalancedLinear]:

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.mixed import model as mixed_model
 from torch import nn
 
-from qbl_trl.adapter.layer import BalancedLinear
+from qbl_trl.adapter.layer import BalancedLinear, record_placed_
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.peft_type import QBLORA
@@ -37,6 +37,14 @@ def register() -> None:
         _check_one_kind(config, target, args[0] if args else "")
         place(self, config, adapter_name, target, *args, **kw)
 
+    inject = cls.inject_adapter
+
+    def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        inject(self, model, adapter_name, *args, **kwargs)
+        if isinstance(self.peft_config[adapter_name], QBLoRAConfig):
+            record_placed_(model, adapter_name, self.peft_config[adapter_name])
+
+    cls.inject_adapter = inject_adapter
     cls._create_new_module = staticmethod(create_new_module)
     cls._create_and_replace = create_and_replace
 

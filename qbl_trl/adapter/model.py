@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from qbl_trl.adapter import hotswap, mixed
 from qbl_trl.adapter.balance import largest_useful_r, matched_rank
-from qbl_trl.adapter.factors import record_factors_
-from qbl_trl.adapter.layer import BalancedLinear
+from qbl_trl.adapter.factors import recorded_factors
+from qbl_trl.adapter.layer import BalancedLinear, record_placed_
 from qbl_trl.adapter.targets import resolve_all_linear
 from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.errors import ConfigError
@@ -51,16 +51,9 @@ class QBLoRAModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Place an adapter, and write the factors its layers got into its configuration, as PEFT does with targets."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, BalancedLinear)}
-        chosen = {
-            name: (layer.in_factor[adapter_name], layer.out_factor[adapter_name])
-            for name, layer in layers.items()
-            if adapter_name in layer.rank
-        }
-        if chosen:
-            record_factors_(self.peft_config[adapter_name], chosen)
-            if not self.peft_config[adapter_name].inference_mode:
-                _warn_of_surplus_rank(adapter_name, {name: layers[name] for name in chosen})
+        layers = record_placed_(model, adapter_name, self.peft_config[adapter_name])
+        if layers and not self.peft_config[adapter_name].inference_mode:
+            _warn_of_surplus_rank(adapter_name, layers)
 
     def _check_target_module_compatiblity(self, peft_config: QBLoRAConfig, model: nn.Module, target_name: str) -> None:
         """Refuse the layers PEFT refuses for LoRA: a fused kernel (Mamba's) would read their weight, not call them."""
@@ -98,14 +91,17 @@ class QBLoRAModel(LoraModel):
         self, adapters: list[str], combination_type: str, svd_rank: int | None
     ) -> tuple[str, int, Any]:
         checked = super()._check_add_weighted_adapter(adapters, combination_type, svd_rank)
+        first = self.peft_config[adapters[0]]  # whose configuration the sum will have
         for layer_name, layer in self.model.named_modules():
             if isinstance(layer, BalancedLinear):
-                shapes = {self._block_shape(layer, name) for name in adapters if name in layer.rank}
+                held = [name for name in adapters if name in layer.rank]
+                shapes = {(*recorded_factors(first, layer_name), first.pooling)} if held else set()
+                shapes |= {self._block_shape(layer, name) for name in held}
                 if len(shapes) > 1:
                     raise ConfigError(
                         f"add_weighted_adapter: {', '.join(adapters)} differ in (in_factor, out_factor, pooling) at "
                         f"{layer_name}: {sorted(map(str, shapes))}; only adapters of one compressed shape can be "
-                        "combined"
+                        "combined. Give them the same in_factor and out_factor when they are made"
                     )
         if any(self.peft_config[name].adapter == "block" for name in adapters):
             raise ConfigError("add_weighted_adapter combines low-rank factors; an adapter='block' has none")
@@ -182,11 +178,12 @@ def _warn_of_surplus_rank(adapter_name: str, layers: dict[str, BalancedLinear]) 
         tightest = min(useful, key=lambda name: useful[name])
         layer, enough = layers[tightest], max(1, int(useful[tightest]))
         p, e = layer.in_factor[adapter_name], layer.out_factor[adapter_name]
+        fewer = "" if e == 1 else "a smaller out_factor, "
         warnings.warn(
             f"adapter {adapter_name!r}: on {len(useful)} of {len(layers)} layers r={layer.r[adapter_name]} buys ranks "
             f"beyond the full rank of a pooled weight change; they cost parameters and reach nothing new ({tightest}: "
             f"rank {layer.rank[adapter_name]} for {layer.base.out_features // e} x {layer.base.in_features // p} "
-            f'blocks). Spend them otherwise: a smaller out_factor, r={enough}, or adapter="block"',
+            f'blocks). Spend them otherwise: {fewer}r={enough}, or adapter="block"',
             stacklevel=2,
         )
 

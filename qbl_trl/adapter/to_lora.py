@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qbl_trl.adapter.balance import pool_scale
+from qbl_trl.adapter.factors import recorded_factors
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.config import QBLoRAConfig
@@ -87,8 +88,7 @@ def plain_factors(config: QBLoRAConfig, layer: str, matrices: dict[str, Tensor])
     Raises:
         ConfigError: if in_factor was never written down.
     """
-    p = _by_pattern(config.in_factor_pattern, layer, config.in_factor)
-    e = _by_pattern(config.out_factor_pattern, layer, config.out_factor)
+    p, e = recorded_factors(config, layer)
     r = _by_pattern(config.rank_pattern, layer, config.r)
     alpha = _by_pattern(config.alpha_pattern, layer, config.lora_alpha)
     if p is None or e is None or r is None or alpha is None:

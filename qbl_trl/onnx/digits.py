@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qbl_trl.onnx.layers import BlockDelta, GroupBase, LinearSource, Stored
+from qbl_trl.onnx.layers import BlockDelta, GroupBase, LinearSource, Stack, Stored
 from qbl_trl.onnx.weights import unpacked_zeros
 from qbl_trl.quant.packing import pack
 
@@ -82,8 +82,15 @@ def layout_for(source: LinearSource) -> Layout | None:
     own = source.in_features // base.group_size
     if _LARGEST_SHARE * layout.blocks > own:
         return None
-    step = base.scales.read().cpu().float().square().mean().sqrt() * (1 << base.bits) / 16
-    return layout if _delta(source).square().mean().sqrt() <= step else None
+    scales = base.scales
+    rows = [item.shape[0] for item in scales.items] if isinstance(scales, Stack) else [scales.shape[0]]
+    steps = scales.read().cpu().float() * (1 << base.bits) / 16
+    parts = zip(_delta(source).split(rows), steps.split(rows), strict=True)  # q, k and v each for itself
+    return layout if all(_size(delta) <= _size(step) for delta, step in parts) else None
+
+
+def _size(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
 
 
 def _delta(source: LinearSource) -> Tensor:

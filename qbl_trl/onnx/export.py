@@ -18,7 +18,7 @@ from qbl_trl.folders import check_free, new_folder
 from qbl_trl.onnx import companions
 from qbl_trl.onnx.branches import choose_branches
 from qbl_trl.onnx.digits import layout_for
-from qbl_trl.onnx.files import MODEL_FILE, folder_bytes, save
+from qbl_trl.onnx.files import MODEL_FILE, clear, folder_bytes, save
 from qbl_trl.onnx.gate import Disagreement, Gate, Unrunnable
 from qbl_trl.onnx.genai import write_genai_config
 from qbl_trl.onnx.kernels import cuda_fallbacks
@@ -38,6 +38,7 @@ ATTENTIONS = ("auto", "attention", "gqa", "standard")
 _FASTEST = {"cpu": "attention", "cuda": "gqa"}
 DTYPES = {"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")}
 TOLERANCE = 1e-3
+_DIGITS_SHARE = 2.0  # times what 8-bit activations cost: beyond, a delta stays in float
 
 
 def export_onnx(
@@ -58,7 +59,8 @@ def export_onnx(
     """Write a model as an ONNX folder for ORTModelForCausalLM and ONNX Runtime GenAI, still at 4 bits.
 
     The folder appears whole or not at all, and only after its graph, in float32 and without 8-bit activations, gave
-    the logits of the torch model. The model given is not changed.
+    the logits of the torch model. What 8-bit activations change beyond that is measured, and kept only while it is what
+    the activations themselves cost. The model given is not changed.
 
     Args:
         model_or_path: a transformers model (merged), a PEFT model (its adapters stay as branches), or a folder of one.
@@ -70,7 +72,8 @@ def export_onnx(
         attention: "attention" (the ONNX operator: fastest on CPU), "gqa" (GroupQueryAttention: fastest on CUDA, and in
             GenAI), "standard" (as traced), or "auto": the fastest of the provider where it fits the model.
         accuracy_level: 4 lets MatMulNBits quantize activations to 8 bits on CPU: faster, not exact; reported. With
-            lowering="auto" a merged adapter then lies beside the codes, in 8 bits; "factored" keeps it in float.
+            lowering="auto" an adapter's block delta then lies beside the codes, in 8 bits; "factored" keeps it in
+            float.
         logits: "all" positions, or the "last" one only, as `generate` needs (not for ONNX Runtime GenAI).
         max_length: positions of the rotary tables; the model's own maximum by default.
         tolerance: largest logit difference allowed in float32 (less where all logits are below 1); None reports
@@ -124,7 +127,11 @@ def export_onnx(
             step(bar, "finishing the folder")
             final, lossy = exact, None
             if exact_folder is not folder:
-                final = _build(held, replace(wanted, attention=exact.attention), folder)
+                wanted = replace(wanted, attention=exact.attention)
+                final = _build(held, wanted, folder)
+                if wanted.digits and not _digits_cost_little(gate, folder, exact_folder):
+                    clear(folder)
+                    final = _build(held, replace(wanted, digits=False), folder)
                 held.let_go()
             elif accuracy_level:
                 set_accuracy_level(folder / MODEL_FILE, accuracy_level)
@@ -198,8 +205,7 @@ def _exact(
                 f'attention="{options.attention}" does not fit this model: {refusal}; use "auto" or "standard"'
             ) from None
         reason = str(refusal)
-    for left in folder.iterdir():
-        left.unlink()
+    clear(folder)
     standard = replace(options, attention="standard")
     built, reports = _exact(held, standard, False, gate, tolerance, folder)
     built.reason = reason
@@ -225,6 +231,15 @@ def _trace_and_rewrite(model: PreTrainedModel, options: Options) -> tuple[ir.Mod
     if traced != options.dtype:
         float16_to_bfloat16(graph)
     return graph, rewrite(graph, skeleton, options)
+
+
+def _digits_cost_little(gate: Gate, folder: Path, exact_folder: Path) -> bool:
+    """Whether the graph with digits is as near to the model as the exact one is once its activations have 8 bits."""
+    set_accuracy_level(exact_folder / MODEL_FILE, 4)
+    factored, digits = gate.look_at(exact_folder), gate.look_at(folder)
+    if factored is None or digits is None:
+        return False
+    return digits.mean_abs_difference <= _DIGITS_SHARE * factored.mean_abs_difference
 
 
 def _has_digits(decoder: PreTrainedModel) -> bool:

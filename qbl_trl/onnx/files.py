@@ -14,6 +14,12 @@ def save(model: ir.Model, folder: Path) -> None:
     ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=_INLINE_BYTES, max_workers=1)
 
 
+def clear(folder: Path) -> None:
+    """Remove the files of a folder."""
+    for left in folder.iterdir():
+        left.unlink()
+
+
 def folder_bytes(folder: Path) -> int:
     """Size of all files of a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

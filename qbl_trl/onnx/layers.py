@@ -73,6 +73,22 @@ class Stack(Stored):
 
 
 @dataclass(frozen=True)
+class Repeated(Stored):
+    """Another stored tensor, each row `times` times."""
+
+    inner: Stored
+    times: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, *rest = self.inner.shape
+        return (rows * self.times, *rest)
+
+    def read(self) -> Tensor:
+        return self.inner.read().repeat_interleave(self.times, 0)
+
+
+@dataclass(frozen=True)
 class GroupBase:
     """Affine groups: codes packed as MatMulNBits packs them.
 

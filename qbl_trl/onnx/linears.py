@@ -55,7 +55,7 @@ class LinearLowering:
         self.shared = shared
         self.layers: list[LoweredLayer] = []
         self._pooled: dict[tuple[ir.Value, int], ir.Value] = {}
-        self._appended: dict[tuple[ir.Value, int], ir.Value] = {}
+        self._appended: dict[tuple[ir.Value, int, int], ir.Value] = {}
 
     def lower(self, node: ir.Node, source: LinearSource) -> None:
         """Replace one placeholder.
@@ -72,7 +72,7 @@ class LinearLowering:
             x.type = node.outputs[0].type = ir.TensorType(editor.float_type)
         branches: tuple[Branch, ...] = source.branches
         corrections: list[str] = []
-        layout = layout_for(source) if self.digits else None
+        layout = layout_for(source) if self.digits and not self._is_shared(source) else None
         if layout is not None:
             x, source, branches = *self._append_digits(node, x, source, layout), ()
             corrections.append("block delta in 8 bits")
@@ -135,17 +135,21 @@ class LinearLowering:
         made = editor.add(node, "MatMulNBits", inputs, attributes, domain=MS_DOMAIN, name=name, like=node.outputs[0])
         return made.outputs[0], branches
 
+    def _is_shared(self, source: LinearSource) -> bool:
+        return isinstance(source.base, GroupBase) and source.base.weight.pointers in self.shared
+
     def _append_digits(
         self, node: ir.Node, x: ir.Value, source: LinearSource, layout: Layout
     ) -> tuple[ir.Value, LinearSource]:
         """[x, h, h, ...], once per input, and the layer that reads it."""
         p = source.in_features // layout.columns
-        if (x, p) not in self._appended:
+        key = x, p, layout.copies
+        if key not in self._appended:
             pooled = self._pool(node, x, layout.columns, p)
             joined = self.editor.add(node, "Concat", [x] + [pooled] * layout.copies, {"axis": -1}, like=x)
-            self._appended[x, p] = joined.outputs[0]
+            self._appended[key] = joined.outputs[0]
         wider = replace(source, in_features=source.in_features + layout.width, base=extended(source, layout))
-        return self._appended[x, p], replace(wider, branches=())
+        return self._appended[key], replace(wider, branches=())
 
     def _bnb4(self, node: ir.Node, x: ir.Value, source: LinearSource, base: Bnb4Base) -> ir.Value:
         editor, name = self.editor, source.name

@@ -4,10 +4,12 @@ One operator instead of three quantizes its activations once, wakes the threads 
 keys and values go into GroupQueryAttention as they are; other results are cut apart again by one Split.
 """
 
+import math
+
 import onnx_ir as ir
 
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute
-from qbl_trl.onnx.layers import BlockDelta, Branch, GroupBase, LinearSource, Stack, Stored
+from qbl_trl.onnx.layers import BlockDelta, Branch, GroupBase, LinearSource, Repeated, Stack, Stored
 from qbl_trl.onnx.markers import TRACE_DOMAIN
 
 
@@ -104,11 +106,16 @@ def _join_branches(groups: list[tuple[Branch, ...]]) -> tuple[Branch, ...] | Non
     joined: list[Branch] = []
     for level in zip(*groups, strict=True):
         deltas = [branch for branch in level if isinstance(branch, BlockDelta)]
-        factors = {(branch.in_factor, branch.out_factor) for branch in level}
-        if len(deltas) != len(level) or len(factors) != 1:
+        if len(deltas) != len(level) or len({delta.in_factor for delta in deltas}) != 1:
             return None
-        joined.append(BlockDelta(_stack([delta.delta for delta in deltas]), *factors.pop()))
+        common = math.gcd(*(delta.out_factor for delta in deltas))
+        rows = [_repeated(delta.delta, delta.out_factor // common) for delta in deltas]
+        joined.append(BlockDelta(_stack(rows), deltas[0].in_factor, common))
     return tuple(joined)
+
+
+def _repeated(stored: Stored, times: int) -> Stored:
+    return stored if times == 1 else Repeated(stored.parts, stored, times)
 
 
 def _stack(items: list[Stored]) -> Stack:

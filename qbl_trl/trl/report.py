@@ -72,9 +72,8 @@ def _head(record: dict[str, Any], history: Any) -> str:
         if record["finished"]
         else badge(f"step {record['step']} of {record['max_steps']}", "neutral")
     )
-    kind = (
-        f"{first.get('base', '')} base, in_factor {first.get('in_factor')}, out_factor {first.get('out_factor')}, rank "
-    )
+    p, e = (" or ".join(map(str, sorted({layer[side] for layer in layers}))) for side in ("in_factor", "out_factor"))
+    kind = f"{first.get('base', '')} base, in_factor {p}, out_factor {e}, rank "
     ranks = sorted({layer["rank"] for layer in layers})
     span = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0] if ranks else '?'}"
     nominal = f"{span} (the parameters of plain rank {first.get('nominal_rank')})"

@@ -1,12 +1,14 @@
 """Which factors a layer gets, and what is said when none fits."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qbl_trl import QBLoRAConfig
 from qbl_trl.adapter.bases import Base
-from qbl_trl.adapter.factors import choose_factors, record_factors_
+from qbl_trl.adapter.factors import choose_factors, record_factors_, recorded_factors
 from qbl_trl.errors import ConfigError
 
 NAME = "model.layers.3.mlp.down_proj"
@@ -94,6 +96,25 @@ def test_recorded_factors_read_back_as_they_were_chosen(chosen):
     record_factors_(config, chosen)
     for name, factors in chosen.items():
         assert choose_factors(Base("group_quant", 64, 64, 1), config, name) == factors
+
+
+def test_a_kind_of_layers_that_agree_is_one_entry_and_an_odd_one_has_its_own():
+    config = QBLoRAConfig(quantization_aware=True)
+    names = {f"layers.{i}.{kind}": (32, e) for i in range(3) for kind, e in (("q", 2), ("k", 1), ("v", 2), ("o", 2))}
+    names["layers.1.v"] = (32, 1)
+    record_factors_(config, names)
+    assert (config.in_factor, config.out_factor) == (32, 2)
+    assert config.out_factor_pattern == {"k": 1, r"^layers\.1\.v": 1}
+    assert all(recorded_factors(config, name) == factors for name, factors in names.items())
+
+
+def test_writing_factors_down_leaves_copies_of_the_configuration_alone():
+    first = QBLoRAConfig(r=3, quantization_aware=True)
+    second = replace(first, r=64)
+    record_factors_(first, {"a": (32, 2), "b": (32, 1), "c": (32, 2)})
+    assert first.out_factor_pattern
+    assert not second.out_factor_pattern
+    assert second.out_factor is None
 
 
 @given(n=st.integers(1, 60), wanted=st.integers(1, 40))

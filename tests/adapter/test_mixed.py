@@ -5,8 +5,10 @@ import torch
 from peft import LoHaConfig, LoraConfig, get_peft_model
 
 from qbl_trl import QBLoRAConfig, merge
+from qbl_trl.adapter.factors import recorded_factors
 from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.errors import ConfigError, MergeError
+from tests.onnx.models import quantize
 from tests.tiny import logits, tiny_llama, tokens
 
 TARGETS = ["q_proj", "down_proj"]
@@ -45,3 +47,13 @@ def test_merge_refuses_what_another_method_would_leave_behind():
     model.add_adapter("second", LOHA)
     with pytest.raises(MergeError, match="adapters of other PEFT methods"):
         merge(model)
+
+
+def test_a_mixed_model_states_the_factors_its_layers_got():
+    open_factors = QBLoRAConfig(r=4, quantization_aware=True, target_modules=TARGETS)
+    model = get_peft_model(quantize(tiny_llama(hidden_size=128), p=None), open_factors, "ours", mixed=True)
+    stated = model.peft_config["ours"]
+    assert stated.in_factor == 32
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, BalancedLinear):
+            assert recorded_factors(stated, name) == (layer.in_factor["ours"], layer.out_factor["ours"])

@@ -197,6 +197,10 @@ def test_adapters_of_different_blocks_do_not_combine():
     model.add_adapter("second", config(in_factor=2))
     with pytest.raises(ConfigError, match=r"differ in \(in_factor, out_factor, pooling\)"):
         model.add_weighted_adapter(["default", "second"], [1, 1], "sum", "cat")
+    model.add_adapter("elsewhere", config(in_factor=2, target_modules=["lm_head"]))
+    model.add_adapter("here", config(in_factor=4, target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match=r"differ in .* at lm_head.*the same in_factor and out_factor"):
+        model.add_weighted_adapter(["here", "elsewhere"], [1, 1], "sum", "cat")
     model.add_adapter("third", config(in_factor=4, out_factor_pattern={"layers.1.mlp.up_proj": 4}))
     with pytest.raises(ConfigError, match=r"differ in .* at model\.layers\.1\.mlp\.up_proj"):
         model.add_weighted_adapter(["default", "third"], [1, 1], "sum", "cat")

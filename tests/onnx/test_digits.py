@@ -8,9 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qbl_trl import export_onnx
+from qbl_trl import GroupQuantConfig, export_onnx
+from qbl_trl.onnx import digits
 from qbl_trl.onnx.digits import Layout, encode, extended, layout_for
 from qbl_trl.onnx.layers import BlockDelta, GroupBase, LinearSource, Stored
+from qbl_trl.quant.affine import min_max
+from qbl_trl.quant.hf_quantizer import quantize_model_
+from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.packing import pack, unpack
 from tests.onnx.models import merged_llama, operators, quantize
 from tests.tiny import tiny_llama
@@ -127,6 +131,62 @@ def test_a_delta_larger_than_a_step_of_the_codes_stays_in_float():
         layer, _ = source(4, 32, 576, (BlockDelta(Stored.of(torch.full((3, 18), size)), 32, 2),))
         layer = replace(layer, base=replace(layer.base, scales=Stored.of(torch.ones_like(steps))))
         assert (layout_for(layer) is not None) == expected
+
+
+def test_layers_of_different_formats_over_one_input_have_digits_of_their_own(tmp_path):
+    model = merged_llama(hidden_size=512, intermediate_size=512)
+    layer = model.model.layers[0].self_attn.v_proj
+    weight, delta = layer.dequantize(), layer.delta
+    eight = GroupQuantLinear.from_affine(min_max(weight, 32, 8, False, torch.float16), bits=8, group_size=32)
+    eight.set_delta(delta, 32, 2)
+    model.model.layers[0].self_attn.v_proj = eight
+    report = export_onnx(model, tmp_path / "out", accuracy_level=4)
+    assert {r.correction for r in report.layers if r.name != "lm_head"} == {"block delta in 8 bits"}
+    kept = export_onnx(model, tmp_path / "factored", accuracy_level=4, lowering="factored")
+    assert report.parity_as_written.mean_abs_difference < 1.25 * kept.parity_as_written.mean_abs_difference
+
+
+def test_projections_that_share_outputs_differently_are_still_one_operator(tmp_path):
+    model = merged_llama(**WIDE)
+    for layer in model.model.layers:
+        for part in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            part.set_delta(part.delta.repeat_interleave(2, 0), 32, 1)
+    for level, name in ((None, "exact"), (4, "digits")):
+        report = export_onnx(model, tmp_path / name, accuracy_level=level)
+        assert operators(tmp_path / name).count("MatMulNBits") == 8
+        assert report.parity.max_abs_difference < 2e-5  # fp32
+
+
+def test_one_part_of_a_joined_layer_that_needs_float_keeps_all_of_it_there(tmp_path):
+    model = merged_llama(**WIDE)
+    small = model.model.layers[0].self_attn.k_proj
+    small.set_delta(small.delta.sign() * small.scales.float().max() * 3, 32, 2)
+    report = export_onnx(model, tmp_path / "out", accuracy_level=4)
+    kept = [r.name for r in report.layers if r.correction == "block delta"]
+    assert kept == ["model.layers.0.self_attn.q_proj_k_proj_v_proj"]
+
+
+def test_digits_that_are_wrong_are_not_written(tmp_path, monkeypatch):
+    def wrong(delta, layout, dtype=torch.float32):
+        codes, scales = encode(delta, layout, dtype)
+        return codes, scales * 100
+
+    monkeypatch.setattr(digits, "encode", wrong)
+    report = export_onnx(merged_llama(**WIDE), tmp_path / "out", accuracy_level=4)
+    assert {r.correction for r in report.layers if r.name != "lm_head"} == {"block delta"}
+    assert report.parity_as_written.max_abs_difference < 0.1
+
+
+def test_a_tied_head_with_a_delta_is_stored_once(tmp_path):
+    config = GroupQuantConfig(quantize_embeddings=True)
+    plain = quantize_model_(tiny_llama(**WIDE, vocab_size=1024, tie_word_embeddings=True), config)
+    head = plain.get_output_embeddings()
+    head.set_delta(torch.randn(512, 8) * 1e-3, 32, 2)
+    sizes = [
+        export_onnx(plain, tmp_path / lowering, accuracy_level=4, lowering=lowering).bytes
+        for lowering in ("auto", "factored")
+    ]
+    assert sizes[0] < sizes[1] + 1024 * 64  # not the table a second time: 1024 x 256 at 4 bits
 
 
 def test_fractional_zero_points_of_a_base_stay_in_float():
