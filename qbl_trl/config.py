@@ -92,7 +92,7 @@ class QBLoRAConfig(LoraConfig):
         out_factor: e, how many neighbouring outputs share one adapter output. Default 2, as published; when
             `quantization_aware`, 1 on the layers where 2 would raise R beyond half of full rank (a block has no rank:
             always 2). Sharing outputs buys rank: it wins while rank is scarce and loses once there is enough of it
-            (CommonsenseQA at ranks 1 to 8 in integration/benchmarks/RESULTS.md). Placing the adapter writes it down;
+            (ranks 1 to 8 in integration/benchmarks/RESULTS.md). Placing the adapter writes it down;
             give it where adapters of different rank are to be swapped or combined.
         quantization_aware: QA-BLoRA. Requires in_factor to be a multiple of the base's quantization group, so that
             the trained adapter merges exactly into the zero points and the merged model stays at 4 bits.

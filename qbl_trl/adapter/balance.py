@@ -29,9 +29,9 @@ first-step figures under independence, not a promise; the default follows measur
 B A has N/e rows and K/p columns, so a rank above min(K/p, N/e) reaches no weight change that this full rank does not:
 it only costs parameters. In groups of 32 and with e = 2, a layer of 4096 x 4096 is there from r = 34 on, one of
 576 x 576 from r = 5. Beyond that point e = 2 is e = 1 with fewer weight changes to choose from, and before it rank may
-no longer be what training lacks: in the tables of integration/benchmarks (CommonsenseQA, full rank 18 on most layers)
-e = 2 is ahead of e = 1 with a fifth of full rank, even with two fifths, behind within the spread with four fifths, and
-clearly behind past full rank. `default_out_factor` shares outputs up to half.
+no longer be what training lacks: in the tables of integration/benchmarks (full rank 18 on most layers) e = 2 is ahead
+of e = 1 with a fifth of full rank, on both tasks, even with two fifths, and on CommonsenseQA behind past full rank.
+`default_out_factor` shares outputs up to half.
 
 R is rounded to the nearest whole number. One rank costs 1/R of the adapter, so a single layer of small rank can be off
 by 1/(2R); over the layers of a decoder block the total stays within 1% of LoRA's from r = 16 on.
