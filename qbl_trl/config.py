@@ -124,7 +124,7 @@ class QBLoRAConfig(LoraConfig):
     )
     out_factor: int | None = field(
         default=None,
-        metadata={"help": "Outputs that share one adapter output; 2, or 1 where quantization_aware leaves no rank."},
+        metadata={"help": "Outputs that share one; 2, or 1 where quantization_aware finds rank enough."},
     )
     quantization_aware: bool = field(
         default=False, metadata={"help": "Align in_factor with the base's groups: exact merge at 4 bits (QA-BLoRA)."}

@@ -183,6 +183,9 @@ def test_a_start_that_knows_the_float_weights_begins_nearer_to_them(model, metho
         layer, weight = started.get_submodule(name), exact.get_submodule(name).weight
         found = layer.get_base_layer().weight + layer.get_delta_weight("default")
         assert (found - weight).norm() < (rounded.get_submodule(name).weight - weight).norm()
+    plain = cells.unwrap(cells.adapted(cells.Cell("r8", "lora_float", r=4), rounded))
+    ours, theirs = (sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (started, plain))
+    assert ours == pytest.approx(theirs, rel=0.1)  # ranks are whole numbers, and this model is tiny
 
 
 def test_a_base_held_as_float_computes_what_its_codes_do(model):

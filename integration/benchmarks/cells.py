@@ -21,7 +21,7 @@ computed once (tasks.Split).
 | affine_p2e1, affine_p1e2 | affine groups of g | 2, 1 | 1, 2 | A, B |
 | affine_e2_writers, affine_e2_readers | affine groups of g | 1 | 2 on some layers, else 1 | A, B |
 | qalora, qablora_e2, qablora_e4 | affine groups of g | g | 1, 2, 4 | A, B |
-| qablora | affine groups of g | g | QBLoRAConfig's default: 2 where that leaves rank, else 1 | A, B |
+| qablora | affine groups of g | g | QBLoRAConfig's default: 2 up to half of full rank, else 1 | A, B |
 | qahira_e1, qahira_e2 | affine groups of g | g | 1, 2 | D |
 
 Two poolings are none of the package's: "tied" is the sum with A started as a plain LoRA's A would be (bound 1/sqrt(K),

@@ -60,23 +60,22 @@ def record_factors_(config: QBLoRAConfig, chosen: dict[str, tuple[int, int]]) ->
     common = config.in_factor, config.out_factor
     for at, field in enumerate(("in_factor_pattern", "out_factor_pattern")):
         given = getattr(config, field)
-        keys = list(given)
-        missing = {
-            name: factors[at]
-            for name, factors in chosen.items()
-            if given.get(get_pattern_key(keys, name), common[at]) != factors[at]
-        }
+        missing = {n: factors[at] for n, factors in chosen.items() if by_pattern(given, n, common[at]) != factors[at]}
         # A new dictionary: copies of a configuration share the old one.
         setattr(config, field, {**given, **_short({} if given else _kinds(chosen, at), missing)})
 
 
 def recorded_factors(config: QBLoRAConfig, name: str) -> tuple[int | None, int | None]:
     """(p, e) that a configuration states for a layer, once its adapter was placed."""
-    p, e = config.in_factor_pattern, config.out_factor_pattern
     return (
-        p.get(get_pattern_key(list(p), name), config.in_factor),
-        e.get(get_pattern_key(list(e), name), config.out_factor),
+        by_pattern(config.in_factor_pattern, name, config.in_factor),
+        by_pattern(config.out_factor_pattern, name, config.out_factor),
     )
+
+
+def by_pattern(pattern: dict[str, int], name: str, common: int | None) -> int | None:
+    """The setting of a layer, by PEFT's rules for patterns."""
+    return pattern.get(get_pattern_key(list(pattern), name), common)
 
 
 def _kinds(chosen: dict[str, tuple[int, int]], at: int) -> dict[str, set[int]]:
@@ -97,10 +96,10 @@ def _short(kinds: dict[str, set[int]], missing: dict[str, int]) -> dict[str, int
 
 
 def _shared_outputs(base: Base, config: QBLoRAConfig, p: int, name: str) -> int:
-    r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+    r = by_pattern(config.rank_pattern, name, config.r)
     if config.adapter == "block":  # has no rank that could run out
         r = 0
-    return default_out_factor(r, base.in_features, base.out_features, p)
+    return default_out_factor(r or 0, base.in_features, base.out_features, p)
 
 
 def _of_side(

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
-from peft.utils.other import get_pattern_key
 from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qbl_trl.adapter.balance import pool_scale
-from qbl_trl.adapter.factors import recorded_factors
+from qbl_trl.adapter.factors import by_pattern, recorded_factors
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.config import QBLoRAConfig
@@ -89,8 +88,8 @@ def plain_factors(config: QBLoRAConfig, layer: str, matrices: dict[str, Tensor])
         ConfigError: if in_factor was never written down.
     """
     p, e = recorded_factors(config, layer)
-    r = _by_pattern(config.rank_pattern, layer, config.r)
-    alpha = _by_pattern(config.alpha_pattern, layer, config.lora_alpha)
+    r = by_pattern(config.rank_pattern, layer, config.r)
+    alpha = by_pattern(config.alpha_pattern, layer, config.lora_alpha)
     if p is None or e is None or r is None or alpha is None:
         raise ConfigError(
             f"{layer}: adapter_config.json does not say in_factor or out_factor; set them to the factors the adapter "
@@ -103,10 +102,6 @@ def plain_factors(config: QBLoRAConfig, layer: str, matrices: dict[str, Tensor])
     else:
         down, up = matrices["lora_A"], matrices["lora_B"]
     return down.repeat_interleave(p, dim=1), up.repeat_interleave(e, dim=0) * gain
-
-
-def _by_pattern(pattern: dict[str, int], layer: str, common: int | None) -> int | None:
-    return pattern.get(get_pattern_key(list(pattern), layer), common)
 
 
 def _split(key: str) -> tuple[str, str | None]:

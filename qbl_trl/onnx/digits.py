@@ -14,13 +14,12 @@ A block has one scale, so no block may hold both digits: h is appended often eno
 first digit's blocks have ended. Copies between have codes that stand for zero.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qbl_trl.onnx.layers import BlockDelta, GroupBase, LinearSource, Stack, Stored
+from qbl_trl.onnx.layers import BlockDelta, GroupBase, LinearSource, Made, Stack
 from qbl_trl.onnx.weights import unpacked_zeros
 from qbl_trl.quant.packing import pack
 
@@ -125,26 +124,6 @@ def encode(delta: Tensor, layout: Layout, dtype: torch.dtype = torch.float32) ->
     return (codes + middle).to(torch.uint8), scales
 
 
-@dataclass(frozen=True)
-class _Extended(Stored):
-    """What a layer stores with the digits behind it; made when read."""
-
-    rows: int
-    width: int
-    make: Callable[[], Tensor]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.rows, self.width
-
-    @property
-    def pointers(self) -> tuple[int, ...]:
-        return ()  # no other layer stores the same
-
-    def read(self) -> Tensor:
-        return self.make()
-
-
 def extended(source: LinearSource, layout: Layout) -> GroupBase:
     """The layer's base with the digits of its branches appended to codes, scales and zero points."""
     base = source.base
@@ -169,7 +148,7 @@ def extended(source: LinearSource, layout: Layout) -> GroupBase:
     return GroupBase(
         base.bits,
         base.group_size,
-        _Extended(base.weight.parts, rows, total * base.group_size // per_byte, weight),
-        _Extended(base.scales.parts, rows, total, lambda: torch.cat([base.scales.read().cpu(), digits()[1]], 1)),
-        None if base.zeros is None else _Extended(base.zeros.parts, rows, -(-total // per_byte), zeros),
+        Made(base.weight.parts, (rows, total * base.group_size // per_byte), weight),
+        Made(base.scales.parts, (rows, total), lambda: torch.cat([base.scales.read().cpu(), digits()[1]], 1)),
+        None if base.zeros is None else Made(base.zeros.parts, (rows, -(-total // per_byte)), zeros),
     )

@@ -127,15 +127,10 @@ def export_onnx(
             step(bar, "finishing the folder")
             final, lossy = exact, None
             if exact_folder is not folder:
-                wanted = replace(wanted, attention=exact.attention)
-                final = _build(held, wanted, folder)
-                if wanted.digits and not _digits_cost_little(gate, folder, exact_folder):
-                    clear(folder)
-                    final = _build(held, replace(wanted, digits=False), folder)
-                held.let_go()
-            elif accuracy_level:
-                set_accuracy_level(folder / MODEL_FILE, accuracy_level)
-            if wanted != options:
+                final, lossy = _as_wanted(held, replace(wanted, attention=exact.attention), gate, folder, exact_folder)
+            elif wanted != options:
+                if accuracy_level:
+                    set_accuracy_level(folder / MODEL_FILE, accuracy_level)
                 lossy = gate.look_at(folder)
             companions.write(held, model_or_path, tokenizer, folder, float_type)
             if logits == "all":  # GenAI makes room for the logits of every position and refuses fewer
@@ -233,13 +228,24 @@ def _trace_and_rewrite(model: PreTrainedModel, options: Options) -> tuple[ir.Mod
     return graph, rewrite(graph, skeleton, options)
 
 
-def _digits_cost_little(gate: Gate, folder: Path, exact_folder: Path) -> bool:
-    """Whether the graph with digits is as near to the model as the exact one is once its activations have 8 bits."""
+def _as_wanted(
+    held: companions.Held, wanted: Options, gate: Gate, folder: Path, exact_folder: Path
+) -> tuple[_Built, ParityReport | None]:
+    """The graph in the types asked for, and how far it is from the model: with digits only where they cost little.
+
+    That is, where it is as near as the exact graph is once its activations have 8 bits.
+    """
+    built = _build(held, wanted, folder)
+    held.let_go()
+    found = gate.look_at(folder)
+    if not wanted.digits:
+        return built, found
     set_accuracy_level(exact_folder / MODEL_FILE, 4)
-    factored, digits = gate.look_at(exact_folder), gate.look_at(folder)
-    if factored is None or digits is None:
-        return False
-    return digits.mean_abs_difference <= _DIGITS_SHARE * factored.mean_abs_difference
+    factored = gate.look_at(exact_folder)
+    if found and factored and found.mean_abs_difference <= _DIGITS_SHARE * factored.mean_abs_difference:
+        return built, found
+    clear(folder)
+    return _as_wanted(held, replace(wanted, digits=False), gate, folder, exact_folder)
 
 
 def _has_digits(decoder: PreTrainedModel) -> bool:

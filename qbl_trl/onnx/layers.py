@@ -6,6 +6,7 @@ A base is group quantized (MatMulNBits), bitsandbytes 4-bit (MatMulBnb4) or dens
 two factors of one where p and e are small. Tensors are referred to, never copied: nothing is read before it is written.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -73,19 +74,22 @@ class Stack(Stored):
 
 
 @dataclass(frozen=True)
-class Repeated(Stored):
-    """Another stored tensor, each row `times` times."""
+class Made(Stored):
+    """What `make` makes of other stored tensors when it is read; no other layer stores the same."""
 
-    inner: Stored
-    times: int
+    size: tuple[int, ...]
+    make: Callable[[], Tensor]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        rows, *rest = self.inner.shape
-        return (rows * self.times, *rest)
+        return self.size
+
+    @property
+    def pointers(self) -> tuple[int, ...]:
+        return ()
 
     def read(self) -> Tensor:
-        return self.inner.read().repeat_interleave(self.times, 0)
+        return self.make()
 
 
 @dataclass(frozen=True)

@@ -148,8 +148,8 @@ class LinearLowering:
             pooled = self._pool(node, x, layout.columns, p)
             joined = self.editor.add(node, "Concat", [x] + [pooled] * layout.copies, {"axis": -1}, like=x)
             self._appended[key] = joined.outputs[0]
-        wider = replace(source, in_features=source.in_features + layout.width, base=extended(source, layout))
-        return self._appended[key], replace(wider, branches=())
+        width = source.in_features + layout.width
+        return self._appended[key], replace(source, in_features=width, base=extended(source, layout), branches=())
 
     def _bnb4(self, node: ir.Node, x: ir.Value, source: LinearSource, base: Bnb4Base) -> ir.Value:
         editor, name = self.editor, source.name

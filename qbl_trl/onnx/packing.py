@@ -9,7 +9,7 @@ import math
 import onnx_ir as ir
 
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute
-from qbl_trl.onnx.layers import BlockDelta, Branch, GroupBase, LinearSource, Repeated, Stack, Stored
+from qbl_trl.onnx.layers import BlockDelta, Branch, GroupBase, LinearSource, Made, Stack, Stored
 from qbl_trl.onnx.markers import TRACE_DOMAIN
 
 
@@ -115,7 +115,9 @@ def _join_branches(groups: list[tuple[Branch, ...]]) -> tuple[Branch, ...] | Non
 
 
 def _repeated(stored: Stored, times: int) -> Stored:
-    return stored if times == 1 else Repeated(stored.parts, stored, times)
+    rows, *rest = stored.shape
+    repeated = Made(stored.parts, (rows * times, *rest), lambda: stored.read().repeat_interleave(times, 0))
+    return stored if times == 1 else repeated
 
 
 def _stack(items: list[Stored]) -> Stack:
