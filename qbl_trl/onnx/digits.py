@@ -7,8 +7,9 @@ no second product reads D in float32, and nothing is added afterwards. The secon
 
     |D - s c - s' c'|  <=  s' / 2  <=  max|D| / 225      over a row's block, 4-bit codes (one digit of 8: max|D| / 255)
 
-which is far below what 8-bit activations cost, as long as D is no larger than a step of the codes; a larger one, and
-every graph without 8-bit activations, keeps the product in float (`linears.py`).
+which is far below what 8-bit activations cost. What D costs is that h has 8 bits like x: beside weights of about 3.5
+steps of 4-bit codes (root mean squares) a D of 2 steps raises the rounding of the sum by sqrt(1 + (2/3.5)^2) = 1.15.
+A larger one, and every graph without 8-bit activations, keeps the product in float (`linears.py`).
 
 A block has one scale, so no block may hold both digits: h is appended often enough that one copy starts where the
 first digit's blocks have ended. Copies between have codes that stand for zero.
@@ -24,6 +25,7 @@ from qbl_trl.onnx.weights import unpacked_zeros
 from qbl_trl.quant.packing import pack
 
 _LARGEST_SHARE = 4  # no more than a quarter of the layer's own blocks: beyond, D has too many columns for this
+_LARGEST_STEPS = 2  # of 4-bit codes, root mean square
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class Layout:
 def layout_for(source: LinearSource) -> Layout | None:
     """How the layer's block deltas become digits, or None where they are better multiplied in float.
 
-    That is where digits would take more columns than they are worth, and where the delta is larger than one step of
-    4-bit codes (root mean squares): 8 bits of it would then be felt. Not for fractional zero points of the base itself
+    That is where digits would take more columns than they are worth, and where the delta is so large that 8 bits of
+    what it multiplies would be felt. Not for fractional zero points of the base itself
     either, whose correction is as large as the weights.
     """
     base, branches = source.base, source.branches
@@ -85,7 +87,7 @@ def layout_for(source: LinearSource) -> Layout | None:
     rows = [item.shape[0] for item in scales.items] if isinstance(scales, Stack) else [scales.shape[0]]
     steps = scales.read().cpu().float() * (1 << base.bits) / 16
     parts = zip(_delta(source).split(rows), steps.split(rows), strict=True)  # q, k and v each for itself
-    return layout if all(_size(delta) <= _size(step) for delta, step in parts) else None
+    return layout if all(_size(delta) <= _LARGEST_STEPS * _size(step) for delta, step in parts) else None
 
 
 def _size(values: Tensor) -> float:
