@@ -90,7 +90,8 @@ class GroupQuantLinear(PackedWeight, nn.Linear):  # type: ignore[misc]
 class _FrozenLinear(torch.autograd.Function):
     """y = x W^T with W recomputed from its codes in both directions; nothing but the layer is remembered.
 
-    On a CPU, W is made and used a block of rows at a time: it never exists as a whole.
+    On a CPU, W is made and used a block of rows at a time, and for a few tokens not even that: it never exists as a
+    whole.
     """
 
     @staticmethod
@@ -99,6 +100,8 @@ class _FrozenLinear(torch.autograd.Function):
         flat = x.reshape(-1, layer.in_features)
         y = x.new_empty(*x.shape[:-1], layer.out_features)  # returned as it is: a view could not be added to in place
         rows = y.view(-1, layer.out_features)
+        if layer.multiply(flat, rows):
+            return y
         for start, stop in layer.row_blocks():
             torch.mm(flat, layer.dequantize_rows(slice(start, stop), x.dtype).T, out=rows[:, start:stop])
         return y

@@ -1,7 +1,9 @@
-"""One pass from 4-bit codes to float weights on a CPU: `dequantize.c`, built with the machine's C compiler.
+"""4-bit codes to float weights, or to a product with a few tokens, in one pass on a CPU: `native.c`, built with the
+machine's C compiler.
 
-Plain torch takes seven passes over the same memory. The library is built on first use (under a second), kept in the
-user's cache, and used only after it gave the plain path's bits on a sample. Without a compiler, or on a processor the
+Plain torch takes seven passes over the same memory, and a generating model pays them for every token. The library is
+built on first use (under a second), kept in the user's cache, and used only after it gave the plain path's bits on a
+sample. Without a compiler, or on a processor the
 source has no path for, everything works as before, slower. QBL_TRL_NATIVE=0 turns it off.
 """
 
@@ -15,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,10 +28,11 @@ from qbl_trl.quant.packing import pack
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("dequantize.c")
+_SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ("-O3", "-shared", "-fPIC", "-ffp-contract=off")
 _LANES = 32  # codes the kernel takes at a time
 _SMALLEST = 1 << 14  # weights; below, calling costs more than it saves
+_MOST_TOKENS = 16  # above, writing the weights out for a matrix product is faster
 
 
 def dequantize_rows(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int) -> Tensor | None:
@@ -42,34 +46,69 @@ def dequantize_rows(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_s
     Returns:
         (N, G * group_size) float32; None where the plain path has to do it.
     """
-    rows, groups = scales.shape
-    fits = codes.device.type == "cpu" and group_size % _LANES == 0 and rows * groups * group_size >= _SMALLEST
-    if not fits or torch.compiler.is_compiling() or type(codes) is not Tensor or not codes.is_contiguous():
+    if not _fits(codes, scales, group_size):
         return None
     library = _library()
-    return None if library is None else _call(library, codes, scales, zeros, group_size)
+    return None if library is None else _dequantize(library, codes, scales, zeros, group_size)
 
 
-def _call(library: ctypes.CDLL, codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int) -> Tensor:
+def multiply(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, out: Tensor) -> bool:
+    """x W^T for a few tokens, without W in memory; its weights are those of `dequantize_rows`, summed in float32.
+
+    Args:
+        x: (T, K) float32, K up to G * group_size.
+        codes, scales, zeros: as for `dequantize_rows`.
+        out: (T, N) float32, contiguous; where the product goes.
+
+    Returns:
+        Whether it was done. It is not where a matrix product is faster or has to do it; `out` is then untouched.
+    """
+    if x.dtype != torch.float32 or not 0 < x.shape[0] <= _MOST_TOKENS or not _fits(codes, scales, group_size):
+        return False
+    library = _library()
+    if library is not None:
+        _multiply(library, x, codes, scales, zeros, group_size, out)
+    return library is not None
+
+
+def _fits(codes: Tensor, scales: Tensor, group_size: int) -> bool:
+    if codes.device.type != "cpu" or group_size % _LANES or scales.numel() * group_size < _SMALLEST:
+        return False
+    return not torch.compiler.is_compiling() and type(codes) is Tensor and codes.is_contiguous()
+
+
+def _dequantize(library: ctypes.CDLL, codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int) -> Tensor:
     rows, groups = scales.shape
     out = torch.empty(rows, groups * group_size, dtype=torch.float32, device=codes.device)
-    scales = scales.float().contiguous()
-    packed = zeros is not None and not zeros.is_floating_point()
-    if zeros is not None:
-        zeros = (zeros if packed else zeros.float()).contiguous()
-    address = None if zeros is None else zeros.data_ptr()
-    library.qbl_dequantize(
-        codes.data_ptr(),
-        scales.data_ptr(),
-        address if packed else None,
-        None if packed else address,
-        out.data_ptr(),
-        rows,
-        groups,
-        group_size,
-        torch.get_num_threads(),
-    )
+    with _addresses(codes, scales, zeros) as stored:
+        library.qbl_dequantize(*stored, out.data_ptr(), rows, groups, group_size, torch.get_num_threads())
     return out
+
+
+def _multiply(
+    library: ctypes.CDLL,
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    group_size: int,
+    out: Tensor,
+) -> None:
+    rows, groups = scales.shape
+    filled = torch.nn.functional.pad(x, (0, groups * group_size - x.shape[1])).contiguous()
+    sizes = x.shape[0], rows, groups, group_size, torch.get_num_threads()
+    with _addresses(codes, scales, zeros) as stored:
+        library.qbl_multiply(*stored, filled.data_ptr(), out.data_ptr(), *sizes)
+
+
+@contextlib.contextmanager
+def _addresses(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Iterator[tuple[int | None, ...]]:
+    """Where codes, float scales, packed zeros and float zeros lie, as long as the block lasts."""
+    wide = scales.float().contiguous()
+    packed = zeros is not None and not zeros.is_floating_point()
+    points = None if zeros is None else (zeros if packed else zeros.float()).contiguous()
+    address = None if points is None else points.data_ptr()
+    yield codes.data_ptr(), wide.data_ptr(), address if packed else None, None if packed else address
 
 
 @functools.cache
@@ -81,7 +120,8 @@ def _library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(_built()))
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         library.qbl_dequantize.argtypes = [*[pointer] * 5, *[size] * 3, ctypes.c_int]
-        library.qbl_dequantize.restype = None
+        library.qbl_multiply.argtypes = [*[pointer] * 6, *[size] * 4, ctypes.c_int]
+        library.qbl_dequantize.restype = library.qbl_multiply.restype = None
         return library if library.qbl_supported() and _agrees(library) else None
     except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
         logger.info("4-bit weights are unpacked by plain torch, a few times slower: %s", error)
@@ -119,7 +159,10 @@ def _compile(compiler: str, output: Path) -> None:
 
 
 def _agrees(library: ctypes.CDLL) -> bool:
-    """Whether the library gives the plain path's bits, on every code under every kind of zero point."""
+    """Whether the library gives the plain path's bits, on every code under every kind of zero point.
+
+    Products are asked for on whole numbers and scales that are powers of two: no order of summation rounds them.
+    """
     generator = torch.Generator().manual_seed(0)
     codes = torch.arange(16, dtype=torch.uint8, device="cpu").repeat(3, 12)
     scales = torch.rand(3, 6, generator=generator, dtype=torch.float32, device="cpu").half()
@@ -128,12 +171,19 @@ def _agrees(library: ctypes.CDLL) -> bool:
     broken = torch.rand(3, 6, generator=generator, dtype=torch.float32, device="cpu") * 15
     cases = ((pack(whole, 4), whole), (broken, broken), (None, middle))
     same = all(
-        torch.equal(_call(library, pack(codes, 4), scales, stored, 32), dequantize(codes, scales, zeros, 32))
+        torch.equal(_dequantize(library, pack(codes, 4), scales, stored, 32), dequantize(codes, scales, zeros, 32))
         for stored, zeros in cases
     )
+    powers = torch.exp2(whole.float() - 8)
+    for tokens in range(1, 6):
+        x = torch.randint(-9, 9, (tokens, 192), generator=generator, device="cpu").float()
+        for stored, zeros in ((pack(whole, 4), whole), (whole.float(), whole), (None, middle)):
+            found = torch.empty(tokens, 3, dtype=torch.float32, device="cpu")
+            _multiply(library, x, pack(codes, 4), powers, stored, 32, found)
+            same = same and torch.equal(found, x @ dequantize(codes, powers, zeros, 32).T)
     if not same:
-        logger.warning("the compiled unpacking of 4-bit weights disagrees with torch on this machine; it is not used")
+        logger.warning("the compiled kernels for 4-bit weights disagree with torch on this machine; they are not used")
     return same
 
 
-__all__ = ["dequantize_rows"]
+__all__ = ["dequantize_rows", "multiply"]

@@ -159,6 +159,17 @@ class PackedWeight(nn.Module):
             weight = codes.view(torch.int8).sub(zeros.view(torch.int8).unsqueeze(-1)).float().mul_(scales)
         return weight.flatten(1)[:, : self.in_features].to(dtype)
 
+    def multiply(self, x: Tensor, out: Tensor) -> bool:
+        """out = x W^T for a few tokens (T, in_features), straight from the codes, without a delta.
+
+        The weights are those of `dequantize_rows`; only the order in which their products are summed is its own.
+
+        Returns:
+            Whether it was done; False where a matrix product is faster, and `out` (T, out_features) is untouched.
+        """
+        stored = self.weight.data, self.scales, self.zeros
+        return self.bits == 4 and native.multiply(x, *stored, self.group_size, out)
+
     def set_delta(self, delta: Tensor | None, in_factor: int | None = None, out_factor: int | None = None) -> None:
         """Replace the merged block delta in place (None removes it); codes, scales and zeros stay as they are.
 

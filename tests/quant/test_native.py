@@ -40,20 +40,62 @@ def layer(rows, columns, size, kind, scale_dtype=torch.float16):
 def test_every_weight_has_the_bits_of_the_plain_path(columns, size, scale_dtype, kind, monkeypatch):
     found, affine = layer(192, columns, size, kind, scale_dtype)
     calls = []
-    monkeypatch.setattr(native, "_call", lambda *a, call=native._call: calls.append(1) or call(*a))
+    monkeypatch.setattr(native, "_dequantize", lambda *a, call=native._dequantize: calls.append(1) or call(*a))
     assert torch.equal(found.dequantize_rows(slice(None)), dequantize(*affine, size))
     assert torch.equal(found.dequantize_rows(slice(5, 188)), dequantize(*affine, size)[5:188])
     assert len(calls) == 2
 
 
 @needs_library
+@pytest.mark.parametrize("kind", ["packed", "float16", "none"])
+@pytest.mark.parametrize(("columns", "size"), [(576, 32), (1536, 128), (1000, 32), (1000, 256)])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8, 16])
+def test_a_product_with_few_tokens_is_the_sum_of_the_same_weights(columns, size, kind, tokens, monkeypatch):
+    found, affine = layer(192, columns, size, kind)
+    x = torch.randn(2, tokens, columns)[1]  # a view that does not start at the first element
+    out = torch.full((tokens, 192), torch.nan)
+    assert found.multiply(x, out)
+    weight, wide = dequantize(*affine, size).double(), x.double()
+    rounded = (wide.abs() @ weight.abs().T) * (columns / 16 + 8) * 2**-24  # 16 sums side by side
+    assert ((out - wide @ weight.T).abs() <= rounded).all()
+    monkeypatch.setattr(native, "dequantize_rows", None)  # not needed
+    assert torch.equal(found(x), out)
+
+
+@needs_library
+def test_a_product_is_not_taken_over_where_it_would_change_the_type_or_be_slower():
+    found, _ = layer(192, 576, 32, "packed")
+    for x in (torch.randn(17, 576), torch.randn(0, 576), torch.randn(2, 576).bfloat16(), torch.randn(2, 576).double()):
+        out = torch.full((x.shape[0], 192), 7.0, dtype=x.dtype)
+        assert not found.multiply(x, out)
+        assert (out == 7).all()
+        assert found(x).dtype == x.dtype
+
+
+@needs_library
+def test_a_product_with_few_tokens_has_the_gradient_of_the_matrix_product():
+    found, affine = layer(192, 576, 32, "packed")
+    x = torch.randn(1, 3, 576, requires_grad=True)
+    y = found(x)
+    y += 1  # no view: layers that follow may add to it in place
+    wanted = torch.randn(1, 3, 192)
+    y.backward(wanted)
+    weight = dequantize(*affine, 32).double()
+    rounded = wanted.double().abs() @ weight.abs() * 192 * 2**-24
+    assert ((x.grad - wanted.double() @ weight).abs() <= rounded).all()
+
+
+@needs_library
 def test_the_result_is_the_same_for_any_number_of_threads():
     found, affine = layer(384, 384, 32, "packed")
     threads = torch.get_num_threads()
+    x, products = torch.randn(1, 384), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             assert torch.equal(found.dequantize_rows(slice(None)), dequantize(*affine, 32))
+            products.append(found(x))
+            assert torch.equal(products[0], products[-1])
     finally:
         torch.set_num_threads(threads)
 
@@ -86,7 +128,12 @@ def test_without_the_library_plain_torch_does_it(variables, tmp_path, fresh_libr
 
 
 def test_a_library_that_gives_other_bits_is_not_used(fresh_library, monkeypatch, caplog):
-    monkeypatch.setattr(native, "_call", lambda *a: torch.zeros(3, 192))
+    monkeypatch.setattr(native, "_dequantize", lambda *a: torch.zeros(3, 192))
+    assert native._library() is None
+
+
+def test_a_library_that_multiplies_wrongly_is_not_used(fresh_library, monkeypatch):
+    monkeypatch.setattr(native, "_multiply", lambda *a: a[-1].zero_())
     assert native._library() is None
 
 
