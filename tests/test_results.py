@@ -5,13 +5,17 @@ import copy
 import dataclasses
 import importlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from integration.benchmarks import blocks, cells, claims, render_results, tasks
+from integration.benchmarks import blocks, cells, claims, models, render_results, running, tasks
 from qbl_trl.config import GroupQuantConfig
+from qbl_trl.merging import unwrap
+from qbl_trl.quant.hf_quantizer import quantize_model_
+from qbl_trl.quant.targets import target_layers
 
 LAYERS, VOCABULARY = 4, 97
 
@@ -151,11 +155,11 @@ def test_measures_of_a_judgement():
 def test_a_fresh_adapter_changes_nothing_and_has_the_parameters_of_lora(model, method):
     cell = cells.Cell("r8", method, "none" if cells.METHODS[method].p == 1 else "sum", r=2)
     upper = tasks.Split(model, 2).upper
-    adapted = cells.adapted(cell, upper)
+    adapted = models.adapted(cell, upper)
     ids = torch.arange(5)[None]
-    torch.testing.assert_close(cells.unwrap(adapted)(ids).logits, upper(ids).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(unwrap(adapted)(ids).logits, upper(ids).logits, rtol=0, atol=1e-5)
     if cells.METHODS[method].adapter == "low_rank":
-        plain = cells.adapted(cells.Cell("r8", "lora_float", r=2), upper)
+        plain = models.adapted(cells.Cell("r8", "lora_float", r=2), upper)
         ours, theirs = (sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (adapted, plain))
         assert ours == pytest.approx(theirs, rel=0.1)  # ranks are whole numbers, and this model is tiny
 
@@ -172,25 +176,53 @@ def test_text_to_continue_is_judged_by_its_perplexity(model):
 @pytest.mark.parametrize("method", [n for n, m in cells.METHODS.items() if m.start])
 def test_a_start_that_knows_the_float_weights_begins_nearer_to_them(model, method, monkeypatch):
     pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(cells, "split_of", lambda cell, kind=None: tasks.Split(copy.deepcopy(model), 2))
+    monkeypatch.setattr(models, "split_of", lambda cell, kind=None: tasks.Split(copy.deepcopy(model), 2))
     exact, rounded = (tasks.Split(copy.deepcopy(model), 2).upper for _ in range(2))
-    names = list(cells.target_layers(exact, GroupQuantConfig()))
+    names = list(target_layers(exact, GroupQuantConfig()))
     for name in names:
         weight = rounded.get_submodule(name).weight
-        weight.data = cells.nf4_values(weight.data)
-    started = cells.unwrap(cells.adapted(cells.Cell("r8", method, r=4), rounded))
+        weight.data = models.nf4_values(weight.data)
+    started = unwrap(models.adapted(cells.Cell("r8", method, r=4), rounded))
     for name in names:
         layer, weight = started.get_submodule(name), exact.get_submodule(name).weight
         found = layer.get_base_layer().weight + layer.get_delta_weight("default")
         assert (found - weight).norm() < (rounded.get_submodule(name).weight - weight).norm()
-    plain = cells.unwrap(cells.adapted(cells.Cell("r8", "lora_float", r=4), rounded))
+    plain = unwrap(models.adapted(cells.Cell("r8", "lora_float", r=4), rounded))
     ours, theirs = (sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (started, plain))
     assert ours == pytest.approx(theirs, rel=0.1)  # ranks are whole numbers, and this model is tiny
 
 
 def test_a_base_held_as_float_computes_what_its_codes_do(model):
-    packed = cells.quantize_model_(tasks.sharing_copy(model), GroupQuantConfig(group_size=32))
+    packed = quantize_model_(tasks.sharing_copy(model), GroupQuantConfig(group_size=32))
     held = tasks.sharing_copy(packed)
-    cells.as_float_(held)
+    models.as_float_(held)
     ids = torch.arange(5)[None]
     torch.testing.assert_close(held(ids).logits, packed(ids).logits, rtol=0, atol=1e-4)  # float32 rounding
+
+
+@pytest.mark.parametrize("again", [[1.0], [2.0]])
+def test_a_lost_adapter_is_trained_again_and_its_measures_hold_only_if_it_is_the_same(again, tmp_path, monkeypatch):
+    cell = cells.Cell("r8", "qlora_nf4")
+    judged = []
+
+    def judge(*args, **kwargs):
+        judged.append(1)
+        return SimpleNamespace(measures={"nll": 1.0})
+
+    monkeypatch.setattr(cells, "RESULTS", tmp_path)
+    monkeypatch.setattr(running, "default_cache", lambda: tmp_path)
+    monkeypatch.setattr(running, "split_of", lambda cell: SimpleNamespace(upper=None))
+    monkeypatch.setattr(running, "task_", lambda *a: SimpleNamespace(validation=[], test=[], by_first_token=True))
+    monkeypatch.setattr(running, "adapted", lambda *a: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(running, "unwrap", lambda model: model)
+    monkeypatch.setattr(running.tasks, "judge", judge)
+    monkeypatch.setattr(running, "train_", lambda *a: ([1.0], 0.1))
+    running.run(cell, ("validation",))
+    running.run(cell, ("validation",))
+    assert len(judged) == 1
+    next(tmp_path.rglob("*.safetensors")).unlink()
+    monkeypatch.setattr(running, "train_", lambda *a: (again, 0.1))
+    found = running.run(cell, ("test",))
+    assert found["losses"] == again
+    assert set(found["measures"]) == {"validation", "test"}
+    assert len(judged) == (2 if again == [1.0] else 3)
