@@ -5,13 +5,14 @@ package is one line on standard error and exit status 1; nothing half-written is
 """
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qbl_trl.errors import CheckpointError, ConfigError, QblError
+from qbl_trl.errors import ConfigError, QblError
 from qbl_trl.onnx import options
 
 
@@ -80,9 +81,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         return int(args.run(args) or 0)
-    except (QblError, OSError) as error:
-        print(f"qbl-trl {args.command}: {error}", file=sys.stderr)
+    except Exception as error:
+        if os.environ.get("QBL_TRL_TRACEBACK"):
+            raise
+        print(f"qbl-trl {args.command}: {_explained(error)}", file=sys.stderr)
         return 1
+
+
+def _explained(error: Exception) -> str:
+    """One of our messages as it is; another library's with its type, and how to see where it came from."""
+    if isinstance(error, QblError | OSError):
+        return str(error)
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first} (QBL_TRL_TRACEBACK=1 shows where)"
 
 
 def _quantize(args: argparse.Namespace) -> None:
@@ -91,8 +102,10 @@ def _quantize(args: argparse.Namespace) -> None:
     from qbl_trl.quant.importers import convert_checkpoint
 
     check_free(args.output, args.overwrite)
+    _check_exists(args.model)
     if args.convert:
-        convert_checkpoint(args.model, args.output)
+        _refuse_ignored(args)
+        convert_checkpoint(args.model, args.output, overwrite=args.overwrite)
     else:
         settings = GroupQuantConfig(
             bits=args.bits,
@@ -105,9 +118,29 @@ def _quantize(args: argparse.Namespace) -> None:
     print(args.output)
 
 
+def _refuse_ignored(args: argparse.Namespace) -> None:
+    """--from keeps what the checkpoint holds: what would ask for something else is said, not ignored."""
+    plain = vars(make_parser().parse_args(["quantize", "MODEL", "OUTPUT"]))
+    given = [
+        k for k in ("bits", "group_size", "symmetric", "algorithm", "scale_dtype", "dtype") if vars(args)[k] != plain[k]
+    ]
+    if given:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ConfigError(f"--from keeps the codes as the checkpoint holds them; leave out {options}")
+
+
+def _check_exists(name: str) -> None:
+    """A path that is not there is no model id."""
+    path = Path(name)
+    if not path.exists() and (path.is_absolute() or name.startswith(".") or len(path.parts) > 2):
+        raise ConfigError(f"{name}: no such file or folder")
+
+
 def _inspect(args: argparse.Namespace) -> None:
     from qbl_trl.quant.summary import summarize
 
+    if args.against is not None:
+        _check_exists(str(args.against.absolute()))
     layers = summarize(_load(args.model), args.against)
     print(f"{'layer':<44} {'N x K':>14} {'bits':>4} {'group':>5} {'B/weight':>8} {'error':>8}  exact in_factors")
     for layer in layers:
@@ -126,10 +159,11 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _merge(args: argparse.Namespace) -> None:
     from qbl_trl.folders import check_free
+    from qbl_trl.loading import load_adapter
     from qbl_trl.merging import merge
 
     check_free(args.output, args.overwrite)
-    model = _load_adapter(args.adapter, args.base)
+    model = load_adapter(args.adapter, args.base)
     _save(merge(model, lossy=args.lossy), str(args.adapter), args.output, args.overwrite)
     print(args.output)
 
@@ -176,58 +210,20 @@ def _report(args: argparse.Namespace) -> None:
 
 def _load(name: str, dtype: str = "float32", settings: Any = None) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    _check_exists(name)
     wanted = getattr(torch, dtype, None)
-    if not isinstance(wanted, torch.dtype):
+    if wanted not in (torch.float32, torch.float16, torch.bfloat16):
         raise ConfigError(f"--dtype {dtype} is not known; allowed: float32, float16, bfloat16")
     quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
-    return AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **quantize)
-
-
-def _load_adapter(adapter: Path, base: str | None) -> Any:
-    """The adapter on its base; a float base is quantized again the way it was for training."""
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoConfig
-
-    from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
-
-    if not (adapter / "adapter_config.json").is_file():
-        raise ConfigError(f"{adapter} holds no adapter (no adapter_config.json); name a folder that save_model wrote")
-    saved = PeftConfig.from_pretrained(str(adapter))
-    named = base or saved.base_model_name_or_path
-    if not named:
-        raise ConfigError(f"{adapter} does not name its base model; add --base")
-    settings = None
-    if isinstance(saved, QBLoRAConfig) and saved.base_quantization:
-        settings = GroupQuantConfig(**saved.base_quantization)
-        if getattr(AutoConfig.from_pretrained(named), "quantization_config", None) is not None:
-            settings = None
-        elif settings.algorithm == "gptq":
-            raise ConfigError(
-                f"{adapter} was trained over a calibrated base, which {named} does not hold; save the quantized "
-                "base with save_pretrained and name its folder with --base"
-            )
-    model = PeftModel.from_pretrained(_load(named, settings=settings), str(adapter))
-    _check_complete(model, adapter)
-    return model
-
-
-def _check_complete(model: Any, adapter: Path) -> None:
-    """PEFT only warns of tensors that the file lacks, and leaves them as they were drawn."""
-    from peft.utils import load_peft_weights
-
-    from qbl_trl.adapter.layer import BalancedLinear
-
-    held = load_peft_weights(str(adapter), device="cpu")
-    names = [name for name, module in model.named_modules() if isinstance(module, BalancedLinear)]
-    bare = [name for name in names if not any(key.startswith(f"{name}.") for key in held)]
-    if bare:
-        raise CheckpointError(
-            f"{adapter}: the file holds nothing for {len(bare)} of {len(names)} adapted layers ({bare[0]}, ...). It "
-            "was saved by a process that did not hold them (DeepSpeed ZeRO-3 needs zero3_save_16bit_model: true); "
-            "train and save again"
+    stored = getattr(AutoConfig.from_pretrained(name), "quantization_config", None)
+    if settings is not None and stored is not None:
+        raise ConfigError(
+            f"{name} is quantized already ({stored.get('quant_method', 'unknown method')}); `qbl-trl quantize --from` "
+            "takes its codes over as they are, or name the float model"
         )
+    return AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **quantize)
 
 
 _TOKENIZER_FILES = (

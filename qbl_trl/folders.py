@@ -14,13 +14,20 @@ def check_free(folder: str | os.PathLike[str], overwrite: bool = False, error: t
     """The folder as a Path, if something may be written there.
 
     Raises:
-        ConfigError (or the `error` given): if it is a file, or holds files and `overwrite` is false.
+        ConfigError (or the `error` given): if it is a file, holds files and `overwrite` is false, or nothing can be
+            written where it would lie.
     """
     path = Path(folder)
     if path.is_file():
         raise error(f"{path} is a file; name a folder to write into")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise error(f"{path} is not empty; choose another folder, or set overwrite to replace all of it")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=above):
+            pass
+    except OSError as reason:
+        raise error(f"{path}: nothing can be written into {above} ({reason.strerror or reason})") from reason
     return path
 
 

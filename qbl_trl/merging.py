@@ -21,11 +21,11 @@ from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.config import SCALE_DTYPES, GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError, MergeError
 from qbl_trl.quant.algorithms import quantize
-from qbl_trl.quant.hf_quantizer import GroupQuantizer, attach_
+from qbl_trl.quant.head import set_apart_, untie_changed_head_
+from qbl_trl.quant.hf_quantizer import describe_stored_
 from qbl_trl.quant.importers.modules import READERS, take_over
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import is_sharded, plain_forward_, replace
-from qbl_trl.quant.packed import PackedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +62,17 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
     if lossy not in (None, "requantize"):
         raise ConfigError(f'merge: lossy={lossy!r} is not known; allowed: None, "requantize"')
     source = unwrap(peft_model)
-    adapter_layers(source)
+    layers = adapter_layers(source)
     ours = (BalancedLinear, TrainableTokensLayer)  # the second belongs to trainable_token_indices
     if any(isinstance(module, BaseTunerLayer) and not isinstance(module, ours) for module in source.modules()):
         raise MergeError(
             "merge: the model also holds adapters of other PEFT methods; merge it with PEFT's merge_and_unload, or "
             "delete them"
         )
+    if any(layer.disable_adapters for layer in layers.values()):
+        raise MergeError("merge: the adapters are disabled; enable them first (PeftModel.enable_adapter_layers)")
+    if any(config.layer_replication for config in getattr(source, "peft_config", {}).values()):
+        raise MergeError("merge: the adapter replicates layers; replicated layers share weights and do not merge")
     if is_sharded(source):
         raise MergeError(
             "merge: the weights are spread over processes (FSDP or DeepSpeed ZeRO-3); give QBLoRACallback a "
@@ -94,7 +98,8 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
             sum(errors) / len(errors),
             max(errors),
         )
-    _describe_(merged, settings)
+    untie_changed_head_(merged)
+    describe_stored_(merged, settings)
     return _plain_(merged)
 
 
@@ -128,6 +133,10 @@ def _merge_layer_(
     try:
         module.take_over_base()
         base = module.get_base_layer()
+        set_apart_(model, base)
+        for part, parameter in module.named_parameters():
+            if part.startswith("lora_"):  # the copy's: values that were rounded once are not rounded again
+                parameter.data = parameter.data.float()
         probe = _probe(module)
         module.merge(safe_merge=True, adapter_names=[a for a in active if a not in module.merged_adapters])
         _check_layer(base, probe)
@@ -221,30 +230,6 @@ def _one_format_(model: nn.Module, settings: GroupQuantConfig, lossy: str | None
         replace(model, name, again)
         errors.append(loss)
     return errors
-
-
-def _describe_(model: nn.Module, settings: GroupQuantConfig) -> None:
-    """Write the stored formats into the configuration, so that the checkpoint says how to load it."""
-    formats = {name: m.format for name, m in model.named_modules() if isinstance(m, PackedWeight)}
-    if not formats:
-        return
-    counts: dict[Any, int] = {}
-    for stored in formats.values():
-        counts[stored] = counts.get(stored, 0) + 1
-    common = max(counts, key=lambda stored: counts[stored])
-    values = vars(common)
-    config = GroupQuantConfig(
-        **{
-            **settings.to_dict(),
-            **values,
-            "layers": {
-                name: {key: value for key, value in vars(stored).items() if value != values[key]}
-                for name, stored in formats.items()
-                if stored != common
-            },
-        }
-    )
-    attach_(model, GroupQuantizer(config, pre_quantized=True))
 
 
 def _plain_(model: nn.Module) -> nn.Module:

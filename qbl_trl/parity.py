@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qbl_trl.errors import ConfigError
+from qbl_trl.loading import load_adapter
 
 Logits = Callable[[Tensor, Tensor], Tensor]
 
@@ -177,7 +178,7 @@ def _open(folder: Path) -> Any:
         return importlib.import_module("qbl_trl.onnx.session").OnnxLogits(folder)
     importlib.import_module("qbl_trl")  # registers our quantization config and adapter type
     if (folder / "adapter_config.json").is_file():
-        return importlib.import_module("peft").AutoPeftModelForCausalLM.from_pretrained(folder)
+        return load_adapter(folder)
     if (folder / "config.json").is_file():
         return importlib.import_module("transformers").AutoModelForCausalLM.from_pretrained(folder)
     raise ConfigError(

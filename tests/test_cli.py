@@ -3,11 +3,14 @@ import json
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qbl_trl import GroupQuantConfig, QBLoRAConfig
+from qbl_trl import GroupQuantConfig, QBLoRAConfig, verify
 from qbl_trl.cli import main, make_parser
+from tests.quant import foreign
+from tests.quant.test_importers import AWQ, affines
 from tests.tiny import logits, tiny_llama, tokens
 
 
@@ -86,12 +89,97 @@ def test_a_folder_without_an_adapter_is_refused(float_folder, tmp_path, capsys):
     assert not (tmp_path / "merged").exists()
 
 
-def test_an_adapter_file_that_lacks_layers_is_refused(adapter, tmp_path, capsys):
+def drop(state):
+    return {key: value for key, value in state.items() if "layers.1.mlp" not in key}
+
+
+def drop_one(state):
+    return {key: value for key, value in state.items() if not key.endswith("layers.0.mlp.down_proj.lora_B.weight")}
+
+
+def add(state):
+    extra = {key.replace("layers.1.", "layers.7."): value.clone() for key, value in state.items() if "layers.1." in key}
+    return state | extra
+
+
+@pytest.mark.parametrize("command", ["merge", "export"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop, "holds 22 of the adapter's 28 tensors"),
+        (drop_one, "holds 27 of the adapter's 28 tensors"),
+        (add, "14 tensors for layers that have no adapter"),
+    ],
+)
+def test_an_adapter_file_that_does_not_fit_its_configuration_is_refused(
+    adapter, tmp_path, capsys, change, message, command
+):
+    if command == "export":
+        pytest.importorskip("optimum")
     file = adapter[0] / "adapter_model.safetensors"
-    save_file({key: value for key, value in load_file(file).items() if "layers.1.mlp" not in key}, file)
-    assert main(["merge", str(adapter[0]), str(tmp_path / "merged")]) == 1
-    assert "nothing for 3 of 14 adapted layers" in capsys.readouterr().err
-    assert not (tmp_path / "merged").exists()
+    save_file(change(load_file(file)), file)
+    assert main([command, str(adapter[0]), str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_verified_on_the_base_it_was_trained_over(adapter, tmp_path):
+    main(["merge", str(adapter[0]), str(tmp_path / "merged")])
+    report = verify(adapter[0], tmp_path / "merged", tokens())
+    assert report.max_abs_difference < 1e-5  # the float base that the adapter names is quantized again
+
+
+def test_a_converted_checkpoint_replaces_a_folder_only_if_told_to(tmp_path, capsys):
+    foreign.write_folder(tmp_path / "in", foreign.awq_tensors, AWQ, affines())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    command = ["quantize", "--from", str(tmp_path / "in"), str(tmp_path / "out")]
+    assert main(command) == 1
+    assert main([*command, "--overwrite", "--bits", "8", "--symmetric"]) == 1
+    assert "leave out --bits, --symmetric" in capsys.readouterr().err
+    assert (tmp_path / "out" / "old").exists()
+    assert main([*command, "--overwrite"]) == 0
+    assert not (tmp_path / "out" / "old").exists()
+
+
+def test_what_is_quantized_already_is_not_quantized_again(float_folder, tmp_path, capsys):
+    main(["quantize", str(float_folder), str(tmp_path / "q")])
+    assert main(["quantize", str(tmp_path / "q"), str(tmp_path / "again"), "--bits", "8"]) == 1
+    assert "is quantized already" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantize", "/no/where", "OUT"],
+        ["inspect", "./nowhere"],
+        ["convert", "/no/where", "OUT", "--to", "hqq"],
+        ["inspect", "FLOAT", "--against", "/no/where"],
+        ["quantize", "FLOAT", "OUT", "--dtype", "int8"],
+    ],
+)
+def test_what_is_not_there_or_not_known_is_said_in_one_line(arguments, float_folder, tmp_path, capsys):
+    named = {"OUT": str(tmp_path / "out"), "FLOAT": str(float_folder)}
+    assert main([named.get(argument, argument) for argument in arguments]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith(f"qbl-trl {arguments[0]}: ")
+    assert "no such file or folder" in lines[-1] or "is not known" in lines[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_of_another_library_is_one_line_and_its_traceback_one_variable_away(
+    float_folder, tmp_path, capsys, monkeypatch
+):
+    file = float_folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    command = ["quantize", str(float_folder), str(tmp_path / "out")]
+    assert main(command) == 1
+    assert "SafetensorError" in capsys.readouterr().err.strip().splitlines()[-1]
+    monkeypatch.setenv("QBL_TRL_TRACEBACK", "1")
+    with pytest.raises(SafetensorError):
+        main(command)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "qbl_trl"
 ROWS = [
     {"errors", "peft_type", "progress"},
     {"folders"},
-    {"config", "parity"},
+    {"config"},
+    {"loading"},
+    {"parity"},
     {"quant", "adapter"},
     {"merging"},
     {"trl", "onnx"},
@@ -27,7 +29,7 @@ ONLY_IN = {
     "onnx": {"onnx"},
     "onnxruntime": {"onnx"},
     "onnx_ir": {"onnx"},
-    "peft": {"peft_type", "config", "adapter", "merging", "trl", "onnx", "cli", "parity"},
+    "peft": {"peft_type", "config", "adapter", "merging", "trl", "onnx", "loading"},
 }
 
 

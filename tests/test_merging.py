@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
+from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge, to_lora
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.errors import ConfigError, MergeError
 from qbl_trl.merging import unwrap
@@ -185,3 +185,72 @@ def test_weights_spread_over_processes_are_refused_with_the_way_out():
     next(model.parameters()).ds_id = 0  # as DeepSpeed ZeRO-3 marks them
     with pytest.raises(MergeError, match=r"spread over processes .* merged_output_dir"):
         merge(model)
+
+
+def tied_groups(**quantization):
+    return lambda: quantize_model_(tiny_llama(tie_word_embeddings=True), GroupQuantConfig(**quantization))
+
+
+def changed(model):
+    """As training would leave it: every trained tensor away from where it started."""
+    torch.manual_seed(7)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.05
+    return model.eval()
+
+
+def unloaded(model):
+    return model.merge_and_unload()
+
+
+@pytest.mark.parametrize("merging", [merge, unloaded])
+@pytest.mark.parametrize(
+    ("base", "settings"),
+    [
+        (groups, {}),
+        (groups, {"target_modules": ["q_proj"]}),
+        (tied_groups(), {"modules_to_save": ["lm_head"], "in_factor": 32}),
+        (tied_groups(), {"modules_to_save": ["embed_tokens"], "in_factor": 32}),
+        (tied_groups(), {"modules_to_save": ["lm_head", "embed_tokens"], "in_factor": 32}),
+        (tied_groups(), {"target_modules": ["q_proj", "lm_head"], "in_factor": 32}),
+        (tied_groups(quantize_embeddings=True), {"target_modules": ["q_proj", "lm_head"], "in_factor": 32}),
+        (lambda: tiny_llama(tie_word_embeddings=True), {"target_modules": ["q_proj", "lm_head"]}),
+        (lambda: tiny_llama(tie_word_embeddings=True), {"modules_to_save": ["lm_head"]}),
+    ],
+)
+def test_what_is_saved_computes_what_was_trained(base, settings, merging, tmp_path):
+    model = changed(adapted(base, **settings))
+    expected = logits(model, IDS)
+    plain = merging(model)
+    torch.testing.assert_close(logits(plain, IDS), expected, **CLOSE)
+    plain.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded, IDS), expected, **CLOSE)
+    if merging is merge:
+        torch.testing.assert_close(logits(model, IDS), expected, rtol=0, atol=0)
+
+
+def test_adapters_in_half_precision_merge_exactly():
+    model = adapted().bfloat16().float()  # values that bfloat16 holds
+    expected = logits(model, IDS)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    torch.testing.assert_close(logits(merge(model), IDS), expected, **CLOSE)
+    assert all(p.dtype == torch.bfloat16 for n, p in model.named_parameters() if "lora_" in n)
+
+
+def test_disabled_adapters_are_not_merged_by_accident():
+    model = adapted()
+    with model.disable_adapter(), pytest.raises(MergeError, match="adapters are disabled"):
+        merge(model)
+
+
+def test_replicated_layers_are_refused(tmp_path):
+    model = adapted(layer_replication=[(0, 2), (0, 2)])
+    with pytest.raises(MergeError, match="replicated layers share weights"):
+        merge(model)
+    with pytest.raises(ConfigError, match="replicates layers"):
+        to_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()

@@ -23,6 +23,8 @@ from qbl_trl.adapter.targets import resolve_all_linear
 from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.peft_type import NAME, QBLORA
+from qbl_trl.quant.head import set_apart_, untie_changed_head_
+from qbl_trl.quant.hf_quantizer import describe_stored_
 
 
 class QBLoRAModel(LoraModel):
@@ -86,6 +88,20 @@ class QBLoRAModel(LoraModel):
         for name, config in self.peft_config.items():
             if config.layer_replication:
                 raise ConfigError(f"adapter {name!r} replicates layers; replicated layers share weights, do not merge")
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        """PEFT's merge and unload, after which the model says what it holds: it saves and loads as it computes."""
+        if merge:
+            for layer in self.modules():
+                if isinstance(layer, BalancedLinear):
+                    set_apart_(self.model, layer.get_base_layer())
+        plain: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        stored = getattr(getattr(plain, "config", None), "quantization_config", None)
+        if merge and isinstance(stored, GroupQuantConfig):
+            describe_stored_(plain, stored)
+        if merge and hasattr(plain, "config"):
+            untie_changed_head_(plain)
+        return plain
 
     def _check_add_weighted_adapter(
         self, adapters: list[str], combination_type: str, svd_rank: int | None

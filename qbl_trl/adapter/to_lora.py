@@ -53,6 +53,8 @@ def to_lora(
         config, state = _from_model(peft_model_or_dir, adapter_name)
     else:
         config, state = _from_folder(Path(peft_model_or_dir))
+    if config.layer_replication:
+        raise ConfigError("to_lora: the adapter replicates layers, and plain LoRA files would name the wrong ones")
     layers: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -85,7 +87,7 @@ def plain_factors(config: QBLoRAConfig, layer: str, matrices: dict[str, Tensor])
         (R, K) and (N, R) float32.
 
     Raises:
-        ConfigError: if in_factor was never written down.
+        ConfigError: if in_factor was never written down, or a matrix is missing.
     """
     p, e = recorded_factors(config, layer)
     r = by_pattern(config.rank_pattern, layer, config.r)
@@ -100,6 +102,9 @@ def plain_factors(config: QBLoRAConfig, layer: str, matrices: dict[str, Tensor])
         block = matrices["lora_block"]
         down, up = (block, torch.eye(len(block))) if len(block) < block.shape[1] else (torch.eye(block.shape[1]), block)
     else:
+        lacking = {"lora_A", "lora_B"} - matrices.keys()
+        if lacking:
+            raise ConfigError(f"{layer}: {lacking.pop()} is missing; the adapter file is damaged")
         down, up = matrices["lora_A"], matrices["lora_B"]
     return down.repeat_interleave(p, dim=1), up.repeat_interleave(e, dim=0) * gain
 

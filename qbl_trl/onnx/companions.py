@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError
+from qbl_trl.loading import load_adapter
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
@@ -68,7 +69,7 @@ def load_model(model_or_path: Any) -> torch.nn.Module:
     folder = Path(model_or_path)
     importlib.import_module("qbl_trl")  # registers our quantization config and adapter type
     if (folder / "adapter_config.json").is_file():
-        adapted: torch.nn.Module = importlib.import_module("peft").AutoPeftModelForCausalLM.from_pretrained(folder)
+        adapted: torch.nn.Module = load_adapter(folder)
         return adapted
     if not (folder / "config.json").is_file():
         raise ExportError(f"{folder} holds no model: neither config.json nor adapter_config.json is there")

@@ -1,7 +1,12 @@
 """The options of an export on a command line: one list for `qbl-trl export` and `optimum-cli export qblora`."""
 
 import argparse
+import importlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from qbl_trl.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,10 +22,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
 
 
+def check_values(options: Mapping[str, Any]) -> None:
+    """Refuse values that no export takes.
+
+    Raises:
+        ConfigError: naming the option and what is allowed.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
+    for action in parser._actions:
+        value = options.get(action.dest)
+        if action.choices is not None and value is not None:
+            named = value if isinstance(value, int) else str(value).removeprefix("torch.")
+            if named not in action.choices:
+                allowed = ", ".join(map(str, action.choices))
+                raise ConfigError(f"export_onnx: {action.dest}={value!r} is not known; allowed: {allowed}")
+
+
 def run(args: argparse.Namespace) -> None:
     """Export, and print the report."""
-    from qbl_trl.onnx.export import export_onnx
-
+    export_onnx = importlib.import_module("qbl_trl").export_onnx  # says what to install where packages are missing
     print(
         export_onnx(
             args.model,

@@ -28,6 +28,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _MAX_HEADER = 100_000_000
+_OWN_PARTS = ("scales", "zeros", "delta")  # of a packed layer, beside its codes
 
 
 class Stored(NamedTuple):
@@ -45,8 +46,18 @@ def read_headers(folder: Path) -> dict[str, Stored]:
         CheckpointError: if a file is cut short, its header is damaged, or a shard of the index is missing.
     """
     found: dict[str, Stored] = {}
-    for file in _files(folder):
+    index = folder / "model.safetensors.index.json"
+    named = _index(index) if index.is_file() else {}
+    for file in _files(folder, named):
         found.update(_read_header(file))
+    for name, shard in named.items():
+        if name not in found or found[name].file.name != shard:
+            raise CheckpointError(
+                f"{index}: tensor {name!r} is not in {shard}; index and shards do not belong together"
+            )
+    unnamed = sorted(found.keys() - named.keys()) if named else []
+    if unnamed:
+        raise CheckpointError(f"{index}: tensor {unnamed[0]!r} of {found[unnamed[0]].file.name} is not in the index")
     return found
 
 
@@ -63,7 +74,8 @@ def check_tensors(
         names_in_model: what the model calls the stored tensors; None where the names are the same.
 
     Raises:
-        CheckpointError: on a missing tensor, a wrong shape or a wrong dtype.
+        CheckpointError: on a missing tensor, a wrong shape or a wrong dtype, and on one that a packed layer would
+            leave out.
     """
     found = read_headers(folder)
     stored = {name: found[origin] for origin, name in names_in_model(found).items()} if names_in_model else found
@@ -78,23 +90,39 @@ def check_tensors(
                 f"{file}: tensor {name!r} is {found_dtype} {found_shape}, quantization_config in config.json calls "
                 f"for {dtype} {shape}; the two do not belong together"
             )
+    layers = {name.rpartition(".")[0] for name in expected}
+    for name, (file, *_) in stored.items():
+        layer, _, part = name.rpartition(".")
+        if part in _OWN_PARTS and layer in layers and name not in expected:
+            raise CheckpointError(
+                f"{file}: tensor {name!r} has no place in what quantization_config in config.json describes, and the "
+                "model computes something else without it; the two do not belong together"
+            )
 
 
-def _files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+def _index(file: Path) -> dict[str, str]:
+    """Shard by tensor, as the index says."""
+    try:
+        named = dict(json.loads(file.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: not a readable index of shards ({error})") from error
+    for shard in named.values():
+        if not isinstance(shard, str):
+            raise CheckpointError(f"{file}: not a readable index of shards ({shard!r} is no file name)")
+    return named
+
+
+def _files(folder: Path, named: Mapping[str, str]) -> list[Path]:
+    if not named:
         single = folder / "model.safetensors"
         return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not a readable index of shards ({error})") from error
-    for name in names:
+    shards = sorted(set(named.values()))
+    for name in shards:
         if Path(name).name != name:
-            raise CheckpointError(f"{index}: shard {name!r} lies outside the checkpoint's folder")
+            raise CheckpointError(f"{folder}: the index names shard {name!r} outside the checkpoint's folder")
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: this shard is named in {index.name} but is missing")
-    return [folder / name for name in names]
+            raise CheckpointError(f"{folder / name}: this shard is named in the index but is missing")
+    return [folder / name for name in shards]
 
 
 def _read_header(file: Path) -> dict[str, Stored]:

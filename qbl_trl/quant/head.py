@@ -3,6 +3,9 @@
 A tied pair is one table: the head is a view of the embedding's tensors and adds nothing to the saved file.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from qbl_trl.config import SCALE_DTYPES, GroupQuantConfig
@@ -78,6 +81,46 @@ def tie_again_(model: nn.Module) -> None:
     table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     if isinstance(table, GroupQuantEmbedding) and isinstance(head, GroupQuantLinear) and _is_tied(model):
         table.as_head_(head)
+
+
+def set_apart_(model: nn.Module, layer: nn.Module) -> None:
+    """Before a tied head alone is changed: give it tensors of its own. Any other layer stays as it is."""
+    table = _table_of(model)
+    if table is None or layer is table or getattr(layer, "weight", None) is not table.weight:
+        return
+    if isinstance(layer, GroupQuantLinear):
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        for name in ("scales", "zeros", "delta"):  # a tied head's are not saved
+            value = getattr(layer, name)
+            layer.register_buffer(name, None if value is None else value.clone(), persistent=True)
+    else:
+        layer.weight = nn.Parameter(table.weight.detach(), requires_grad=False)
+
+
+def untie_changed_head_(model: nn.Module) -> None:
+    """After training and merging: a head that is no longer the embedding is saved, and loaded, as a weight of its own.
+
+    Trained with `modules_to_save`, or adapted itself, either of the pair may have moved away from the other.
+    """
+    table, head = _table_of(model), getattr(model, "get_output_embeddings", lambda: None)()
+    if table is None or head is None or not _is_tied(model) or type(head.weight) is not type(table.weight):
+        return
+    pair: tuple[Any, Any] = head.weight, table.weight
+    if (pair[0] is pair[1] or torch.equal(*pair)) and getattr(head, "delta", None) is getattr(table, "delta", None):
+        return
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():  # type: ignore[operator, union-attr]
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+    if hasattr(model, "all_tied_weights_keys"):  # transformers 5 worked it out when the model was made
+        vars(model)["all_tied_weights_keys"] = {}
+
+
+def _table_of(model: nn.Module) -> nn.Module | None:
+    """The input embedding, if it is one module with a weight."""
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return table if isinstance(getattr(table, "weight", None), Tensor) else None
 
 
 def _is_tied(model: nn.Module) -> bool:

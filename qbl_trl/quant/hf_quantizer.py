@@ -151,6 +151,30 @@ def attach_(model: PreTrainedModel, quantizer: GroupQuantizer) -> None:
     model.config.quantization_config = quantizer.quantization_config
 
 
+def describe_stored_(model: nn.Module, settings: GroupQuantConfig) -> None:
+    """Write the stored formats into the configuration, so that the checkpoint says how to load it."""
+    formats = {name: m.format for name, m in model.named_modules() if isinstance(m, PackedWeight)}
+    if not formats:
+        return
+    counts: dict[Any, int] = {}
+    for stored in formats.values():
+        counts[stored] = counts.get(stored, 0) + 1
+    common = max(counts, key=lambda stored: counts[stored])
+    values = vars(common)
+    config = GroupQuantConfig(
+        **{
+            **settings.to_dict(),
+            **values,
+            "layers": {
+                name: {key: value for key, value in vars(stored).items() if value != values[key]}
+                for name, stored in formats.items()
+                if stored != common
+            },
+        }
+    )
+    attach_(model, GroupQuantizer(config, pre_quantized=True))
+
+
 def quantize_layer_(model: nn.Module, name: str, weight: Tensor, config: GroupQuantConfig) -> None:
     """Replace the float layer `name` by its quantized form; `weight` is stored as that layer stores it."""
     old: Any = model.get_submodule(name)

@@ -91,6 +91,12 @@ class QBLoRACallback(TrainerCallback):
             overwrite=overwrite,
             stored_delta=stored_delta,
         )
+        if not isinstance(round_from_step, int) or round_from_step < 0:
+            raise ConfigError(f"QBLoRACallback: round_from_step={round_from_step!r} must be a whole number from 0")
+        if round_from_step and stored_delta is None:
+            raise ConfigError(
+                "QBLoRACallback: round_from_step says when to round as stored_delta does; set stored_delta"
+            )
         self.save_merged, self.eval_merged_loss, self.round_from_step = save_merged, eval_merged_loss, round_from_step
         self._trainer: Trainer | None = None
         self._layers: dict[str, BalancedLinear] = {}
@@ -106,7 +112,7 @@ class QBLoRACallback(TrainerCallback):
     ) -> None:
         trainer = find_trainer(model)
         if args.should_save:
-            self.outputs.check_free()
+            self.outputs.check(args.output_dir)
         if self.config is not None:
             model = place_(trainer, model, self.config)
         layers = adapter_layers(model)
@@ -132,6 +138,8 @@ class QBLoRACallback(TrainerCallback):
                 "QBLoRACallback(config) was added after the trainer was built; pass it in callbacks=[...] of the "
                 "trainer, or give the trainer peft_config=QBLoRAConfig(...) and add QBLoRACallback()"
             )
+        if args.should_save:
+            self.outputs.check(args.output_dir)  # training again would find the first run's outputs
         self._layers = adapter_layers(model)  # sharding may have replaced modules
         if not self.record.layers:
             self.record = run_record.RunRecord.start(model, self._layers, probe(self._layers))

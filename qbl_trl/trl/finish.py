@@ -1,6 +1,7 @@
 """What happens once training is over: merge, verify on real tokens, write, export, say so."""
 
 import importlib
+import inspect
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qbl_trl.adapter.layer import adapter_layers
-from qbl_trl.errors import MergeError
+from qbl_trl.errors import ConfigError, MergeError
 from qbl_trl.folders import new_folder
 from qbl_trl.merging import merge, unwrap
 from qbl_trl.parity import compare, logits_of
@@ -76,6 +77,20 @@ def write_merged(model: nn.Module, tokenizer: Any, folder: Path, overwrite: bool
             tokenizer.save_pretrained(draft)
 
 
+def check_export(options: Mapping[str, Any]) -> None:
+    """Refuse options that `export_onnx` would refuse.
+
+    Raises:
+        ConfigError: naming the option, or the packages that an export needs.
+    """
+    try:
+        export_onnx = importlib.import_module("qbl_trl").export_onnx
+        inspect.signature(export_onnx).bind(None, None, **options)
+        importlib.import_module("qbl_trl.onnx.options").check_values(options)
+    except (ImportError, TypeError) as error:
+        raise ConfigError(f"QBLoRACallback: onnx_options: {error}") from error
+
+
 def export(model_dir: Path, output_dir: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """Write the ONNX graph with the package's public `export_onnx`, looked up now: training never loads ONNX."""
     export_onnx = importlib.import_module("qbl_trl").export_onnx
@@ -136,4 +151,4 @@ def _dtypes(model: nn.Module) -> set[torch.dtype]:
     return {embedding.dtype} | {p.dtype for p in model.parameters() if p.requires_grad}
 
 
-__all__ = ["export", "merge_and_verify", "sizes", "write_merged"]
+__all__ = ["check_export", "export", "merge_and_verify", "sizes", "write_merged"]

@@ -88,14 +88,21 @@ def check_merges(layers: dict[str, BalancedLinear], wanted: list[str]) -> None:
 
 
 def check_head(trainer: Trainer, model: nn.Module) -> None:
-    """Refuse a packed output head in a trainer that multiplies with its weight instead of calling it.
+    """Refuse a packed or adapted output head in a trainer that multiplies with its weight instead of calling it.
 
     Raises:
-        ConfigError: before the first step, which would fail on shapes.
+        ConfigError: before the first step, which would fail on shapes, or train no adapter there.
     """
     modules = [vars(sys.modules[cls.__module__]) for cls in type(trainer).__mro__]
     head = unwrap(model).get_output_embeddings()  # type: ignore[operator]
-    if isinstance(head, GroupQuantLinear) and any("add_fused_lm_head" in names for names in modules):
+    if not any("add_fused_lm_head" in names for names in modules):
+        return
+    if isinstance(head, BalancedLinear):
+        raise ConfigError(
+            f"{type(trainer).__name__} reads the weight of the output head and never calls it, so an adapter on it "
+            "would not be trained. Leave the head out of target_modules, or use a trainer that calls it (transformers')"
+        )
+    if isinstance(head, GroupQuantLinear):
         raise ConfigError(
             f"{type(trainer).__name__} reads the weight of the output head, and quantize_embeddings=True packs it. "
             "Train over a base with quantize_embeddings=False, or with a trainer that calls the head (transformers')"

@@ -1,5 +1,6 @@
 """What a run leaves behind, and the end of a run: merge, verify, write, export, report."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,15 +37,36 @@ class Outputs:
         if self.onnx is not None and self.merged is None:
             raise ConfigError("QBLoRACallback: onnx_output_dir exports the merged model; set merged_output_dir as well")
 
-    def check_free(self) -> None:
-        """Refuse folders that may not be written, before anything is trained.
+    def check(self, run: str | os.PathLike[str]) -> None:
+        """Refuse what could not be written when training is over, before it begins.
+
+        Args:
+            run: the trainer's output_dir.
 
         Raises:
-            ConfigError: if one is a file, or holds files and may not be overwritten.
+            ConfigError: if a folder is a file, holds files and may not be overwritten, would take the place of the
+                run's own files or of another output, or cannot be made; if `export_onnx` would refuse its options.
         """
-        for folder in (self.merged, self.onnx):
-            if folder is not None:
-                check_free(folder, self.overwrite)
+        folders = {
+            name: folder.absolute()
+            for name, folder in (("merged_output_dir", self.merged), ("onnx_output_dir", self.onnx))
+            if folder is not None
+        }
+        taken = {"output_dir": Path(run).absolute()}
+        for name, folder in folders.items():
+            for other, path in taken.items():
+                if path.is_relative_to(folder) or (other != "output_dir" and folder.is_relative_to(path)):
+                    raise ConfigError(
+                        f"QBLoRACallback: {name}={folder} would replace what {other}={path} holds; give it a folder of "
+                        "its own, such as output_dir/merged"
+                    )
+            inside = folder.relative_to(taken["output_dir"]).parts if folder.is_relative_to(taken["output_dir"]) else ()
+            if any(part.startswith("checkpoint-") for part in inside):
+                raise ConfigError(f"QBLoRACallback: {name}={folder} lies in one of the trainer's checkpoints")
+            check_free(folder, self.overwrite)
+            taken[name] = folder
+        if self.onnx is not None:
+            finish.check_export(self.onnx_options)
 
     def finish(
         self,
@@ -70,11 +92,20 @@ class Outputs:
         record.sizes = finish.sizes(model, merged)
         if merged is None or self.merged is None:
             return
-        finish.write_merged(merged, tokenizer, self.merged, self.overwrite)
-        record.merge["output"] = str(self.merged)
-        record.sizes["merged_folder"] = finish.folder_bytes(self.merged)
+        try:
+            self._write(record, merged, self.merged, tokenizer)
+        except Exception as error:  # a full disk, or a model that cannot be exported: training is not lost with it
+            model.save_pretrained(args.output_dir)  # type: ignore[operator]
+            record.write(args, state, finished=True)
+            error.add_note(f"(adapter saved in {args.output_dir})")
+            raise
+
+    def _write(self, record: RunRecord, merged: nn.Module, folder: Path, tokenizer: Any) -> None:
+        finish.write_merged(merged, tokenizer, folder, self.overwrite)
+        record.merge["output"] = str(folder)
+        record.sizes["merged_folder"] = finish.folder_bytes(folder)
         if self.onnx is not None:
-            record.export = finish.export(self.merged, self.onnx, {"overwrite": self.overwrite, **self.onnx_options})
+            record.export = finish.export(folder, self.onnx, {"overwrite": self.overwrite, **self.onnx_options})
 
 
 __all__ = ["Outputs"]

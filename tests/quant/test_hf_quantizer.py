@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
@@ -141,6 +142,38 @@ class TestDamagedCheckpoints:
     def test_a_missing_tensor_is_named(self, folder):
         self.change_config(folder, in_factor=32, out_factor=1)
         with pytest.raises(CheckpointError, match=r"tensor '.*\.delta' is missing"):
+            load(folder)
+
+    def test_a_tensor_that_the_model_would_leave_out_is_refused(self, folder):
+        state = load_file(folder / "model.safetensors")
+        name = next(key for key in state if key.endswith(".scales"))
+        state[name.replace(".scales", ".delta")] = torch.zeros(2, 2)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"\.delta' has no place"):
+            load(folder)
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda m: m.pop(next(iter(m))),
+            lambda m: m.update(x=3),
+            lambda m: m.update(y="model-00001-of-00002.safetensors"),
+        ],
+    )
+    def test_an_index_that_does_not_match_its_shards_is_refused(self, folder, damage):
+        state = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        names, map_ = sorted(state), {}
+        for shard, part in enumerate((names[::2], names[1::2]), start=1):
+            file = f"model-{shard:05}-of-00002.safetensors"
+            save_file({name: state[name] for name in part}, folder / file, metadata={"format": "pt"})
+            map_ |= dict.fromkeys(part, file)
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": map_}))
+        load(folder)
+        damage(map_)
+        index.write_text(json.dumps({"metadata": {}, "weight_map": map_}))
+        with pytest.raises(CheckpointError, match="index"):
             load(folder)
 
     def test_a_missing_shard_is_named(self, folder):

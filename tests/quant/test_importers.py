@@ -39,6 +39,22 @@ def affines(bits=4, **changes):
     return lambda rows, columns, seed: foreign.random_affine(rows, columns, bits, seed, **changes)
 
 
+def compressed_group(**changes):
+    return COMPRESSED | {"config_groups": {"group_0": {"weights": WEIGHTS} | changes}}
+
+
+def narrow_words(affine):
+    tensors = foreign.gptq_tensors(affine, 4)
+    return tensors | {"qweight": tensors["qweight"].view(torch.int16).contiguous()}
+
+
+def without(part, make):
+    def tensors(affine):
+        return {name: tensor for name, tensor in make(affine, bits=4).items() if name != part}
+
+    return tensors
+
+
 def case(name, tensors, quantization, affine_of, bits=4, zeros="packed", **changes):
     return pytest.param(tensors, quantization, affine_of, bits, zeros, changes, id=name)
 
@@ -196,6 +212,28 @@ def test_layers_that_differ_are_named_with_their_difference(tmp_path):
         (foreign.awq_tensors, AWQ | {"bits": 8}, affines(), "8 bits"),
         (partial(foreign.hqq_tensors, bits=4, axis=0), HQQ, affines(zeros="float"), "axis=0"),
         (foreign.awq_tensors, COMPRESSED | {"format": "marlin-24"}, affines(), "marlin-24"),
+        (partial(foreign.gptq_tensors, bits=4), GPTQ | {"pack_dtype": "int16"}, affines(), "int16"),
+        (narrow_words, GPTQ, affines(), r"holds torch\.int16"),
+        (without("g_idx", foreign.gptq_tensors), GPTQ | {"desc_act": True}, affines(), "has no g_idx"),
+        (partial(foreign.gptq_tensors, bits=4), GPTQ | {"group_size": "all"}, affines(), "group_size"),
+        (partial(foreign.gptq_tensors, bits=4), AUTO_ROUND | {"act_bits": 8}, affines(), "activations are quantized"),
+        (
+            partial(foreign.awq_tensors, version="gemv"),
+            {"quant_method": "awq", "version": "gemv"},
+            affines(),
+            "no group_size is stated",
+        ),
+        (
+            without("weight_zero_point", partial(foreign.compressed_tensors, symmetric=False)),
+            COMPRESSED,
+            affines(),
+            "symmetric=false",
+        ),
+        (foreign.awq_tensors, COMPRESSED | {"config_groups": None}, affines(), "names no config_groups"),
+        (foreign.awq_tensors, COMPRESSED | {"transform_config": {"a": 1}}, affines(), "rotates activations"),
+        (foreign.awq_tensors, compressed_group(input_activations={"num_bits": 8}), affines(), "activations"),
+        (foreign.awq_tensors, compressed_group(output_activations={"num_bits": 8}), affines(), "activations"),
+        (foreign.awq_tensors, compressed_group(weights=WEIGHTS | {"type": "float"}), affines(), "type 'float'"),
         (foreign.awq_tensors, {"quant_method": "aqlm"}, affines(), "'aqlm' cannot be imported"),
         (foreign.awq_tensors, HQQ, affines(), r"no tensor is called \*\.W_q"),
     ],

@@ -210,6 +210,72 @@ def test_arguments_that_make_no_sense_are_refused():
         QBLoRACallback(peft.LoraConfig())
     with pytest.raises(ConfigError, match="set merged_output_dir as well"):
         QBLoRACallback(adapter(), onnx_output_dir="x")
+    for wrong in (-1, 2.5):
+        with pytest.raises(ConfigError, match="round_from_step"):
+            QBLoRACallback(adapter(), stored_delta="int8", round_from_step=wrong)
+    with pytest.raises(ConfigError, match="set stored_delta"):
+        QBLoRACallback(adapter(), round_from_step=2)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ({"merged_output_dir": "run"}, "would replace what output_dir"),
+        ({"merged_output_dir": "."}, "would replace what output_dir"),
+        ({"merged_output_dir": "run/checkpoint-2"}, "one of the trainer's checkpoints"),
+        ({"merged_output_dir": "m", "onnx_output_dir": "m"}, "would replace what merged_output_dir"),
+        ({"merged_output_dir": "m", "onnx_output_dir": "m/onnx"}, "would replace what merged_output_dir"),
+        ({"merged_output_dir": "file/m"}, "nothing can be written into"),
+    ],
+)
+def test_outputs_that_could_not_be_written_are_refused_before_training(outputs, message, tmp_path):
+    (tmp_path / "file").touch()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "precious").touch()
+    folders = {name: tmp_path / folder for name, folder in outputs.items()}
+    with pytest.raises(ConfigError, match=message):
+        sft(tmp_path / "run", QBLoRACallback(adapter(), overwrite=True, **folders))
+    assert (checkpoint / "precious").is_file()
+
+
+@pytest.mark.parametrize("options", [{"nope": 1}, {"provider": "tpu"}, {"output_dir": "elsewhere"}])
+def test_options_that_no_export_takes_are_refused_before_training(options, tmp_path, monkeypatch):
+    def export_onnx(model_or_path, output_dir, *, provider="cpu", overwrite=False):
+        raise AssertionError
+
+    monkeypatch.setitem(vars(qbl_trl), "export_onnx", export_onnx)
+    folders = {"merged_output_dir": tmp_path / "m", "onnx_output_dir": tmp_path / "x"}
+    with pytest.raises(ConfigError, match="|".join(map(str, options))):
+        sft(tmp_path, QBLoRACallback(adapter(), onnx_options=options, **folders))
+
+
+def test_a_second_training_does_not_find_out_at_its_end_that_the_first_ones_output_is_there(tmp_path):
+    trainer = sft(tmp_path / "run", QBLoRACallback(adapter(), merged_output_dir=tmp_path / "m"))
+    trainer.train()
+    with pytest.raises(ConfigError, match="not empty"):
+        trainer.train()
+
+
+def test_an_export_that_fails_leaves_the_adapter_and_the_report(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setitem(vars(qbl_trl), "export_onnx", full)
+    folders = {"merged_output_dir": tmp_path / "m", "onnx_output_dir": tmp_path / "x"}
+    trainer = sft(tmp_path / "run", QBLoRACallback(adapter(), **folders))
+    with pytest.raises(OSError, match="No space left") as raised:
+        trainer.train()
+    assert "adapter saved in" in raised.value.__notes__[0]
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / REPORT).is_file()
+    assert (tmp_path / "m" / "config.json").is_file()
+
+
+def test_an_adapter_on_a_head_that_the_trainer_never_calls_is_refused(tmp_path):
+    config = adapter(target_modules=["q_proj", "lm_head"], in_factor=32, quantization_aware=False)
+    with pytest.raises(ConfigError, match="never calls it"):
+        sft(tmp_path, QBLoRACallback(config))
 
 
 def test_an_adapter_that_is_no_longer_finite_stops_the_run_and_says_where(tmp_path):

@@ -38,6 +38,8 @@ class AWQReader(FolderReader):
         bits = self.quantization.get("bits", self.quantization.get("w_bit", _BITS))
         if bits != _BITS:
             raise CheckpointError(f"{self.folder}: AWQ with {bits} bits; this layout is defined for 4")
+        if version == "gemv" and not {"group_size", "q_group_size"} & self.quantization.keys():
+            raise CheckpointError(f"{self.folder}: no group_size is stated, and the padded scales do not tell it")
 
     @property
     def stated_group_size(self) -> int:

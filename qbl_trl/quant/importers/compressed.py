@@ -16,7 +16,7 @@ import torch
 from qbl_trl.config import ALLOWED_BITS
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import Affine
-from qbl_trl.quant.importers.folders import CODES_ARE_KEPT, FolderReader
+from qbl_trl.quant.importers.folders import CODES_ARE_KEPT, FolderReader, refuse_activations
 from qbl_trl.quant.importers.reader import build, split_words
 from qbl_trl.quant.linear import GroupQuantLinear
 
@@ -29,7 +29,15 @@ class CompressedReader(FolderReader):
     parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
     def check(self) -> None:
-        groups = self.quantization.get("config_groups", {}).values()
+        named = self.quantization.get("config_groups")
+        if not isinstance(named, dict) or not all(isinstance(group, dict) for group in named.values()):
+            raise CheckpointError(f"{self.folder}: quantization_config names no config_groups; the file is damaged")
+        if self.quantization.get("transform_config"):
+            raise CheckpointError(
+                f"{self.folder}: transform_config rotates activations while the model runs, which is not done here. "
+                f"{CODES_ARE_KEPT}"
+            )
+        groups = named.values()
         layouts = {group.get("format") or self.quantization.get("format") for group in groups}
         if layouts != {"pack-quantized"}:
             raise CheckpointError(
@@ -37,11 +45,11 @@ class CompressedReader(FolderReader):
                 f"read; allowed: pack-quantized. {CODES_ARE_KEPT}"
             )
         for group in groups:
-            if group.get("input_activations") is not None:
-                raise CheckpointError(
-                    f"{self.folder}: activations are quantized too, this package quantizes weights. {CODES_ARE_KEPT}"
-                )
-            strategy = (group.get("weights") or {}).get("strategy")
+            refuse_activations(self.folder, any(group.get(f"{side}_activations") for side in ("input", "output")))
+            weights = group.get("weights") or {}
+            if weights.get("type", "int") != "int":
+                raise CheckpointError(f"{self.folder}: codes of type {weights['type']!r} are not read; allowed: int")
+            strategy = weights.get("strategy")
             if strategy not in ("group", "channel"):
                 raise CheckpointError(f"{self.folder}: strategy={strategy!r} is not read; allowed: group, channel")
 
@@ -57,7 +65,11 @@ class CompressedReader(FolderReader):
         return (fitting or [words * 32 // in_features])[0], in_features, self.shards.shape(f"{name}.weight_scale")[1]
 
     def zeros_kind(self, name: str) -> str:
-        return "packed" if f"{name}.weight_zero_point" in self.shards else "none"
+        stored = f"{name}.weight_zero_point" in self.shards
+        settings = [group.get("weights") or {} for group in self.quantization["config_groups"].values()]
+        if not stored and not any(weights.get("symmetric", True) for weights in settings):
+            raise CheckpointError(f"{self.folder}: symmetric=false, but {name} has no weight_zero_point")
+        return "packed" if stored else "none"
 
     def layer(self, name: str) -> GroupQuantLinear:
         bits, own_size, size = self.sizes(name)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qbl_trl.config import ALLOWED_BITS, LayerFormat
@@ -27,11 +28,13 @@ class FolderReader(Reader):
         marker: suffix of the tensor that every quantized layer has.
         parts: suffixes of all tensors that the format may keep for a layer, marker included, bias excluded.
         scales: suffix of the tensor of scales.
+        words: what codes may be packed into.
     """
 
     marker: str
     parts: tuple[str, ...]
     scales: str
+    words: tuple[torch.dtype, ...] = (torch.int32,)
 
     def __init__(self, folder: Path, quantization: Mapping[str, Any], shards: Shards | None = None) -> None:
         self.folder, self.quantization = folder, quantization
@@ -39,6 +42,7 @@ class FolderReader(Reader):
         self._formats: dict[str, LayerFormat] = {}
         self._own_sizes: dict[str, int] = {}
         self.check()
+        self._check_group_size()
         for tensor in self.shards.names():
             if tensor.endswith(f".{self.marker}"):
                 name = tensor.removesuffix(f".{self.marker}")
@@ -95,10 +99,19 @@ class FolderReader(Reader):
         stored = self._formats[name]
         return stored.bits, self._own_sizes[name], stored.group_size
 
+    def _check_group_size(self) -> None:
+        try:
+            self.stated_group_size  # noqa: B018
+        except (TypeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.folder}: its group_size is no whole number; the file is damaged") from error
+
     def _head(self, name: str) -> Tensor:
         return self.layer(name).dequantize()
 
     def _format(self, name: str) -> LayerFormat:
+        words = self.shards.dtype(f"{name}.{self.marker}")
+        if words not in self.words:
+            raise CheckpointError(f"{self.folder}: {name}.{self.marker} holds {words}; this format packs into int32")
         bits, in_features, groups = self.geometry(name)
         if bits not in ALLOWED_BITS:
             raise CheckpointError(
@@ -108,6 +121,18 @@ class FolderReader(Reader):
         self._own_sizes[name], size = stored_group_size(where, in_features, groups, self.stated_group_size)
         scale_dtype = dtype_name(f"{where}.{self.scales}", self.shards.dtype(f"{name}.{self.scales}"))
         return LayerFormat(bits, size, self.zeros_kind(name), scale_dtype)
+
+
+def refuse_activations(folder: Path, quantized: bool) -> None:
+    """A model whose activations are quantized computes something else than its weights say.
+
+    Raises:
+        CheckpointError: if they are.
+    """
+    if quantized:
+        raise CheckpointError(
+            f"{folder}: activations are quantized too, this package quantizes weights. {CODES_ARE_KEPT}"
+        )
 
 
 def _is_head(name: str) -> bool:

@@ -18,7 +18,7 @@ import torch
 
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import Affine
-from qbl_trl.quant.importers.folders import CODES_ARE_KEPT, FolderReader
+from qbl_trl.quant.importers.folders import CODES_ARE_KEPT, FolderReader, refuse_activations
 from qbl_trl.quant.importers.reader import build, split_words
 from qbl_trl.quant.linear import GroupQuantLinear
 
@@ -36,6 +36,10 @@ class GPTQReader(FolderReader):
                 f"{self.folder}: checkpoint_format={layout!r} reorders codes for one kernel; allowed: gptq, gptq_v2. "
                 "Save it in one of these with GPTQModel first"
             )
+        width = str(self.quantization.get("pack_dtype") or "int32")
+        if width != "int32":
+            raise CheckpointError(f"{self.folder}: pack_dtype={width!r} is not read; allowed: int32")
+        refuse_activations(self.folder, int(self.quantization.get("act_bits") or 16) < 16)
 
     @property
     def stated_group_size(self) -> int:
@@ -70,6 +74,10 @@ class GPTQReader(FolderReader):
 
     def _check_order(self, name: str, in_features: int, own_size: int) -> None:
         if f"{name}.g_idx" not in self.shards:
+            if self.quantization.get("desc_act"):
+                raise CheckpointError(
+                    f"{self.folder}: desc_act=true, but {name} has no g_idx: which group an input is in cannot be known"
+                )
             return
         index = self.part(name, "g_idx").long()
         if not torch.equal(index, torch.arange(in_features) // own_size):

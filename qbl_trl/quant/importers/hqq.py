@@ -34,6 +34,7 @@ class HQQReader(FolderReader):
 
     kind = "hqq"
     marker, scales = "W_q", "scale"
+    words = (torch.uint8, torch.int32)
     parts = ("W_q", "scale", "zero", *_SETTINGS)
 
     def check(self) -> None:

@@ -1,0 +1,73 @@
+"""A saved adapter on the base it was trained over: a float base is quantized again, the way it was for training."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
+from qbl_trl.errors import CheckpointError, ConfigError
+
+
+def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any:
+    """The PeftModel of an adapter folder, in eval mode; what stays in float is float32.
+
+    Args:
+        folder: what `save_pretrained` of a PeftModel, or a trainer's `save_model`, wrote.
+        base: model id or folder of the base, if not the one the adapter names. If it holds no quantization and the
+            adapter was trained over groups, it is quantized as the adapter's `base_quantization` says.
+
+    Raises:
+        ConfigError: if the folder holds no adapter, names no base, or needs a calibrated base that is not there.
+        CheckpointError: if the file does not hold exactly the tensors that the adapter has.
+    """
+    import torch
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = Path(folder)
+    if not (path / "adapter_config.json").is_file():
+        raise ConfigError(f"{path} holds no adapter (no adapter_config.json); name a folder that save_model wrote")
+    saved = PeftConfig.from_pretrained(str(path))
+    named = base or saved.base_model_name_or_path
+    if not named:
+        raise ConfigError(f"{path} does not name its base model; add --base")
+    settings = None
+    if isinstance(saved, QBLoRAConfig) and saved.base_quantization:
+        settings = GroupQuantConfig(**saved.base_quantization)
+        if getattr(AutoConfig.from_pretrained(named), "quantization_config", None) is not None:
+            settings = None
+        elif settings.algorithm == "gptq":
+            raise ConfigError(
+                f"{path} was trained over a calibrated base, which {named} does not hold; save the quantized "
+                "base with save_pretrained and name its folder with --base"
+            )
+    quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(named, dtype=torch.float32, **quantize), str(path)
+    )
+    _check_whole(model, path)
+    return model.eval()
+
+
+def _check_whole(model: Any, folder: Path) -> None:
+    """PEFT only warns of tensors that the file lacks, and leaves them as they were drawn."""
+    from peft.utils import get_peft_model_state_dict, load_peft_weights
+
+    held = set(load_peft_weights(str(folder), device="cpu"))
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    missing = sorted(wanted - held)
+    if missing:
+        raise CheckpointError(
+            f"{folder}: the file holds {len(wanted & held)} of the adapter's {len(wanted)} tensors ({missing[0]}, ... "
+            "are missing). It is damaged, or was saved by a process that did not hold them (DeepSpeed ZeRO-3 needs "
+            "zero3_save_16bit_model: true); train and save again"
+        )
+    surplus = sorted(name for name in held - wanted if ".lora_" in name)
+    if surplus:
+        raise CheckpointError(
+            f"{folder}: the file holds {len(surplus)} tensors for layers that have no adapter ({surplus[0]}, ...): "
+            "adapter_config.json and the file, or the adapter and this base, do not belong together"
+        )
+
+
+__all__ = ["load_adapter"]
