@@ -254,3 +254,18 @@ def test_replicated_layers_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="replicates layers"):
         to_lora(model, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "settings"),
+    [
+        (groups, {"modules_to_save": ["down_proj"]}),
+        (groups, {"modules_to_save": ["mlp"]}),
+        (tied_groups(quantize_embeddings=True), {"modules_to_save": ["embed_tokens"], "in_factor": 32}),
+        (tied_groups(quantize_embeddings=True), {"trainable_token_indices": [1, 2], "in_factor": 32}),
+        (tied_groups(quantize_embeddings=True), {"trainable_token_indices": {"embed_tokens": [1]}, "in_factor": 32}),
+    ],
+)
+def test_packed_layers_are_not_trained_whole(base, settings):
+    with pytest.raises(ConfigError, match="holds packed codes"):
+        adapted(base, **settings)

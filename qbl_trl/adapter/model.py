@@ -25,6 +25,7 @@ from qbl_trl.errors import ConfigError
 from qbl_trl.peft_type import NAME, QBLORA
 from qbl_trl.quant.head import set_apart_, untie_changed_head_
 from qbl_trl.quant.hf_quantizer import describe_stored_
+from qbl_trl.quant.packed import PackedWeight
 
 
 class QBLoRAModel(LoraModel):
@@ -39,6 +40,7 @@ class QBLoRAModel(LoraModel):
     def _prepare_adapter_config(self, peft_config: QBLoRAConfig, model_config: Any) -> QBLoRAConfig:
         """Write down what the base decides, so that the saved adapter says it: its format, and the pooled group."""
         prepared: QBLoRAConfig = super()._prepare_adapter_config(peft_config, model_config)
+        _refuse_packed(prepared, self.model)
         chosen = resolve_all_linear(prepared, self.model)
         if chosen is not None:
             prepared.target_modules = chosen  # type: ignore[assignment]  # a set, as PEFT's own
@@ -180,6 +182,31 @@ class _BlockView:
     def __init__(self, layer: BalancedLinear) -> None:
         self.lora_A, self.lora_embedding_A = layer.lora_A, layer.lora_embedding_A
         self.get_delta_weight = layer.block_delta
+
+
+def _refuse_packed(config: QBLoRAConfig, model: nn.Module) -> None:
+    """Codes have no gradient: what is packed cannot be trained whole, nor row by row.
+
+    Raises:
+        ConfigError: naming the layer.
+    """
+    rows = config.trainable_token_indices
+    named = [(name, "modules_to_save") for name in config.modules_to_save or ()]
+    named += [(name, "trainable_token_indices") for name in (rows if isinstance(rows, dict) else {})]
+    found = [
+        (layer, option)
+        for layer, module in model.named_modules()
+        for name, option in named
+        if layer.endswith(name) and any(isinstance(part, PackedWeight) for part in module.modules())
+    ]
+    if rows and not isinstance(rows, dict) and isinstance(model.get_input_embeddings(), PackedWeight):  # type: ignore[operator]
+        found.append(("the input embedding", "trainable_token_indices"))
+    if found:
+        layer, option = found[0]
+        raise ConfigError(
+            f"{option}: {layer} holds packed codes, which have no gradient; leave it out, or keep it in float with "
+            "GroupQuantConfig(modules_to_not_convert=[...]) or quantize_embeddings=False"
+        )
 
 
 def _warn_of_surplus_rank(adapter_name: str, layers: dict[str, BalancedLinear]) -> None:

@@ -199,7 +199,7 @@ def _exact(
             raise ExportError(
                 f'attention="{options.attention}" does not fit this model: {refusal}; use "auto" or "standard"'
             ) from None
-        reason = str(refusal)
+        reason = getattr(refusal, "brief", str(refusal))
     clear(folder)
     standard = replace(options, attention="standard")
     built, reports = _exact(held, standard, False, gate, tolerance, folder)

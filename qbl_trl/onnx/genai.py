@@ -1,16 +1,19 @@
 """genai_config.json: the same folder runs in ONNX Runtime GenAI."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import onnx
 
+logger = logging.getLogger(__name__)
+
 _TYPES = ("gemma", "gemma2", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3", "granite", "olmo", "smollm3")
 
 
 def write_genai_config(config: Any, generation: Any, folder: Path, graph_file: str, provider: str, gqa: bool) -> None:
-    """Describe the graph of `folder` to ONNX Runtime GenAI.
+    """Describe the graph of `folder` to ONNX Runtime GenAI, where it can be: all its caches have one size there.
 
     Args:
         config, generation: of the transformers model.
@@ -18,7 +21,12 @@ def write_genai_config(config: Any, generation: Any, folder: Path, graph_file: s
     """
     graph = onnx.load(folder / graph_file, load_external_data=False).graph
     names = {value.name for value in graph.input}
-    key = next(value for value in graph.output if value.name == "present.0.key").type.tensor_type.shape.dim
+    caches = [value.type.tensor_type.shape.dim for value in graph.output if value.name.startswith("present.")]
+    sizes = {(dims[1].dim_value, dims[3].dim_value) for dims in caches}
+    if len(sizes) != 1 or 0 in (heads_and_width := sizes.pop()):
+        logger.info("no genai_config.json: ONNX Runtime GenAI has one size for all keys and values, this graph several")
+        return
+    heads, width = heads_and_width
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in names}
     length = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
     eos = _first_set(getattr(generation, "eos_token_id", None), config.eos_token_id)
@@ -31,7 +39,7 @@ def write_genai_config(config: Any, generation: Any, folder: Path, graph_file: s
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": options},
                 "filename": graph_file,
-                "head_size": key[3].dim_value,
+                "head_size": width,
                 "hidden_size": config.hidden_size,
                 "inputs": {
                     **inputs,
@@ -45,7 +53,7 @@ def write_genai_config(config: Any, generation: Any, folder: Path, graph_file: s
                 },
                 "num_attention_heads": config.num_attention_heads,
                 "num_hidden_layers": config.num_hidden_layers,
-                "num_key_value_heads": key[1].dim_value,
+                "num_key_value_heads": heads,
             },
             "eos_token_id": eos,
             "pad_token_id": pad[0] if isinstance(pad, list) else pad,

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -71,7 +72,16 @@ def embedding_source(name: str, module: nn.Module) -> EmbeddingSource | None:
 
 
 def linear_sources(model: nn.Module) -> dict[str, LinearSource]:
-    """Every linear layer of a model by name; the inside of an adapter layer belongs to the adapter layer."""
+    """Every linear layer of a model by name; the inside of an adapter layer belongs to the adapter layer.
+
+    Raises:
+        ExportError: if a quantized layer has no exact lowering, or single rows of an embedding were trained.
+    """
+    if any(isinstance(module, TrainableTokensLayer) for module in model.modules()):
+        raise ExportError(
+            "export_onnx: trainable_token_indices trained single rows of the embedding, which no operator holds; merge "
+            "first and export the merged model"
+        )
     found: dict[str, LinearSource] = {}
     for name, module in _outermost(model):
         source = linear_source(name, module)

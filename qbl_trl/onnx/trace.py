@@ -30,7 +30,18 @@ _FLOAT_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "b
 
 
 class Untraceable(ExportError):
-    """The tracer or Optimum fails on a model."""
+    """The tracer or Optimum fails on a model.
+
+    Attributes:
+        brief: what failed, without what it means for an export that ends there.
+    """
+
+    def __init__(self, brief: str) -> None:
+        self.brief = brief
+        super().__init__(
+            f"{brief}. Nothing was written. If the float model cannot be exported by Optimum either, this is a limit "
+            "of Optimum"
+        )
 
 
 def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
@@ -55,8 +66,7 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
         except Exception as error:
             reason = (str(error).splitlines() or [""])[0]
             raise Untraceable(
-                f"a {type(skeleton.model).__name__} could not be traced: {type(error).__name__}: {reason}. Nothing was "
-                "written. If the float model cannot be exported by Optimum either, this is a limit of Optimum"
+                f"a {type(skeleton.model).__name__} could not be traced: {type(error).__name__}: {reason}"
             ) from error
         model = ir.load(path)
         ir.external_data.load_to_model(model)

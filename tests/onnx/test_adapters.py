@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qbl_trl import QBLoRAConfig, export_onnx
+from qbl_trl import GroupQuantConfig, QBLoRAConfig, export_onnx, merge, verify
+from qbl_trl.errors import ExportError
 from tests.onnx.models import quantize
 from tests.tiny import tiny_llama
 
@@ -65,3 +66,24 @@ def test_an_adapter_that_is_switched_off_is_not_written(tmp_path):
         report = export_onnx(model, tmp_path / "out")
     assert kinds(report) == {("MatMulNBits", "none")}
     assert report.parity.max_abs_difference < 2e-5
+
+
+def test_an_adapter_folder_is_exported_on_the_base_it_was_trained_over(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "float")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=GroupQuantConfig())
+    model = get_peft_model(base, QBLoRAConfig(r=4, quantization_aware=True, init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")  # names the float folder, and how it was quantized
+    report = export_onnx(tmp_path / "adapter", tmp_path / "out")
+    assert kinds(report) == {("MatMulNBits", "block delta")}
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    assert verify(model, tmp_path / "out", ids).max_abs_difference < 2e-5  # float32 rounding
+
+
+def test_trained_rows_of_an_embedding_are_merged_first(tmp_path):
+    base = quantize(tiny_llama(), p=None)
+    settings = {"quantization_aware": True, "trainable_token_indices": [1, 2], "init_lora_weights": False}
+    model = get_peft_model(base, QBLoRAConfig(r=4, **settings)).eval()
+    with pytest.raises(ExportError, match="merge first"):
+        export_onnx(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    assert export_onnx(merge(model), tmp_path / "out").parity.max_abs_difference < 2e-5

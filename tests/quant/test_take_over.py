@@ -66,7 +66,7 @@ def test_codes_scales_zeros_and_bias_are_the_layers_own(kind, made, zero_format)
 def test_a_kernel_that_keeps_another_layout_is_refused_by_what_it_computes():
     affine, tensors = gptq()
     layer = Kernel(tensors | {"qweight": tensors["qweight"].flip(0)}, affine)
-    with pytest.raises(CheckpointError, match=r"model\.q_proj: read code for code.*from_checkpoint\(folder\)"):
+    with pytest.raises(CheckpointError, match=r"model\.q_proj: read code for code.*quantize --from"):
         take_over(layer, "gptq", "model.q_proj")
 
 

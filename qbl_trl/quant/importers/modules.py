@@ -72,8 +72,8 @@ def _check(ours: GroupQuantLinear, layer: nn.Module, name: str) -> None:
     if not difference <= allowed:
         raise CheckpointError(
             f"{name}: read code for code, this {type(layer).__name__} computes something else (relative difference "
-            f"{difference:.1e}, {dtype} allows {allowed:.1e}): its kernel keeps another layout. Load the checkpoint "
-            "with quantization_config=GroupQuantConfig.from_checkpoint(folder)"
+            f"{difference:.1e}, {dtype} allows {allowed:.1e}): its kernel keeps another layout. Convert the "
+            "checkpoint first, code for code: qbl-trl quantize --from FOLDER OUTPUT"
         )
 
 
