@@ -1,10 +1,11 @@
 """merge: the caller's model untouched, codes untouched, the same function, or a refusal."""
 
 import copy
+import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -269,3 +270,14 @@ def test_replicated_layers_are_refused(tmp_path):
 def test_packed_layers_are_not_trained_whole(base, settings):
     with pytest.raises(ConfigError, match="holds packed codes"):
         adapted(base, **settings)
+
+
+@pytest.mark.parametrize("bits", [8, None])
+def test_an_adapter_loaded_on_another_base_than_its_own_is_said(bits, tmp_path):
+    adapted(quantization_aware=False, in_factor=2).save_pretrained(tmp_path)
+    other = tiny_llama() if bits is None else quantize_model_(tiny_llama(), GroupQuantConfig(bits=bits))
+    with pytest.warns(UserWarning, match="its outputs will differ"):
+        PeftModel.from_pretrained(other, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*its outputs will differ")
+        PeftModel.from_pretrained(groups(), tmp_path)

@@ -45,6 +45,7 @@ class QBLoRAModel(LoraModel):
         if chosen is not None:
             prepared.target_modules = chosen  # type: ignore[assignment]  # a set, as PEFT's own
         stored = getattr(getattr(self.model, "config", None), "quantization_config", None)
+        _warn_of_another_base(prepared, stored)
         if isinstance(stored, GroupQuantConfig):
             if prepared.in_factor is None:
                 prepared.in_factor = stored.group_size
@@ -182,6 +183,26 @@ class _BlockView:
     def __init__(self, layer: BalancedLinear) -> None:
         self.lora_A, self.lora_embedding_A = layer.lora_A, layer.lora_embedding_A
         self.get_delta_weight = layer.block_delta
+
+
+_SAME = ("bits", "group_size", "symmetric", "algorithm", "quantize_embeddings")
+
+
+def _warn_of_another_base(config: QBLoRAConfig, stored: Any) -> None:
+    """A saved adapter says what it was trained over; on anything else it computes something else."""
+    trained = config.base_quantization
+    if trained is None:
+        return
+    here = stored.to_dict() if isinstance(stored, GroupQuantConfig) else None
+    if here is None or any(trained.get(name, here[name]) != here[name] for name in _SAME):
+        told = {name: trained[name] for name in _SAME if name in trained}
+        held = "none" if here is None else {name: here[name] for name in told}
+        warnings.warn(
+            f"the adapter was trained over a base with GroupQuantConfig {told}, and this one has {held}: its outputs "
+            "will differ from what was trained. Load the base as it was, or with quantization_config="
+            "GroupQuantConfig(**config.base_quantization)",
+            stacklevel=2,
+        )
 
 
 def _refuse_packed(config: QBLoRAConfig, model: nn.Module) -> None:
