@@ -38,7 +38,9 @@ def pooling_plan(
                 yield Cell(task, method, pooling, lr, seed, **conditions), ("validation",)
 
 
-def methods_plan(rows: Sequence[Row], seeds: tuple[int, ...] = (0, 1, 2), **conditions: Any) -> Iterator[Job]:
+def methods_plan(
+    rows: Sequence[Row], seeds: tuple[int, ...] = (0, 1, 2), rates: Sequence[float] = RATES, **conditions: Any
+) -> Iterator[Job]:
     """Each method at its own best rate: the lowest mean validation NLL over all seeds.
 
     Only then is the test split judged, together with what the method's adapters become at the affine base's bits.
@@ -46,7 +48,7 @@ def methods_plan(rows: Sequence[Row], seeds: tuple[int, ...] = (0, 1, 2), **cond
     for row in rows:
         method, pooling = row
         yield Cell(method=f"base_{METHODS[method].base}", lr=0.0, **conditions), ("validation", "test")
-        sweep = [[Cell(method=method, pooling=pooling, lr=lr, seed=s, **conditions) for s in seeds] for lr in RATES]
+        sweep = [[Cell(method=method, pooling=pooling, lr=lr, seed=s, **conditions) for s in seeds] for lr in rates]
         for cells in sweep:
             yield from ((cell, ("validation",)) for cell in cells)
         best = min(sweep, key=lambda cells: sum(run(cell)["measures"]["validation"]["nll"] for cell in cells))
@@ -136,7 +138,7 @@ PLANS: dict[str, Callable[[], Iterable[Job]]] = {
     "groups64": lambda: methods_plan(ROWS[2:4], task="r8", group_size=64),
     "bits2": lambda: methods_plan(ROWS[:5], task="r8", bits=2),
     "long": lambda: methods_plan(ROWS[:4], task="r8", steps=240, pool=1920),
-    "depth": lambda: methods_plan(ROWS[:4], task="r8", layers=30),
+    "depth": lambda: methods_plan(ROWS[:4], rates=(1e-3, *RATES), task="r8", layers=30),
     "csqa": lambda: methods_plan(ROWS, task="csqa"),
     "csqa_factors": lambda: methods_plan(FACTORS, task="csqa"),
     "csqa_where": lambda: methods_plan(WHERE, task="csqa"),
