@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.adapter.bnb_packed import is_repacked, repacked_weight
 from qbl_trl.config import GroupQuantConfig
-from qbl_trl.errors import ConfigError
+from qbl_trl.errors import CheckpointError, ConfigError
 from qbl_trl.quant.importers.modules import READERS, take_over
 from qbl_trl.quant.linear import GroupQuantLinear
 
@@ -71,6 +71,8 @@ def describe(layer: nn.Module, name: str = "") -> Base:
         )
     if isinstance(layer, nn.Linear):
         kind = "float" if _is_plain(layer.weight) else "torchao"
+        if kind == "float" and layer.weight.is_floating_point() and layer.weight.element_size() == 1:
+            kind = "float8"
         return Base(kind, layer.in_features, layer.out_features)
     raise ConfigError(
         f"{name or 'target module'}: {type(layer).__name__} cannot hold a balanced adapter; supported are nn.Linear, "
@@ -98,6 +100,8 @@ def float_weight(layer: nn.Module) -> Tensor:
     kind = describe(layer).kind
     if kind in ("gptq", "awq"):
         return take_over(layer, kind, "layer").dequantize()
+    if kind == "float8":
+        raise CheckpointError("a float8 weight means nothing without the scales that its own class keeps for it")
     if kind == "torchao":
         return layer.weight.dequantize().detach().float()  # type: ignore[operator, union-attr]
     if is_repacked(layer.weight):

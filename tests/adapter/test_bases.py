@@ -188,3 +188,12 @@ def test_a_layer_repacked_for_avx512_bf16_still_gives_its_weight(double):
         layer.weight.data, layer.weight.quant_state
     )
     torch.testing.assert_close(float_weight(layer), before, rtol=2**-8, atol=0)  # maxima became bfloat16
+
+
+def test_a_float8_weight_is_no_float_weight():
+    layer = nn.Linear(K, N, bias=False)
+    layer.weight = nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    base = describe(layer)
+    assert (base.kind, base.mergeable) == ("float8", False)
+    with pytest.raises(CheckpointError, match="without the scales"):
+        float_weight(layer)
