@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     quantize.set_defaults(run=_quantize)
 
     inspect = commands.add_parser("inspect", help="layers, bits, bytes, quantization error, fitting factors")
-    inspect.add_argument("model", help="a quantized or merged folder")
+    inspect.add_argument("model", help="a quantized or merged folder, or an adapter: its base")
     inspect.add_argument("--against", type=Path, help="folder of the float weights, for the error of each layer")
     inspect.set_defaults(run=_inspect)
 
@@ -88,12 +88,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+_LONGEST = 300  # characters of another library's message
+
+
 def _explained(error: Exception) -> str:
     """One of our messages as it is; another library's with its type, and how to see where it came from."""
     if isinstance(error, QblError | OSError):
         return str(error)
     first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first} (QBL_TRL_TRACEBACK=1 shows where)"
+    return f"{type(error).__name__}: {first[:_LONGEST]} (QBL_TRL_TRACEBACK=1 shows where)"
 
 
 def _quantize(args: argparse.Namespace) -> None:
@@ -137,11 +140,13 @@ def _check_exists(name: str) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    from qbl_trl.loading import load_adapter
     from qbl_trl.quant.summary import summarize
 
     if args.against is not None:
         _check_exists(str(args.against.absolute()))
-    layers = summarize(_load(args.model), args.against)
+    adapter = Path(args.model, "adapter_config.json").is_file()
+    layers = summarize(load_adapter(args.model).unload() if adapter else _load(args.model), args.against)
     print(f"{'layer':<44} {'N x K':>14} {'bits':>4} {'group':>5} {'B/weight':>8} {'error':>8}  exact in_factors")
     for layer in layers:
         shape = f"{layer.out_features} x {layer.in_features}"
@@ -217,8 +222,8 @@ def _load(name: str, dtype: str = "float32", settings: Any = None) -> Any:
     if wanted not in (torch.float32, torch.float16, torch.bfloat16):
         raise ConfigError(f"--dtype {dtype} is not known; allowed: float32, float16, bfloat16")
     quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
-    stored = getattr(AutoConfig.from_pretrained(name), "quantization_config", None)
-    if settings is not None and stored is not None:
+    stored = getattr(AutoConfig.from_pretrained(name), "quantization_config", None) if settings is not None else None
+    if stored is not None:
         raise ConfigError(
             f"{name} is quantized already ({stored.get('quant_method', 'unknown method')}); `qbl-trl quantize --from` "
             "takes its codes over as they are, or name the float model"

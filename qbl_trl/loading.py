@@ -22,7 +22,7 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
     """
     import torch
     from peft import PeftConfig, PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     path = Path(folder)
     if not (path / "adapter_config.json").is_file():
@@ -42,9 +42,12 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
                 "base with save_pretrained and name its folder with --base"
             )
     quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
-    model = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(named, dtype=torch.float32, **quantize), str(path)
-    )
+    model = AutoModelForCausalLM.from_pretrained(named, dtype=torch.float32, **quantize)
+    if (path / "tokenizer_config.json").is_file():  # trained with tokens that the base does not have
+        tokens = len(AutoTokenizer.from_pretrained(path))
+        if tokens > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(tokens)
+    model = PeftModel.from_pretrained(model, str(path))
     _check_whole(model, path)
     return model.eval()
 

@@ -5,7 +5,9 @@ import torch
 from peft import get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, verify
 from qbl_trl.cli import main, make_parser
@@ -127,6 +129,25 @@ def test_an_adapter_is_verified_on_the_base_it_was_trained_over(adapter, tmp_pat
     main(["merge", str(adapter[0]), str(tmp_path / "merged")])
     report = verify(adapter[0], tmp_path / "merged", tokens())
     assert report.max_abs_difference < 1e-5  # the float base that the adapter names is quantized again
+
+
+def test_an_adapter_trained_with_more_tokens_is_loaded_on_a_base_made_as_large(float_folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(float_folder, quantization_config=GroupQuantConfig())
+    base.resize_token_embeddings(133)
+    settings = {"quantization_aware": True, "modules_to_save": ["embed_tokens", "lm_head"], "init_lora_weights": False}
+    model = get_peft_model(base, QBLoRAConfig(r=4, **settings)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    words = Tokenizer(WordLevel({str(i): i for i in range(133)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "adapter")
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = tokens(vocabulary=133)
+    torch.testing.assert_close(logits(merged, ids), logits(model, ids), rtol=0, atol=1e-5)  # float32 rounding
+
+
+def test_an_adapter_folder_is_inspected_on_its_base(adapter, capsys):
+    assert main(["inspect", str(adapter[0])]) == 0
+    assert "14 layers" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_converted_checkpoint_replaces_a_folder_only_if_told_to(tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge, to_lora
 from qbl_trl.adapter.layer import adapter_layers
@@ -281,3 +281,24 @@ def test_an_adapter_loaded_on_another_base_than_its_own_is_said(bits, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*its outputs will differ")
         PeftModel.from_pretrained(groups(), tmp_path)
+
+
+def test_a_tied_head_merged_in_place_leaves_the_embedding_alone():
+    model = changed(adapted(lambda: tiny_llama(tie_word_embeddings=True), target_modules=["lm_head"]))
+    expected = logits(model, IDS)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, IDS), expected, **CLOSE)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model, IDS), expected, **CLOSE)
+
+
+def test_a_model_that_ties_more_than_head_and_embedding_is_refused():
+    torch.manual_seed(0)
+    config = T5Config(d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, vocab_size=100, decoder_start_token_id=0)
+    base = T5ForConditionalGeneration(config).eval()
+    settings = {"target_modules": ["q"], "modules_to_save": ["lm_head"], "task_type": "SEQ_2_SEQ_LM"}
+    model = changed(get_peft_model(base, QBLoRAConfig(r=2, init_lora_weights=False, **settings)))
+    with pytest.raises(MergeError, match="ties more than these two"):
+        merge(model)
+    same = get_peft_model(T5ForConditionalGeneration(config), QBLoRAConfig(r=2, target_modules=["q"]))
+    merge(same)

@@ -21,7 +21,7 @@ from qbl_trl.adapter.factors import recorded_factors
 from qbl_trl.adapter.layer import BalancedLinear, record_placed_
 from qbl_trl.adapter.targets import resolve_all_linear
 from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
-from qbl_trl.errors import ConfigError
+from qbl_trl.errors import ConfigError, MergeError
 from qbl_trl.peft_type import NAME, QBLORA
 from qbl_trl.quant.head import set_apart_, untie_changed_head_
 from qbl_trl.quant.hf_quantizer import describe_stored_
@@ -95,16 +95,27 @@ class QBLoRAModel(LoraModel):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         """PEFT's merge and unload, after which the model says what it holds: it saves and loads as it computes."""
         if merge:
-            for layer in self.modules():
-                if isinstance(layer, BalancedLinear):
-                    set_apart_(self.model, layer.get_base_layer())
+            self._set_heads_apart()
         plain: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         stored = getattr(getattr(plain, "config", None), "quantization_config", None)
         if merge and isinstance(stored, GroupQuantConfig):
             describe_stored_(plain, stored)
         if merge and hasattr(plain, "config"):
-            untie_changed_head_(plain)
+            try:
+                untie_changed_head_(plain)
+            except MergeError as error:  # the layers are merged by now; in memory all is well
+                warnings.warn(f"the merged model computes as trained but does not save so: {error}", stacklevel=2)
         return plain
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's merge in place; a tied head that is adapted gets a weight of its own first."""
+        self._set_heads_apart()
+        super().merge_adapter(*args, **kwargs)
+
+    def _set_heads_apart(self) -> None:
+        for layer in self.modules():
+            if isinstance(layer, BalancedLinear):
+                set_apart_(self.model, layer.get_base_layer())
 
     def _check_add_weighted_adapter(
         self, adapters: list[str], combination_type: str, svd_rank: int | None

@@ -23,6 +23,7 @@ from qbl_trl.onnx.gate import Disagreement, Gate, Unrunnable
 from qbl_trl.onnx.genai import write_genai_config
 from qbl_trl.onnx.kernels import cuda_fallbacks
 from qbl_trl.onnx.linears import LOWERINGS, LoweredLayer
+from qbl_trl.onnx.options import DTYPES
 from qbl_trl.onnx.reference import float32_reference
 from qbl_trl.onnx.report import ExportReport
 from qbl_trl.onnx.retype import float16_to_bfloat16
@@ -36,7 +37,6 @@ from qbl_trl.progress import progress, step
 
 ATTENTIONS = ("auto", "attention", "gqa", "standard")
 _FASTEST = {"cpu": "attention", "cuda": "gqa"}
-DTYPES = {"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")}
 TOLERANCE = 1e-3
 _DIGITS_SHARE = 2.0  # times what 8-bit activations cost: beyond, a delta stays in float
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from qbl_trl.errors import ConfigError
 
+DTYPES = {"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")}  # by provider, the default first
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything `export_onnx` can be told from a shell."""
@@ -25,18 +27,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check_values(options: Mapping[str, Any]) -> None:
     """Refuse values that no export takes.
 
+    Args:
+        options: keyword arguments of `export_onnx`, defaults among them.
+
     Raises:
         ConfigError: naming the option and what is allowed.
     """
     parser = argparse.ArgumentParser(add_help=False)
     add_arguments(parser)
     for action in parser._actions:
-        value = options.get(action.dest)
-        if action.choices is not None and value is not None:
-            named = value if isinstance(value, int) else str(value).removeprefix("torch.")
-            if named not in action.choices:
-                allowed = ", ".join(map(str, action.choices))
-                raise ConfigError(f"export_onnx: {action.dest}={value!r} is not known; allowed: {allowed}")
+        if action.choices is not None and action.dest in options:
+            value = options[action.dest]
+            named = value if isinstance(value, int | None) else str(value).removeprefix("torch.")
+            allowed = (
+                DTYPES.get(options.get("provider", "cpu"), ()) if action.dest == "dtype" else tuple(action.choices)
+            )
+            if named not in allowed and (named is not None or action.default is not None):
+                raise ConfigError(
+                    f"export_onnx: {action.dest}={value!r} is not known; allowed: {', '.join(map(str, allowed))}"
+                )
 
 
 def run(args: argparse.Namespace) -> None:

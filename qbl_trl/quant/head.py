@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qbl_trl.config import SCALE_DTYPES, GroupQuantConfig
-from qbl_trl.errors import ConfigError
+from qbl_trl.errors import ConfigError, MergeError
 from qbl_trl.quant.affine import Affine
 from qbl_trl.quant.algorithms import quantize
 from qbl_trl.quant.embedding import GroupQuantEmbedding
@@ -101,6 +101,9 @@ def untie_changed_head_(model: nn.Module) -> None:
     """After training and merging: a head that is no longer the embedding is saved, and loaded, as a weight of its own.
 
     Trained with `modules_to_save`, or adapted itself, either of the pair may have moved away from the other.
+
+    Raises:
+        MergeError: if the configuration's tie means more than this pair (an encoder's embedding, a bias).
     """
     table, head = _table_of(model), getattr(model, "get_output_embeddings", lambda: None)()
     if table is None or head is None or not _is_tied(model) or type(head.weight) is not type(table.weight):
@@ -108,10 +111,18 @@ def untie_changed_head_(model: nn.Module) -> None:
     pair: tuple[Any, Any] = head.weight, table.weight
     if (pair[0] is pair[1] or torch.equal(*pair)) and getattr(head, "delta", None) is getattr(table, "delta", None):
         return
+    own = f"{same_module_name(model, head)}.weight"
+    tied = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ()
+    others = [key for key in tied if not own.endswith(key)]
+    if others or getattr(model.config, "is_encoder_decoder", False):
+        raise MergeError(
+            f"{own} was trained apart from the embedding it is tied to, and a {type(model).__name__} ties more than "
+            "these two: no configuration of it says so. Train without the head and the embedding"
+        )
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():  # type: ignore[operator, union-attr]
         config.tie_word_embeddings = False  # type: ignore[union-attr]
     if hasattr(model, "all_tied_weights_keys"):  # transformers 5 worked it out when the model was made
-        vars(model)["all_tied_weights_keys"] = {}
+        vars(model)["all_tied_weights_keys"] = {}  # the head's was the only one
 
 
 def _table_of(model: nn.Module) -> nn.Module | None:

@@ -66,13 +66,16 @@ class GroupQuantLinear(PackedWeight, nn.Linear):  # type: ignore[misc]
         training model's bit for bit, and a ragged or tiny shift is not rounded into it.
 
         Raises:
-            ConfigError: if x holds integers: the model has cast its activations to the dtype of the packed weight.
+            ConfigError: if x has another width, or holds integers: the model has cast its activations to the dtype of
+                the packed weight.
         """
         if not x.is_floating_point():
             raise ConfigError(
                 f"a GroupQuantLinear was handed {x.dtype}: the model casts its activations to the dtype of this "
                 "layer's weight, which is packed. Leave the layer out: GroupQuantConfig(modules_to_not_convert=[name])"
             )
+        if x.shape[-1] != self.in_features:
+            raise ConfigError(f"a GroupQuantLinear of {self.in_features} inputs was handed {tuple(x.shape)}")
         wide = x
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))

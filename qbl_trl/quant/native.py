@@ -63,7 +63,12 @@ def multiply(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, gro
     Returns:
         Whether it was done. It is not where a matrix product is faster or has to do it; `out` is then untouched.
     """
-    if x.dtype != torch.float32 or not 0 < x.shape[0] <= _MOST_TOKENS or not _fits(codes, scales, group_size):
+    tokens, columns = x.shape
+    if not 0 < tokens <= _MOST_TOKENS or not _fits(codes, scales, group_size) or type(x) is not Tensor:
+        return False
+    fits = columns <= scales.shape[1] * group_size and out.shape == (tokens, scales.shape[0]) and out.is_contiguous()
+    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (x, out))
+    if not fits or not plain:
         return False
     library = _library()
     if library is not None:

@@ -85,8 +85,9 @@ def check_export(options: Mapping[str, Any]) -> None:
     """
     try:
         export_onnx = importlib.import_module("qbl_trl").export_onnx
-        inspect.signature(export_onnx).bind(None, None, **options)
-        importlib.import_module("qbl_trl.onnx.options").check_values(options)
+        call = inspect.signature(export_onnx).bind(None, None, **options)
+        call.apply_defaults()
+        importlib.import_module("qbl_trl.onnx.options").check_values(call.arguments)
     except (ImportError, TypeError) as error:
         raise ConfigError(f"QBLoRACallback: onnx_options: {error}") from error
 

@@ -1,6 +1,7 @@
 """What a run leaves behind, and the end of a run: merge, verify, write, export, report."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,20 +49,20 @@ class Outputs:
                 run's own files or of another output, or cannot be made; if `export_onnx` would refuse its options.
         """
         folders = {
-            name: folder.absolute()
+            name: folder.resolve()
             for name, folder in (("merged_output_dir", self.merged), ("onnx_output_dir", self.onnx))
             if folder is not None
         }
-        taken = {"output_dir": Path(run).absolute()}
+        taken = {"output_dir": Path(run).resolve()}
         for name, folder in folders.items():
             for other, path in taken.items():
-                if path.is_relative_to(folder) or (other != "output_dir" and folder.is_relative_to(path)):
+                if path.is_relative_to(folder):
                     raise ConfigError(
                         f"QBLoRACallback: {name}={folder} would replace what {other}={path} holds; give it a folder of "
                         "its own, such as output_dir/merged"
                     )
             inside = folder.relative_to(taken["output_dir"]).parts if folder.is_relative_to(taken["output_dir"]) else ()
-            if any(part.startswith("checkpoint-") for part in inside):
+            if any(re.fullmatch(r"checkpoint-\d+", part) for part in inside):
                 raise ConfigError(f"QBLoRACallback: {name}={folder} lies in one of the trainer's checkpoints")
             check_free(folder, self.overwrite)
             taken[name] = folder

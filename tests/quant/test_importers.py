@@ -230,7 +230,12 @@ def test_layers_that_differ_are_named_with_their_difference(tmp_path):
             "symmetric=false",
         ),
         (foreign.awq_tensors, COMPRESSED | {"config_groups": None}, affines(), "names no config_groups"),
-        (foreign.awq_tensors, COMPRESSED | {"transform_config": {"a": 1}}, affines(), "rotates activations"),
+        (
+            foreign.awq_tensors,
+            COMPRESSED | {"transform_config": {"config_groups": {"R1": {}}}},
+            affines(),
+            "rotates activations",
+        ),
         (foreign.awq_tensors, compressed_group(input_activations={"num_bits": 8}), affines(), "activations"),
         (foreign.awq_tensors, compressed_group(output_activations={"num_bits": 8}), affines(), "activations"),
         (foreign.awq_tensors, compressed_group(weights=WEIGHTS | {"type": "float"}), affines(), "type 'float'"),

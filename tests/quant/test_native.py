@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from qbl_trl.errors import ConfigError
 from qbl_trl.quant import native
 from qbl_trl.quant.affine import Affine, dequantize
 from qbl_trl.quant.linear import GroupQuantLinear
@@ -70,6 +71,24 @@ def test_a_product_is_not_taken_over_where_it_would_change_the_type_or_be_slower
         assert not found.multiply(x, out)
         assert (out == 7).all()
         assert found(x).dtype == x.dtype
+
+
+@pytest.mark.parametrize("shape", [(4, 1152), (8, 288), (577,)])
+def test_an_input_of_another_width_is_refused(shape):
+    found, _ = layer(192, 576, 32, "packed")
+    with pytest.raises(ConfigError, match=r"of 576 inputs was handed"):
+        found(torch.randn(shape))
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "out", [torch.zeros(2, 191), torch.zeros(3, 192), torch.zeros(192, 2).T, torch.zeros(2, 192).half()]
+)
+def test_a_product_goes_nowhere_but_where_it_fits(out):
+    found, _ = layer(192, 576, 32, "packed")
+    assert not found.multiply(torch.randn(2, 576), out)
+    assert not found.multiply(torch.randn(2, 577), torch.zeros(2, 192))
+    assert (out == 0).all()
 
 
 @needs_library

@@ -224,12 +224,15 @@ def test_arguments_that_make_no_sense_are_refused():
         ({"merged_output_dir": "."}, "would replace what output_dir"),
         ({"merged_output_dir": "run/checkpoint-2"}, "one of the trainer's checkpoints"),
         ({"merged_output_dir": "m", "onnx_output_dir": "m"}, "would replace what merged_output_dir"),
-        ({"merged_output_dir": "m", "onnx_output_dir": "m/onnx"}, "would replace what merged_output_dir"),
+        ({"merged_output_dir": "m/merged", "onnx_output_dir": "m"}, "would replace what merged_output_dir"),
+        ({"merged_output_dir": "link/run"}, "would replace what output_dir"),
+        ({"merged_output_dir": "run/../run"}, "would replace what output_dir"),
         ({"merged_output_dir": "file/m"}, "nothing can be written into"),
     ],
 )
 def test_outputs_that_could_not_be_written_are_refused_before_training(outputs, message, tmp_path):
     (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path)
     checkpoint = tmp_path / "run" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     (checkpoint / "precious").touch()
@@ -239,9 +242,12 @@ def test_outputs_that_could_not_be_written_are_refused_before_training(outputs, 
     assert (checkpoint / "precious").is_file()
 
 
-@pytest.mark.parametrize("options", [{"nope": 1}, {"provider": "tpu"}, {"output_dir": "elsewhere"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"nope": 1}, {"provider": "tpu"}, {"provider": None}, {"output_dir": "elsewhere"}, {"dtype": "bfloat16"}],
+)
 def test_options_that_no_export_takes_are_refused_before_training(options, tmp_path, monkeypatch):
-    def export_onnx(model_or_path, output_dir, *, provider="cpu", overwrite=False):
+    def export_onnx(model_or_path, output_dir, *, provider="cpu", dtype=None, overwrite=False):
         raise AssertionError
 
     monkeypatch.setitem(vars(qbl_trl), "export_onnx", export_onnx)

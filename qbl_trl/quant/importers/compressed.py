@@ -32,7 +32,8 @@ class CompressedReader(FolderReader):
         named = self.quantization.get("config_groups")
         if not isinstance(named, dict) or not all(isinstance(group, dict) for group in named.values()):
             raise CheckpointError(f"{self.folder}: quantization_config names no config_groups; the file is damaged")
-        if self.quantization.get("transform_config"):
+        transforms = self.quantization.get("transform_config") or {}
+        if transforms.get("config_groups"):
             raise CheckpointError(
                 f"{self.folder}: transform_config rotates activations while the model runs, which is not done here. "
                 f"{CODES_ARE_KEPT}"
@@ -47,7 +48,7 @@ class CompressedReader(FolderReader):
         for group in groups:
             refuse_activations(self.folder, any(group.get(f"{side}_activations") for side in ("input", "output")))
             weights = group.get("weights") or {}
-            if weights.get("type", "int") != "int":
+            if (weights.get("type") or "int") != "int":
                 raise CheckpointError(f"{self.folder}: codes of type {weights['type']!r} are not read; allowed: int")
             strategy = weights.get("strategy")
             if strategy not in ("group", "channel"):

@@ -111,7 +111,10 @@ class FolderReader(Reader):
     def _format(self, name: str) -> LayerFormat:
         words = self.shards.dtype(f"{name}.{self.marker}")
         if words not in self.words:
-            raise CheckpointError(f"{self.folder}: {name}.{self.marker} holds {words}; this format packs into int32")
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.words)
+            raise CheckpointError(
+                f"{self.folder}: {name}.{self.marker} holds {words}; {self.kind} packs into {allowed}"
+            )
         bits, in_features, groups = self.geometry(name)
         if bits not in ALLOWED_BITS:
             raise CheckpointError(

@@ -36,7 +36,7 @@ class GPTQReader(FolderReader):
                 f"{self.folder}: checkpoint_format={layout!r} reorders codes for one kernel; allowed: gptq, gptq_v2. "
                 "Save it in one of these with GPTQModel first"
             )
-        width = str(self.quantization.get("pack_dtype") or "int32")
+        width = str(self.quantization.get("pack_dtype") or "int32").removeprefix("torch.")
         if width != "int32":
             raise CheckpointError(f"{self.folder}: pack_dtype={width!r} is not read; allowed: int32")
         refuse_activations(self.folder, int(self.quantization.get("act_bits") or 16) < 16)

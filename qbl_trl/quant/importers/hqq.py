@@ -34,7 +34,7 @@ class HQQReader(FolderReader):
 
     kind = "hqq"
     marker, scales = "W_q", "scale"
-    words = (torch.uint8, torch.int32)
+    words = (torch.uint8, torch.int32, torch.float16, torch.bfloat16, torch.float32)  # the last: view_as_float
     parts = ("W_q", "scale", "zero", *_SETTINGS)
 
     def check(self) -> None:
