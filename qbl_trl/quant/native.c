@@ -21,9 +21,21 @@ typedef struct {
   int64_t groups, size;
 } weights;
 
-static inline float zero_of(const weights *w, int64_t row, int64_t group) {
-  if (w->packed_zeros) return (w->packed_zeros[row * ((w->groups + 1) / 2) + group / 2] >> (group % 2 * 4)) & 15;
-  return w->float_zeros ? w->float_zeros[row * w->groups + group] : 8;
+/* The zero points of one row, and one of them. */
+typedef struct {
+  const uint8_t *packed;
+  const float *floating;
+} zero_row;
+
+static inline zero_row zeros_of(const weights *w, int64_t row) {
+  const zero_row found = {w->packed_zeros ? w->packed_zeros + row * ((w->groups + 1) / 2) : 0,
+                          w->float_zeros ? w->float_zeros + row * w->groups : 0};
+  return found;
+}
+
+static inline float zero_of(zero_row zeros, int64_t group) {
+  if (zeros.packed) return (zeros.packed[group / 2] >> (group % 2 * 4)) & 15;
+  return zeros.floating ? zeros.floating[group] : 8;
 }
 
 /* 16 bytes -> their 32 codes in order: low and high nibbles interleaved. */
@@ -71,10 +83,11 @@ typedef void (*row_kernel)(const weights *w, int64_t row, const float *x, float 
     const __m512 grid = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);                     \
     const int64_t width = w->groups * w->size;                                                                    \
     const uint8_t *codes = w->codes + row * width / 2;                                                            \
+    const zero_row zeros = zeros_of(w, row);                                                                      \
     __m512 even[tokens], odd[tokens];                                                                             \
     for (int t = 0; t < tokens; ++t) even[t] = odd[t] = _mm512_setzero_ps();                                      \
     for (int64_t group = 0; group < w->groups; ++group) {                                                         \
-      const __m512 zero = _mm512_set1_ps(zero_of(w, row, group));                                                 \
+      const __m512 zero = _mm512_set1_ps(zero_of(zeros, group));                                                  \
       const __m512 scale = _mm512_set1_ps(w->scales[row * w->groups + group]);                                    \
       const __m512 table = _mm512_mul_ps(_mm512_sub_ps(grid, zero), scale);                                       \
       for (int64_t k = group * w->size; k < (group + 1) * w->size; k += 32) {                                     \
@@ -107,11 +120,12 @@ __attribute__((target("avx2"))) static inline float sum_avx2(__m256 values) {
                                                                     float *out, int64_t rows) {               \
     const int64_t width = w->groups * w->size;                                                                \
     const uint8_t *codes = w->codes + row * width / 2;                                                        \
+    const zero_row zeros = zeros_of(w, row);                                                                  \
     __m256 sums[tokens];                                                                                      \
     float buffer[32];                                                                                         \
     for (int t = 0; t < tokens; ++t) sums[t] = _mm256_setzero_ps();                                           \
     for (int64_t group = 0; group < w->groups; ++group) {                                                     \
-      const float zero = zero_of(w, row, group), scale = w->scales[row * w->groups + group];                  \
+      const float zero = zero_of(zeros, group), scale = w->scales[row * w->groups + group];                   \
       for (int64_t k = group * w->size; k < (group + 1) * w->size; k += 32) {                                 \
         group_avx2(codes + k / 2, scale, zero, buffer, 32);                                                   \
         for (int i = 0; i < 32; i += 8)                                                                       \
@@ -136,9 +150,10 @@ void qbl_dequantize(const uint8_t *codes, const float *scales, const uint8_t *pa
   const group_kernel kernel = __builtin_cpu_supports("avx512f") ? group_avx512 : group_avx2;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < rows; ++row) {
+    const zero_row zeros = zeros_of(&w, row);
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t at = row * groups + group;
-      kernel(codes + at * size / 2, scales[at], zero_of(&w, row, group), out + at * size, size);
+      kernel(codes + at * size / 2, scales[at], zero_of(zeros, group), out + at * size, size);
     }
   }
 }
