@@ -117,7 +117,7 @@ def test_an_adapter_file_that_does_not_fit_its_configuration_is_refused(
     adapter, tmp_path, capsys, change, message, command
 ):
     if command == "export":
-        pytest.importorskip("optimum")
+        pytest.importorskip("onnx")
     file = adapter[0] / "adapter_model.safetensors"
     save_file(change(load_file(file)), file)
     assert main([command, str(adapter[0]), str(tmp_path / "out")]) == 1
