@@ -110,6 +110,7 @@ def _quantize(args: argparse.Namespace) -> None:
         _refuse_ignored(args)
         convert_checkpoint(args.model, args.output, overwrite=args.overwrite)
     else:
+        _check_float(args.model)
         settings = GroupQuantConfig(
             bits=args.bits,
             group_size=args.group_size,
@@ -130,6 +131,17 @@ def _refuse_ignored(args: argparse.Namespace) -> None:
     if given:
         options = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ConfigError(f"--from keeps the codes as the checkpoint holds them; leave out {options}")
+
+
+def _check_float(name: str) -> None:
+    from transformers import AutoConfig
+
+    stored = getattr(AutoConfig.from_pretrained(name), "quantization_config", None)
+    if stored is not None:
+        raise ConfigError(
+            f"{name} is quantized already ({stored.get('quant_method', 'unknown method')}); `qbl-trl quantize --from` "
+            "takes its codes over as they are, or name the float model"
+        )
 
 
 def _check_exists(name: str) -> None:
@@ -215,19 +227,13 @@ def _report(args: argparse.Namespace) -> None:
 
 def _load(name: str, dtype: str = "float32", settings: Any = None) -> Any:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     _check_exists(name)
     wanted = getattr(torch, dtype, None)
     if wanted not in (torch.float32, torch.float16, torch.bfloat16):
         raise ConfigError(f"--dtype {dtype} is not known; allowed: float32, float16, bfloat16")
     quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
-    stored = getattr(AutoConfig.from_pretrained(name), "quantization_config", None) if settings is not None else None
-    if stored is not None:
-        raise ConfigError(
-            f"{name} is quantized already ({stored.get('quant_method', 'unknown method')}); `qbl-trl quantize --from` "
-            "takes its codes over as they are, or name the float model"
-        )
     return AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **quantize)
 
 

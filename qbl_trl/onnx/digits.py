@@ -67,8 +67,8 @@ def layout_for(source: LinearSource) -> Layout | None:
     """How the layer's block deltas become digits, or None where they are better multiplied in float.
 
     That is where digits would take more columns than they are worth, and where the delta is so large that 8 bits of
-    what it multiplies would be felt. Not for fractional zero points of the base itself
-    either, whose correction is as large as the weights.
+    what it multiplies would be felt. Not for fractional zero points of the base itself either, whose correction is as
+    large as the weights.
     """
     base, branches = source.base, source.branches
     if not isinstance(base, GroupBase) or base.bits not in (4, 8) or not branches:

@@ -22,8 +22,8 @@ from qbl_trl.onnx.files import MODEL_FILE, clear, folder_bytes, save
 from qbl_trl.onnx.gate import Disagreement, Gate, Unrunnable
 from qbl_trl.onnx.genai import write_genai_config
 from qbl_trl.onnx.kernels import cuda_fallbacks
-from qbl_trl.onnx.linears import LOWERINGS, LoweredLayer
-from qbl_trl.onnx.options import DTYPES
+from qbl_trl.onnx.linears import LoweredLayer
+from qbl_trl.onnx.options import check_choices
 from qbl_trl.onnx.reference import float32_reference
 from qbl_trl.onnx.report import ExportReport
 from qbl_trl.onnx.retype import float16_to_bfloat16
@@ -35,7 +35,6 @@ from qbl_trl.onnx.trace import Untraceable, check_supported, trace
 from qbl_trl.parity import ParityReport
 from qbl_trl.progress import progress, step
 
-ATTENTIONS = ("auto", "attention", "gqa", "standard")
 _FASTEST = {"cpu": "attention", "cuda": "gqa"}
 TOLERANCE = 1e-3
 _DIGITS_SHARE = 2.0  # times what 8-bit activations cost: beyond, a delta stays in float
@@ -89,7 +88,15 @@ def export_onnx(
     """
     began = time.perf_counter()
     target = check_free(output_dir, overwrite, ExportError)
-    float_type = _check_choices(provider, dtype, lowering, attention, accuracy_level, logits)
+    named = check_choices(
+        provider=provider,
+        dtype=dtype,
+        lowering=lowering,
+        attention=attention,
+        accuracy_level=accuracy_level,
+        logits=logits,
+    )
+    float_type: torch.dtype = getattr(torch, named)
     with progress(4, "reading the model", "step") as bar:
         held = companions.Held(model_or_path)
         check_supported(held.decoder())
@@ -259,30 +266,3 @@ def set_accuracy_level(path: Path, level: int) -> None:
         if node.op_type == "MatMulNBits":
             node.attribute.append(onnx.helper.make_attribute("accuracy_level", level))
     onnx.save(model, path)
-
-
-def _check_choices(
-    provider: str,
-    dtype: str | torch.dtype | None,
-    lowering: str,
-    attention: str,
-    accuracy_level: int | None,
-    logits: str,
-) -> torch.dtype:
-    for name, given, allowed in (
-        ("provider", provider, tuple(DTYPES)),
-        ("lowering", lowering, LOWERINGS),
-        ("attention", attention, ATTENTIONS),
-        ("accuracy_level", accuracy_level, (None, 0, 1, 2, 3, 4)),
-        ("logits", logits, ("all", "last")),
-    ):
-        if given not in allowed:
-            raise ExportError(f"export_onnx: {name}={given!r} is not known; allowed: {', '.join(map(str, allowed))}")
-    named = DTYPES[provider][0] if dtype is None else str(dtype).removeprefix("torch.")
-    if named not in DTYPES[provider]:
-        raise ExportError(
-            f"export_onnx: dtype={named} has no kernels on provider={provider!r}; allowed there: "
-            f"{', '.join(DTYPES[provider])}"
-        )
-    chosen: torch.dtype = getattr(torch, named)
-    return chosen

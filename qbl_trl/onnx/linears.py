@@ -20,8 +20,6 @@ from qbl_trl.onnx.graph import MS_DOMAIN, Editor
 from qbl_trl.onnx.layers import BlockDelta, Bnb4Base, Branch, DenseBase, GroupBase, LinearSource, Stored
 from qbl_trl.onnx.weights import Reader, folded_zeros, give, transposed, zero_shift
 
-LOWERINGS = ("auto", "factored", "float_zero_point", "low_rank")
-
 
 @dataclass(frozen=True)
 class LoweredLayer:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from qbl_trl.errors import CheckpointError
+from qbl_trl.quant.packed import BESIDE_CODES
 
 _DTYPES = {
     "U8": torch.uint8,
@@ -28,7 +29,6 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _MAX_HEADER = 100_000_000
-_OWN_PARTS = ("scales", "zeros", "delta")  # of a packed layer, beside its codes
 
 
 class Stored(NamedTuple):
@@ -85,7 +85,7 @@ def check_tensors(
     layers = {name.rpartition(".")[0] for name in expected}
     for name, (file, *_) in stored.items():
         layer, _, part = name.rpartition(".")
-        if part in _OWN_PARTS and layer in layers and name not in expected:
+        if part in BESIDE_CODES and layer in layers and name not in expected:
             raise CheckpointError(
                 f"{file}: tensor {name!r} has no place in what quantization_config in config.json describes, and the "
                 "model computes something else without it; the two do not belong together"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qbl_trl.config import LayerFormat
 from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.quant.packed import PackedWeight
+from qbl_trl.quant.packed import BESIDE_CODES, PackedWeight
 
 
 class GroupQuantEmbedding(PackedWeight):
@@ -51,7 +51,7 @@ class GroupQuantEmbedding(PackedWeight):
     def as_head_(self, head: GroupQuantLinear) -> None:
         """Make an output head a view of this table: one set of tensors, saved once."""
         head.weight, head.format = self.weight, self.format
-        for name in ("scales", "zeros", "delta"):
+        for name in BESIDE_CODES:
             head.register_buffer(name, getattr(self, name), persistent=False)
 
     def extra_repr(self) -> str:

@@ -15,6 +15,7 @@ from qbl_trl.quant.algorithms import quantize
 from qbl_trl.quant.embedding import GroupQuantEmbedding
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import replace, same_module_name
+from qbl_trl.quant.packed import BESIDE_CODES
 
 
 def quantize_embeddings_(model: nn.Module, config: GroupQuantConfig) -> None:
@@ -90,7 +91,7 @@ def set_apart_(model: nn.Module, layer: nn.Module) -> None:
         return
     if isinstance(layer, GroupQuantLinear):
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-        for name in ("scales", "zeros", "delta"):  # a tied head's are not saved
+        for name in BESIDE_CODES:  # a tied head's are not saved
             value = getattr(layer, name)
             layer.register_buffer(name, None if value is None else value.clone(), persistent=True)
     else:

@@ -26,7 +26,7 @@ from qbl_trl.quant.checkpoint import check_tensors, read_headers
 from qbl_trl.quant.head import empty_embeddings_, quantize_embeddings_, tie_again_
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import replace
-from qbl_trl.quant.packed import PackedWeight
+from qbl_trl.quant.packed import BESIDE_CODES, PackedWeight
 from qbl_trl.quant.renaming import names_in_model
 from qbl_trl.quant.targets import target_layers
 
@@ -250,7 +250,7 @@ def _expected_tensors(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torc
         f"{name}.{part}": (tuple(tensor.shape), tensor.dtype)
         for name, layer in model.named_modules()
         if isinstance(layer, PackedWeight) and "scales" not in layer._non_persistent_buffers_set
-        for part in ("weight", "scales", "zeros", "delta")
+        for part in ("weight", *BESIDE_CODES)
         if (tensor := getattr(layer, part)) is not None
     }
 
@@ -269,7 +269,7 @@ def _keep_stored_dtypes() -> None:
 
     def infer(model: nn.Module, param_name: str, *args: Any, **kwargs: Any) -> Any:
         layer, _, part = param_name.rpartition(".")
-        if part in ("scales", "zeros", "delta") and isinstance(model.get_submodule(layer), PackedWeight):
+        if part in BESIDE_CODES and isinstance(model.get_submodule(layer), PackedWeight):
             return True, None
         return original(model, param_name, *args, **kwargs)
 

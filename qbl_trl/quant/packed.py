@@ -23,7 +23,7 @@ from qbl_trl.quant.packing import pack, unpack
 
 Rows = slice | Tensor
 ALL_ROWS = slice(None)
-_STORED = ("scales", "zeros", "delta")
+BESIDE_CODES = ("scales", "zeros", "delta")
 
 
 class PackedWeight(nn.Module):
@@ -214,7 +214,7 @@ class PackedWeight(nn.Module):
         return torch.empty(shape, dtype=SCALE_DTYPES[self.format.delta_dtype], device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        kept = {name: buffer for name in _STORED if (buffer := self._buffers[name]) is not None}
+        kept = {name: buffer for name in BESIDE_CODES if (buffer := self._buffers[name]) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             after = self._buffers[name]
@@ -223,7 +223,7 @@ class PackedWeight(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("weight", "scales", "zeros", "delta"):
+        for name in ("weight", *BESIDE_CODES):
             given, own = state_dict.get(prefix + name), getattr(self, name)
             if given is not None and own is not None and given.dtype != own.dtype:
                 raise CheckpointError(

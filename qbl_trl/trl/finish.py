@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qbl_trl.adapter.layer import adapter_layers
-from qbl_trl.errors import ConfigError, MergeError
+from qbl_trl.errors import ConfigError, ExportError, MergeError
 from qbl_trl.folders import new_folder
 from qbl_trl.merging import merge, unwrap
 from qbl_trl.parity import compare, logits_of
@@ -87,8 +87,8 @@ def check_export(options: Mapping[str, Any]) -> None:
         export_onnx = importlib.import_module("qbl_trl").export_onnx
         call = inspect.signature(export_onnx).bind(None, None, **options)
         call.apply_defaults()
-        importlib.import_module("qbl_trl.onnx.options").check_values(call.arguments)
-    except (ImportError, TypeError) as error:
+        importlib.import_module("qbl_trl.onnx.options").check_choices(**call.arguments)
+    except (ImportError, TypeError, ExportError) as error:
         raise ConfigError(f"QBLoRACallback: onnx_options: {error}") from error
 
 
