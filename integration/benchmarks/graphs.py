@@ -31,12 +31,14 @@ def build(source: Path, work: Path, genai_python: str | None, seconds: dict[str,
 
     if genai_python:
         once("genai int4", lambda out: genai_build(genai_python, source, out))
+        once("genai int4, last logits", lambda out: genai_build(genai_python, source, out, "prune_lm_head=true"))
     once("ours int8 activations", lambda out: ours(source, out, merged=True, accuracy_level=4))
     once("ours int8 activations, last logits", lambda out: ours(source, out, True, accuracy_level=4, logits="last"))
     once("base int8 activations", lambda out: ours(source, out, merged=False, accuracy_level=4))
     once("ours exact, last logits", lambda out: ours(source, out, merged=True, logits="last"))
     gqa = {"accuracy_level": 4, "attention": "gqa"}
     once("ours int8 activations, gqa", lambda out: ours(source, out, merged=True, **gqa))
+    once("ours int8 activations, gqa, last logits", lambda out: ours(source, out, True, logits="last", **gqa))
     once("base int8 activations, gqa", lambda out: ours(source, out, merged=False, **gqa))
     once("optimum fp32", lambda out: optimum_fp32(source, out))
     return folders
@@ -70,10 +72,10 @@ def set_random_adapter_(model: Any) -> None:
             layer.set_delta(delta, 32, 2)
 
 
-def genai_build(python: str, source: Path, out: Path) -> None:
+def genai_build(python: str, source: Path, out: Path, *more: str) -> None:
     """GenAI's own int4 graph: block 32, 8-bit activations."""
     options = ["-p", "int4", "-e", "cpu", "-c", str(out) + ".cache", "--extra_options"]
-    settings = ["int4_block_size=32", "int4_accuracy_level=4"]
+    settings = ["int4_block_size=32", "int4_accuracy_level=4", *more]
     command = [python, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(out), *options, *settings]
     subprocess.run(command, check=True)
 

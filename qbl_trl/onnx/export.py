@@ -73,7 +73,8 @@ def export_onnx(
         accuracy_level: 4 lets MatMulNBits quantize activations to 8 bits on CPU: faster, not exact; reported. With
             lowering="auto" an adapter's block delta then lies beside the codes, in 8 bits; "factored" keeps it in
             float.
-        logits: "all" positions, or the "last" one only, as `generate` needs (not for ONNX Runtime GenAI).
+        logits: "all" positions, or the "last" one only, as `generate` needs: the head and the end of the last layer
+            then see one position.
         max_length: positions of the rotary tables; the model's own maximum by default.
         tolerance: largest logit difference allowed in float32 (less where all logits are below 1); None reports
             without refusing.
@@ -140,9 +141,8 @@ def export_onnx(
                     set_accuracy_level(folder / MODEL_FILE, accuracy_level)
                 lossy = gate.look_at(folder)
             companions.write(held, model_or_path, tokenizer, folder, float_type)
-            if logits == "all":  # GenAI makes room for the logits of every position and refuses fewer
-                shares, text = final.attention == "gqa", held.config.get_text_config()
-                write_genai_config(text, held.generation_config, folder, MODEL_FILE, provider, shares)
+            shares, text = final.attention == "gqa", held.config.get_text_config()
+            write_genai_config(text, held.generation_config, folder, MODEL_FILE, provider, shares)
             size = folder_bytes(folder)
     return ExportReport(
         path=str(target),

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
@@ -11,7 +12,8 @@ from qbl_trl.onnx.attention import fuse_attention
 from qbl_trl.onnx.branches import choose_branches
 from qbl_trl.onnx.caches import accept_guessed_caches
 from qbl_trl.onnx.embeddings import lower_embeddings
-from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute
+from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute, constant_of
+from qbl_trl.onnx.last import keep_last
 from qbl_trl.onnx.linears import LinearLowering, LoweredLayer
 from qbl_trl.onnx.markers import TRACE_DOMAIN
 from qbl_trl.onnx.norms import RMS_NORM_OPSET, lower_norms
@@ -62,7 +64,7 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> list[Lower
     else:
         lower_rotary_tables(editor, skeleton.rotary, options.max_length)
     if options.last_logits:
-        _keep_last(editor)
+        keep_last(editor)
     lower_norms(editor, skeleton.norms)
     shared = lower_embeddings(editor, skeleton.embeddings)
     linears = pack_projections(editor, choose_branches(skeleton.linears, options.lowering))
@@ -81,18 +83,19 @@ def _restore_widths(editor: Editor, skeleton: Skeleton) -> None:
             output, width = node.outputs[0], skeleton.linears[attribute(node, "name")].out_features
             if output.shape is not None:
                 output.shape = ir.Shape([*list(output.shape)[:-1], width])
+                _answer_for_width(editor, output, len(output.shape), width)
 
 
-def _keep_last(editor: Editor) -> None:
-    """Cut the head's input to the last position."""
-    node = next(value for value in editor.graph.outputs if value.name == "logits").producer()
-    while node is not None and node.domain != TRACE_DOMAIN:
-        node = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-    if node is None or node.op_type != "Linear":
-        raise ExportError('logits="last": the layer that makes the logits was not found; export with logits="all"')
-    bounds = [editor.constant([-1]), editor.constant([torch.iinfo(torch.int64).max]), editor.constant([1])]
-    cut = editor.add(node, "Slice", [node.inputs[0], *bounds], like=node.inputs[0])
-    node.replace_input_with(0, cut.outputs[0])
+def _answer_for_width(editor: Editor, output: ir.Value, rank: int, width: int) -> None:
+    """What was traced to ask for the width at every step (to cut the result in two halves) is told once."""
+    for shape in [use.node for use in output.uses() if use.node.op_type == "Shape" and not use.node.attributes]:
+        for use in list(shape.outputs[0].uses()):
+            index = constant_of(use.node.inputs[1]) if use.node.op_type == "Gather" else None
+            if index is not None and index.size == 1 and index.item() in (-1, rank - 1):
+                editor.replace(use.node.outputs[0], editor.constant(np.full(index.shape, width)))
+                editor.remove(use.node)
+        if not shape.outputs[0].uses():
+            editor.remove(shape)
 
 
 def _finish(model: ir.Model) -> None:

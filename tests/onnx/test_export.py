@@ -151,16 +151,6 @@ def test_a_model_loaded_in_16_bits_is_held_against_itself_in_float32(tmp_path, k
     assert export_onnx(tmp_path / "packed", tmp_path / "out").parity.max_abs_difference < FP32
 
 
-def test_last_logits_are_those_of_the_last_position(tmp_path, exported):
-    _, folder, _ = exported
-    export_onnx(merged_llama(), tmp_path / "last", logits="last")
-    ids, mask = padded_batch()
-    assert not (tmp_path / "last" / "genai_config.json").exists()  # GenAI wants the logits of every position
-    last = OnnxLogits(tmp_path / "last")(ids, mask)
-    assert last.shape[1] == 1
-    torch.testing.assert_close(last[:, 0], OnnxLogits(folder)(ids, mask)[:, -1], rtol=0, atol=FP32)
-
-
 def test_the_report_is_text_and_json(exported):
     _, folder, report = exported
     assert json.loads(json.dumps(report.to_dict()))["attention"] == "attention"

@@ -148,11 +148,12 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2", pad_token="w2", bos_token="w1")
 
 
+@pytest.mark.parametrize("logits", ["all", "last"])
 @pytest.mark.parametrize("attention", ["attention", "gqa"])
-def test_the_same_folder_runs_in_onnx_runtime_genai(tmp_path, attention):
+def test_the_same_folder_runs_in_onnx_runtime_genai(tmp_path, attention, logits):
     genai = pytest.importorskip("onnxruntime_genai")
     model = merged_llama()
-    export_onnx(model, tmp_path / "out", attention=attention, tokenizer=tiny_tokenizer())
+    export_onnx(model, tmp_path / "out", attention=attention, logits=logits, tokenizer=tiny_tokenizer())
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     ids = padded_batch()[0][1].tolist()
     loaded = genai.Model(str(tmp_path / "out"))

@@ -1,0 +1,67 @@
+"""logits="last": the same answer for the last position, with nothing computed for the others that only they need."""
+
+import onnx
+import pytest
+import torch
+
+from qbl_trl import export_onnx
+from qbl_trl.onnx.session import OnnxLogits
+from tests.onnx.models import merged_llama, operators, padded_batch
+from tests.onnx.test_runtimes import ARCHITECTURES, build
+
+END_OF_A_LAYER = {"o_proj", "gate_proj_up_proj", "down_proj", "lm_head"}
+SHORT = {  # what sees one position in the last layer, where it is not what Llama does
+    "llama": END_OF_A_LAYER,
+    "gemma2 with windows": END_OF_A_LAYER,
+    "phi3 with joined projections": {"o_proj", "gate_up_proj", "down_proj", "lm_head"},
+    "gpt_neox with partial rotary": {"dense", "dense_h_to_4h", "dense_4h_to_h", "embed_out"},
+    "mixtral, which asks the chosen experts": {"lm_head"},  # the experts are fed row by row
+    "falcon with alibi": {"lm_head"},
+}
+
+
+def seeing_one_position(folder):
+    """Names of the linear layers behind the cut, of the last decoder layer and the head."""
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    short, names = set(), set()
+    for node in graph.node:
+        if node.name.startswith("last/Slice") or short.intersection(node.input):
+            short.update(output for output in node.output if output)
+            if node.op_type in ("MatMulNBits", "FusedMatMul"):
+                names.add(node.name.split("/")[0].rpartition(".")[2])
+    return names
+
+
+@pytest.mark.parametrize("case", SHORT)
+def test_last_logits_are_those_of_the_last_position(tmp_path, case):
+    kind, settings, _ = ARCHITECTURES[case]
+    model = build(kind, settings)
+    for logits in ("all", "last"):
+        export_onnx(model, tmp_path / logits, logits=logits)
+    ids, mask = padded_batch()
+    last = OnnxLogits(tmp_path / "last")(ids, mask)
+    assert last.shape[1] == 1
+    # float32 on both sides; blocks of a matrix product depend on its rows
+    torch.testing.assert_close(last[:, 0], OnnxLogits(tmp_path / "all")(ids, mask)[:, -1], rtol=0, atol=5e-7)
+    assert seeing_one_position(tmp_path / "last") == SHORT[case]
+
+
+@pytest.mark.parametrize("attention", ["gqa", "standard"])
+def test_the_cut_lies_behind_every_form_of_attention(tmp_path, attention):
+    export_onnx(merged_llama(), tmp_path / "last", logits="last", attention=attention)
+    assert seeing_one_position(tmp_path / "last") == END_OF_A_LAYER
+
+
+def test_the_written_shape_says_one_position(tmp_path):
+    export_onnx(merged_llama(), tmp_path / "last", logits="last")
+    graph = onnx.load(tmp_path / "last" / "model.onnx", load_external_data=False).graph
+    assert next(value for value in graph.output if value.name == "logits").type.tensor_type.shape.dim[1].dim_value == 1
+
+
+def test_a_width_that_the_trace_asked_for_is_written_as_a_number(tmp_path):
+    kind, settings, _ = ARCHITECTURES["phi3 with joined projections"]
+    export_onnx(build(kind, settings), tmp_path / "out")
+    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    asked = {node.input[0] for node in graph.node if node.op_type == "Shape"}
+    assert not any("gate_up_proj" in name for name in asked)
+    assert "Attention" in operators(tmp_path / "out")
