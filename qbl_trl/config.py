@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,6 +147,12 @@ class QBLoRAConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         self._check_start()  # before PEFT asks for packages and settings this start would need
+        for name in ("rank_pattern", "alpha_pattern", "in_factor_pattern", "out_factor_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise ConfigError(
+                    f"QBLoRAConfig: {name}={getattr(self, name)!r} must be a dictionary of layer names (or regular "
+                    "expressions) and numbers"
+                )
         everywhere = self.target_modules == "all-linear"
         if everywhere:  # PEFT takes it for a regular expression, which does not go with layers_to_transform
             self.target_modules = None
@@ -159,9 +166,16 @@ class QBLoRAConfig(LoraConfig):
         for name in ("in_factor", "out_factor", "r"):
             if name == "r" or getattr(self, name) is not None:
                 _whole_number(name, getattr(self, name))
-        for name in ("in_factor_pattern", "out_factor_pattern"):
+        for name in ("rank_pattern", "in_factor_pattern", "out_factor_pattern"):
             for layer, value in getattr(self, name).items():
                 _whole_number(f"{name}[{layer!r}]", value)
+        for name, number in [("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()]:
+            if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
+                where = name if name == "lora_alpha" else f"alpha_pattern[{name!r}]"
+                raise ConfigError(f"QBLoRAConfig: {where}={number!r} must be a number")
+        if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"QBLoRAConfig: lora_dropout={self.lora_dropout!r} must be at least 0 and less than 1")
+        _one_of("QBLoRAConfig", "bias", self.bias, ("none", "all", "lora_only"))
         _one_of("QBLoRAConfig", "pooling", self.pooling, POOLINGS)
         _one_of("QBLoRAConfig", "adapter", self.adapter, ("low_rank", "block"))
         _one_of("QBLoRAConfig", "on_misfit", self.on_misfit, ("error", "reduce"))

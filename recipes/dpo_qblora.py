@@ -9,6 +9,7 @@ The reference model is the same base with its adapters switched off: nothing is 
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from datasets import load_dataset
@@ -23,9 +24,11 @@ class DPOQBLoRAArguments:
     """The base and the adapter."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Model id or folder."})
-    dtype: str = field(default="bfloat16", metadata={"help": "float32, bfloat16 or float16 of what is not quantized."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="bfloat16", metadata={"help": "Type of what is not quantized."}
+    )
     group_size: int = field(default=32, metadata={"help": "Weights of the base that share a scale."})
-    algorithm: str = field(default="rtn", metadata={"help": "How the base is quantized: rtn, mse or hqq."})
+    algorithm: Literal["rtn", "mse", "hqq"] = field(default="rtn", metadata={"help": "How the base is quantized."})
     r: int = field(default=64, metadata={"help": "Nominal rank: that of the plain LoRA with as many parameters."})
     lora_alpha: int = field(default=16, metadata={"help": "The adapter is scaled by lora_alpha / r."})
     out_factor: int = field(default=2, metadata={"help": "Outputs that share one adapter output."})

@@ -14,7 +14,7 @@ Writes to output_dir: the adapter, `merged/` (4-bit, loads with from_pretrained)
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -33,11 +33,13 @@ class QABLoRAArguments:
     """The base, the adapter and what becomes of them."""
 
     model_name_or_path: str = field(default=DEMO, metadata={"help": "Model id or folder; 'demo' is SmolLM2-135M."})
-    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16 of what is not quantized."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Type of what is not quantized."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2 ..."})
     bits: int = field(default=4, metadata={"help": "Bits of a weight of the base: 2, 4 or 8."})
     group_size: int = field(default=32, metadata={"help": "Weights that share a scale: 16, 32, 64, 128 or 256."})
-    algorithm: str = field(default="rtn", metadata={"help": "How the base is quantized: rtn, mse or hqq."})
+    algorithm: Literal["rtn", "mse", "hqq"] = field(default="rtn", metadata={"help": "How the base is quantized."})
     r: int = field(default=64, metadata={"help": "Nominal rank: that of the plain LoRA with as many parameters."})
     lora_alpha: int = field(default=16, metadata={"help": "The adapter is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the pooled input."})
@@ -45,7 +47,7 @@ class QABLoRAArguments:
     out_factor: int | None = field(default=None, metadata={"help": "Outputs that share one; default: 2 or 1, by rank."})
     overwrite: bool = field(default=False, metadata={"help": "Replace what output_dir/merged and onnx hold."})
     export_onnx: bool = field(default=False, metadata={"help": "Also write output_dir/onnx."})
-    provider: str = field(default="cpu", metadata={"help": "Where the ONNX graph will run: cpu or cuda."})
+    provider: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "Where the ONNX graph will run."})
 
 
 def make_parser() -> TrlParser:

@@ -8,6 +8,7 @@ low-rank branch is kept), or anywhere with `qbl-trl to-lora`, which writes the s
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from datasets import load_dataset
@@ -22,7 +23,9 @@ class QBLoRAArguments:
     """The base and the adapter."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Model id or folder."})
-    dtype: str = field(default="bfloat16", metadata={"help": "float32, bfloat16 or float16 of what is computed in."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="bfloat16", metadata={"help": "Type of what is computed in."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2 ..."})
     double_quant: bool = field(default=True, metadata={"help": "Quantize the scales of the base too."})
     r: int = field(default=64, metadata={"help": "Nominal rank: that of the plain LoRA with as many parameters."})

@@ -2,7 +2,6 @@ import json
 import struct
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,7 +15,7 @@ from qbl_trl.quant.importers import convert_checkpoint, describe_checkpoint, rea
 from qbl_trl.quant.importers.reader import stored_group_size
 from qbl_trl.quant.linear import GroupQuantLinear
 from tests.quant import foreign
-from tests.tiny import logits, tiny_llama, tokens
+from tests.tiny import logits, tokens
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
@@ -46,6 +45,14 @@ def compressed_group(**changes):
 def narrow_words(affine):
     tensors = foreign.gptq_tensors(affine, 4)
     return tensors | {"qweight": tensors["qweight"].view(torch.int16).contiguous()}
+
+
+def changed(part, change, make=foreign.gptq_tensors):
+    def tensors(affine):
+        made = make(affine, bits=4)
+        return made | {part: change(made[part])}
+
+    return tensors
 
 
 def without(part, make):
@@ -241,6 +248,8 @@ def test_layers_that_differ_are_named_with_their_difference(tmp_path):
         (foreign.awq_tensors, compressed_group(weights=WEIGHTS | {"type": "float"}), affines(), "type 'float'"),
         (foreign.awq_tensors, {"quant_method": "aqlm"}, affines(), "'aqlm' cannot be imported"),
         (foreign.awq_tensors, HQQ, affines(), r"no tensor is called \*\.W_q"),
+        (changed("scales", torch.flatten), GPTQ, affines(), r"no gptq layer by its shapes: .*scales \(\d+,\)"),
+        (changed("scales", lambda s: s * torch.nan), GPTQ, affines(), "its scales are not all finite numbers"),
     ],
 )
 def test_what_cannot_be_read_exactly_is_refused(tmp_path, tensors, quantization, affine_of, message):
@@ -284,84 +293,6 @@ def test_a_source_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"not a gguf file")
     with pytest.raises(CheckpointError, match="is not a GGUF file"):
         describe_checkpoint(tmp_path / "model.gguf")
-
-
-# ---- GGUF
-
-
-@pytest.fixture
-def gguf_file(tmp_path):
-    pytest.importorskip("gguf", reason="the GGUF importer needs the package gguf")
-
-    def write(types=None, default="Q4_1", **changes):
-        model = tiny_llama(hidden_size=64, intermediate_size=96, tie_word_embeddings=False, **changes)
-        foreign.write_gguf(tmp_path / "tiny.gguf", model, types or {}, default)
-        return tmp_path / "tiny.gguf"
-
-    return write
-
-
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
-def test_a_gguf_file_gives_the_model_that_transformers_dequantizes(tmp_path, gguf_file, kind):
-    file = gguf_file(default=kind)
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
-    convert_checkpoint(file, tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    layers = foreign.linear_layers(reference)
-    for name, layer in layers.items():
-        ours = model.get_submodule(name)
-        assert isinstance(ours, GroupQuantLinear), name
-        assert ours.scales.dtype == torch.float16, name
-        tolerance = 0 if kind != "Q4_1" else 2e-7  # -m / d is rounded to float32: |m| < 1 times 2**-23
-        torch.testing.assert_close(ours.dequantize(), layer.weight.float(), rtol=0, atol=tolerance)
-    torch.testing.assert_close(logits(model, tokens()), logits(reference, tokens()), rtol=0, atol=1e-5)
-
-
-def test_codes_and_scales_of_a_gguf_file_are_its_own(gguf_file):
-    import gguf
-
-    file = gguf_file()
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    layer = dict(read_layers(file))["model.layers.1.mlp.down_proj"]
-    codes, scales, zeros = layer.affine()
-    for row, raw in enumerate(np.array(tensors["blk.1.ffn_down.weight"].data)[:5]):
-        for group, block in enumerate(raw.reshape(-1, 20)):
-            d, m = block[:4].copy().view(np.float16)
-            assert scales[row, group].numpy() == d
-            assert abs(float(zeros[row, group]) + float(m) / float(d)) < 1e-6 * abs(float(m) / float(d)) + 1e-12
-            for k in range(32):
-                nibble = block[4 + k] & 15 if k < 16 else block[4 + k - 16] >> 4
-                assert codes[row, group * 32 + k] == nibble
-
-
-def test_matrices_of_other_types_stay_float_and_8_bit_layers_are_named(gguf_file):
-    file = gguf_file({"down_proj": "Q8_0", "o_proj": "Q5_0", "lm_head": "Q8_0", "embed": "Q8_0"})
-    described = describe_checkpoint(file)
-    assert described["bits"] == 4
-    assert described["zeros"] == "float32"
-    eight = {"bits": 8, "zeros": "none"}
-    assert described["layers"] == {
-        "model.layers.0.mlp.down_proj": eight,
-        "model.layers.1.mlp.down_proj": eight,
-    }
-    assert {"lm_head", "model.layers.0.self_attn.o_proj"} <= set(described["modules_to_not_convert"])
-    assert isinstance(dict(read_layers(file))["model.embed_tokens.weight"], torch.Tensor)
-
-
-def test_a_constant_group_of_a_gguf_file_keeps_its_value():
-    from qbl_trl.quant.importers.gguf import split_blocks
-
-    d, m = np.zeros(1, np.float16), np.array([0.37], np.float16)
-    raw = np.concatenate([d.view(np.uint8), m.view(np.uint8), np.full(16, 0x5A, np.uint8)])
-    codes, scales, zeros = split_blocks(torch.from_numpy(raw)[None], "Q4_1")
-    assert (dequantize(codes, scales, zeros, 32) == float(m[0])).all()
-
-
-def test_a_gguf_file_cut_short_is_refused(gguf_file):
-    file = gguf_file()
-    file.write_bytes(file.read_bytes()[:3000])
-    with pytest.raises(CheckpointError, match=r"tiny\.gguf cannot be read as GGUF"):
-        describe_checkpoint(file)
 
 
 def test_the_dtype_of_what_is_not_quantized_can_be_chosen(tmp_path):

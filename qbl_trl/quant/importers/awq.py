@@ -52,7 +52,7 @@ class AWQReader(FolderReader):
         in_features = columns * 8
         return _BITS, in_features, -(-in_features // self.stated_group_size) if self.stated_group_size > 0 else 1
 
-    def layer(self, name: str) -> GroupQuantLinear:
+    def read_layer(self, name: str) -> GroupQuantLinear:
         bits, own_size, size = self.sizes(name)
         words, zero_words, scales = (self.part(name, part) for part in self.parts)
         if self._version() == "gemm":

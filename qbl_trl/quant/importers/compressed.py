@@ -72,7 +72,7 @@ class CompressedReader(FolderReader):
             raise CheckpointError(f"{self.folder}: symmetric=false, but {name} has no weight_zero_point")
         return "packed" if stored else "none"
 
-    def layer(self, name: str) -> GroupQuantLinear:
+    def read_layer(self, name: str) -> GroupQuantLinear:
         bits, own_size, size = self.sizes(name)
         rows, columns = self.part(name, "weight_shape").tolist()
         codes = split_words(self.part(name, "weight_packed"), bits, 1)[:, :columns]

@@ -115,7 +115,15 @@ class FolderReader(Reader):
             raise CheckpointError(
                 f"{self.folder}: {name}.{self.marker} holds {words}; {self.kind} packs into {allowed}"
             )
-        bits, in_features, groups = self.geometry(name)
+        try:
+            bits, in_features, groups = self.geometry(name)
+        except CheckpointError:
+            raise
+        except (ValueError, IndexError, ZeroDivisionError):
+            shapes = ", ".join(
+                f"{p} {self.shards.shape(f'{name}.{p}')}" for p in self.parts if f"{name}.{p}" in self.shards
+            )
+            raise CheckpointError(f"{self.folder}: {name} is no {self.kind} layer by its shapes: {shapes}") from None
         if bits not in ALLOWED_BITS:
             raise CheckpointError(
                 f"{self.folder}: {name} has {bits}-bit codes; this package stores 2, 4 or 8 bits. {CODES_ARE_KEPT}"

@@ -77,6 +77,15 @@ class GGUFReader(Reader):
             if kind in FORMATS
         }
 
+    def check_codes(self) -> None:
+        """Raise CheckpointError if the file holds no layer whose codes can be taken over."""
+        if not self._formats:
+            found = ", ".join(sorted({tensor.tensor_type.name for tensor in self._tensors.values()}))
+            raise CheckpointError(
+                f"{self.path}: no linear layer is stored as {', '.join(FORMATS)} (found: {found}), so no codes "
+                "can be taken over; quantize the float model instead"
+            )
+
     def config(self) -> dict[str, Any]:
         return _portable(self._model_config)
 
@@ -92,7 +101,7 @@ class GGUFReader(Reader):
         values = self._gguf.quants.dequantize(raw.data, raw.tensor_type)
         return torch.from_numpy(np.array(self._processed(values, raw.name), dtype=np.float32, copy=True))
 
-    def layer(self, name: str) -> GroupQuantLinear:
+    def read_layer(self, name: str) -> GroupQuantLinear:
         raw = self.raw(f"{name}.weight")
         affine = split_blocks(torch.from_numpy(np.array(raw.data, copy=True)), raw.tensor_type.name)
         order = self.row_order(f"{name}.weight", int(raw.shape[1]))

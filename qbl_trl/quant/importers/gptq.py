@@ -53,7 +53,7 @@ class GPTQReader(FolderReader):
     def zeros_kind(self, name: str) -> str:
         return "none" if self._symmetric() else "packed"
 
-    def layer(self, name: str) -> GroupQuantLinear:
+    def read_layer(self, name: str) -> GroupQuantLinear:
         bits, own_size, size = self.sizes(name)
         codes = split_words(self.part(name, "qweight"), bits, 0).T
         self._check_order(name, codes.shape[1], own_size)

@@ -61,7 +61,7 @@ class HQQReader(FolderReader):
     def zeros_kind(self, name: str) -> str:
         return dtype_name(f"{self.folder}: {name}.zero", self.shards.dtype(f"{name}.zero"))
 
-    def layer(self, name: str) -> GroupQuantLinear:
+    def read_layer(self, name: str) -> GroupQuantLinear:
         bits, own_size, size = self.sizes(name)
         rows, columns = self.part(name, "shape").tolist()
         packed = self.part(name, "W_q")

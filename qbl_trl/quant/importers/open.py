@@ -109,7 +109,9 @@ def _gguf(path: Path) -> Reader:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise CheckpointError(f"{path} is not a GGUF file; allowed: {KINDS}")
-    return GGUFReader(path)
+    reader = GGUFReader(path)
+    reader.check_codes()
+    return reader
 
 
 def _quantization(folder: Path) -> dict[str, Any]:

@@ -35,9 +35,22 @@ class Reader(ABC):
     def formats(self) -> dict[str, LayerFormat]:
         """Full module name -> format, for every quantized linear layer; reads headers only."""
 
-    @abstractmethod
     def layer(self, name: str) -> GroupQuantLinear:
-        """One quantized layer, bias included, in the format that `formats` states."""
+        """One quantized layer, bias included, in the format that `formats` states.
+
+        Raises:
+            CheckpointError: if its codes cannot be taken over exactly, or it holds no numbers.
+        """
+        layer = self.read_layer(name)
+        for part in ("scales", "zeros"):
+            values = getattr(layer, part)
+            if values is not None and values.is_floating_point() and not bool(values.isfinite().all()):
+                raise CheckpointError(f"{name}: its {part} are not all finite numbers; the file is damaged")
+        return layer
+
+    @abstractmethod
+    def read_layer(self, name: str) -> GroupQuantLinear:
+        """What `layer` returns, unchecked."""
 
     @abstractmethod
     def others(self) -> dict[str, tuple[int, ...]]:
