@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from integration.demo.data import smollm2, smollm2_gguf
+from integration.demo.smollm2 import smollm2, smollm2_gguf
 from qbl_trl import QBLoRAConfig, merge
 from qbl_trl.quant.importers import convert_checkpoint, read_layers
 from qbl_trl.quant.linear import GroupQuantLinear

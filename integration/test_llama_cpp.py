@@ -15,7 +15,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from integration.demo.data import smollm2, smollm2_gguf
+from integration.demo.smollm2 import smollm2, smollm2_gguf
 from qbl_trl import QBLoRAConfig, merge
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.cli import main

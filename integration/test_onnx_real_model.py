@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from integration.demo.data import default_cache
+from integration.demo.packages import default_cache
 from qbl_trl import GroupQuantConfig, export_onnx
 from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.parity import compare, positions

@@ -68,7 +68,8 @@ def load_base(args: QABLoRAArguments, name: str) -> Any:
 def load_demo() -> tuple[str, DatasetDict]:
     """SmolLM2-135M and prompt/completion rows of Reuters R8; fetched and converted once, by one process."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from integration.demo.data import reuters_r8, sample, sft_rows, smollm2
+    from integration.demo.smollm2 import smollm2
+    from integration.demo.stories import reuters_r8, sample, sft_rows
 
     with PartialState().main_process_first():
         folder = smollm2()

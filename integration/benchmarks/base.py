@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from integration.benchmarks.speeches import state_of_the_union
-from integration.demo.data import DemoDataError, smollm2
+from integration.demo.packages import DemoDataError
+from integration.demo.smollm2 import smollm2
 from qbl_trl.config import SCALE_DTYPES, GroupQuantConfig
 from qbl_trl.quant.affine import Affine
 from qbl_trl.quant.algorithms import quantize

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from integration.demo.data import smollm2_gguf
+from integration.demo.smollm2 import smollm2_gguf
 from qbl_trl import GroupQuantConfig, export_onnx
 from qbl_trl.quant.importers import convert_checkpoint
 from qbl_trl.quant.linear import GroupQuantLinear

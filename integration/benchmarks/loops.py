@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
 from integration.benchmarks.graphs import merged_gguf, merged_model
-from integration.demo.data import smollm2_gguf
+from integration.demo.smollm2 import smollm2_gguf
 
 _WARM_UP = 4  # steps
 Turn = tuple[float, float]  # seconds of the prefill, seconds of one decoding step

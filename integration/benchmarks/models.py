@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from integration.benchmarks import tasks
 from integration.benchmarks.cells import METHODS, Cell
-from integration.demo.data import smollm2
+from integration.demo.smollm2 import smollm2
 from qbl_trl.adapter.initialize import initialize_from_error_
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.config import GroupQuantConfig

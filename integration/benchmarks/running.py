@@ -24,7 +24,7 @@ from integration.benchmarks import tasks
 from integration.benchmarks.cells import METHODS, Cell
 from integration.benchmarks.deployment import deployed
 from integration.benchmarks.models import adapted, split_of, task_, tokenizer_, trained_tensors
-from integration.demo.data import default_cache
+from integration.demo.packages import default_cache
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.merging import unwrap
 

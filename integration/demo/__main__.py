@@ -20,8 +20,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from integration.demo.data import R8_LABELS, DemoDataError, classify, logits_of, reuters_r8, sample, sft_rows, smollm2
 from integration.demo.figure import draw
+from integration.demo.judge import classify, logits_of
+from integration.demo.packages import DemoDataError
+from integration.demo.smollm2 import smollm2
+from integration.demo.stories import R8_LABELS, reuters_r8, sample, sft_rows
 from qbl_trl import GroupQuantConfig, export_onnx, verify
 
 ROOT = Path(__file__).resolve().parents[2]
