@@ -46,7 +46,8 @@ def to_lora(
         The folder.
 
     Raises:
-        ConfigError: if there is no balanced adapter, the name is unknown or ambiguous, or the folder is not empty.
+        ConfigError: if there is no balanced adapter, the name is unknown or ambiguous, the folder is not empty, or the
+            adapter is not finite.
     """
     check_free(output_dir)
     if isinstance(peft_model_or_dir, nn.Module):
@@ -87,7 +88,7 @@ def plain_factors(config: QBLoRAConfig, layer: str, matrices: dict[str, Tensor])
         (R, K) and (N, R) float32.
 
     Raises:
-        ConfigError: if in_factor was never written down, or a matrix is missing.
+        ConfigError: if in_factor was never written down, or a matrix is missing or holds no numbers.
     """
     p, e = recorded_factors(config, layer)
     r = by_pattern(config.rank_pattern, layer, config.r)
@@ -106,6 +107,8 @@ def plain_factors(config: QBLoRAConfig, layer: str, matrices: dict[str, Tensor])
         if lacking:
             raise ConfigError(f"{layer}: {lacking.pop()} is missing; the adapter file is damaged")
         down, up = matrices["lora_A"], matrices["lora_B"]
+    if not (down.isfinite().all() and up.isfinite().all()):
+        raise ConfigError(f"{layer}: the adapter holds NaN or infinite values; take a checkpoint from before they came")
     return down.repeat_interleave(p, dim=1), up.repeat_interleave(e, dim=0) * gain
 
 

@@ -140,3 +140,12 @@ def test_an_adapter_that_never_learned_its_factor_says_what_to_set(tmp_path):
         path.write_text(json.dumps({**json.loads(path.read_text()), name: None, "quantization_aware": True}))
         with pytest.raises(ConfigError, match="does not say in_factor or out_factor; set them"):
             to_lora(tmp_path / "ours", tmp_path / "lora")
+
+
+def test_an_adapter_that_is_not_finite_is_refused(tmp_path):
+    model = adapted({})
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(torch.nan)
+    with pytest.raises(ConfigError, match=r"q_proj: the adapter holds NaN or infinite values"):
+        to_lora(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
