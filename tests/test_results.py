@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from integration.benchmarks import blocks, cells, claims, models, render_results, running, tasks
+from integration.benchmarks import blocks, cells, claims, judging, models, render_results, running, tasks
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.merging import unwrap
 from qbl_trl.quant.hf_quantizer import quantize_model_
@@ -116,8 +116,8 @@ def test_ratios_are_those_of_the_same_turn():
 
 @pytest.mark.parametrize("layers", [1, 3, LAYERS])
 def test_a_split_model_gives_the_log_probabilities_of_the_whole(model, layers):
-    queries = [tasks.answer_query(Letters(), "a story: ", answer, end=True) for answer in ("x", "long answer")]
-    found = tasks.Split(model, layers)
+    queries = [judging.answer_query(Letters(), "a story: ", answer, end=True) for answer in ("x", "long answer")]
+    found = judging.Split(model, layers)
     for query, values in zip(queries, found.log_probs(found.upper, queries), strict=True):
         start = query.positions[0] + 1
         torch.testing.assert_close(
@@ -126,7 +126,7 @@ def test_a_split_model_gives_the_log_probabilities_of_the_whole(model, layers):
 
 
 def test_splitting_leaves_the_model_as_it_was(model):
-    tasks.Split(model, 1)
+    judging.Split(model, 1)
     assert len(model.model.layers) == model.config.num_hidden_layers == LAYERS
 
 
@@ -134,8 +134,8 @@ def test_splitting_leaves_the_model_as_it_was(model):
 def test_the_judge_agrees_with_the_oracle(model, by_first_token):
     items = [tasks.Item("one: ", (" ab", " cde"), 1), tasks.Item("a longer one: ", (" ab", " cde"), 0)]
     items = [dataclasses.replace(item, choices=tuple(c.strip() for c in item.choices)) for item in items]
-    split = tasks.Split(model, 2)
-    judgement = tasks.judge(split, split.upper, Letters(), items, by_first_token=by_first_token, batch_size=2)
+    split = judging.Split(model, 2)
+    judgement = judging.judge(split, split.upper, Letters(), items, by_first_token=by_first_token, batch_size=2)
     for item, scores in zip(items, judgement.scores, strict=True):
         ids = Letters()(item.prompt)["input_ids"]
         answers = [Letters()(choice)["input_ids"][: 1 if by_first_token else None] for choice in item.choices]
@@ -144,7 +144,7 @@ def test_the_judge_agrees_with_the_oracle(model, by_first_token):
 
 
 def test_measures_of_a_judgement():
-    judgement = tasks.Judgement([torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.0])], [0, 0], classes=2)
+    judgement = judging.Judgement([torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.0])], [0, 0], classes=2)
     measures = judgement.measures
     assert measures["rows"] == 2
     assert measures["nll"] == 2.0
@@ -154,7 +154,7 @@ def test_measures_of_a_judgement():
 @pytest.mark.parametrize("method", [n for n, m in cells.METHODS.items() if m.adapter != "none" and not m.start])
 def test_a_fresh_adapter_changes_nothing_and_has_the_parameters_of_lora(model, method):
     cell = cells.Cell("r8", method, "none" if cells.METHODS[method].p == 1 else "sum", r=2)
-    upper = tasks.Split(model, 2).upper
+    upper = judging.Split(model, 2).upper
     adapted = models.adapted(cell, upper)
     ids = torch.arange(5)[None]
     torch.testing.assert_close(unwrap(adapted)(ids).logits, upper(ids).logits, rtol=0, atol=1e-5)
@@ -166,8 +166,8 @@ def test_a_fresh_adapter_changes_nothing_and_has_the_parameters_of_lora(model, m
 
 def test_text_to_continue_is_judged_by_its_perplexity(model):
     items = [tasks.Item("one: ", ("two",), 0), tasks.Item("three: ", ("four five",), 0)]
-    split = tasks.Split(model, 2)
-    found = tasks.judge(split, split.upper, Letters(), items).measures
+    split = judging.Split(model, 2)
+    found = judging.judge(split, split.upper, Letters(), items).measures
     logs = [oracle(model, Letters()(i.prompt)["input_ids"], Letters()(i.choices[0])["input_ids"]) for i in items]
     assert found["perplexity"] == pytest.approx(math.exp(-sum(logs) / (3 + 9)), rel=1e-4)  # float32 rounding
     assert set(found) == {"rows", "nll", "perplexity"}
@@ -176,8 +176,8 @@ def test_text_to_continue_is_judged_by_its_perplexity(model):
 @pytest.mark.parametrize("method", [n for n, m in cells.METHODS.items() if m.start])
 def test_a_start_that_knows_the_float_weights_begins_nearer_to_them(model, method, monkeypatch):
     pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(models, "split_of", lambda cell, kind=None: tasks.Split(copy.deepcopy(model), 2))
-    exact, rounded = (tasks.Split(copy.deepcopy(model), 2).upper for _ in range(2))
+    monkeypatch.setattr(models, "split_of", lambda cell, kind=None: judging.Split(copy.deepcopy(model), 2))
+    exact, rounded = (judging.Split(copy.deepcopy(model), 2).upper for _ in range(2))
     names = list(target_layers(exact, GroupQuantConfig()))
     for name in names:
         weight = rounded.get_submodule(name).weight
@@ -193,8 +193,8 @@ def test_a_start_that_knows_the_float_weights_begins_nearer_to_them(model, metho
 
 
 def test_a_base_held_as_float_computes_what_its_codes_do(model):
-    packed = quantize_model_(tasks.sharing_copy(model), GroupQuantConfig(group_size=32))
-    held = tasks.sharing_copy(packed)
+    packed = quantize_model_(judging.sharing_copy(model), GroupQuantConfig(group_size=32))
+    held = judging.sharing_copy(packed)
     models.as_float_(held)
     ids = torch.arange(5)[None]
     torch.testing.assert_close(held(ids).logits, packed(ids).logits, rtol=0, atol=1e-4)  # float32 rounding
@@ -215,7 +215,7 @@ def test_a_lost_adapter_is_trained_again_and_its_measures_hold_only_if_it_is_the
     monkeypatch.setattr(running, "task_", lambda *a: SimpleNamespace(validation=[], test=[], by_first_token=True))
     monkeypatch.setattr(running, "adapted", lambda *a: torch.nn.Linear(1, 1))
     monkeypatch.setattr(running, "unwrap", lambda model: model)
-    monkeypatch.setattr(running.tasks, "judge", judge)
+    monkeypatch.setattr(running.judging, "judge", judge)
     monkeypatch.setattr(running, "train_", lambda *a: ([1.0], 0.1))
     running.run(cell, ("validation",))
     running.run(cell, ("validation",))

@@ -5,7 +5,7 @@ import dataclasses
 from peft import get_peft_model
 from torch import nn
 
-from integration.benchmarks import tasks
+from integration.benchmarks import judging
 from integration.benchmarks.cells import METHODS, Cell
 from integration.benchmarks.models import split_of, task_, tokenizer_, trained_tensors
 from qbl_trl.adapter.layer import adapter_layers
@@ -17,7 +17,7 @@ from qbl_trl.quant.targets import target_layers
 CALIBRATION = 128  # training prompts
 
 
-def deployed(cell: Cell, model: nn.Module, route: str) -> tuple[tasks.Split, nn.Module]:
+def deployed(cell: Cell, model: nn.Module, route: str) -> tuple[judging.Split, nn.Module]:
     """A trained model on its way to affine groups of the cell's bits and size: the lower part and the packed upper one.
 
     - "merged": the adapters over the packed base, through qbl_trl.merge: exact.
@@ -32,13 +32,13 @@ def deployed(cell: Cell, model: nn.Module, route: str) -> tuple[tasks.Split, nn.
     """
     lower = split_of(cell, "affine")
     if route == "merged":
-        packed = tasks.sharing_copy(split_of(cell, "float").upper)
+        packed = judging.sharing_copy(split_of(cell, "float").upper)
         quantize_model_(packed, cell.affine)
         peft_model = get_peft_model(packed, cell.adapter(packed, quantization_aware=True))
         peft_model.load_state_dict(trained_tensors(model), strict=False)
         return lower, merge(peft_model)
     start, _, algorithm = route.rpartition("+")
-    summed = tasks.sharing_copy(split_of(cell, start or METHODS[cell.method].base).upper)
+    summed = judging.sharing_copy(split_of(cell, start or METHODS[cell.method].base).upper)
     for name, layer in adapter_layers(unwrap(model)).items():
         target = summed.get_submodule(name)
         target.weight = nn.Parameter(target.weight + layer.get_delta_weight("default").detach(), requires_grad=False)

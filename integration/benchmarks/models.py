@@ -2,7 +2,7 @@
 
 All methods train with the same code (LoRA is QBLoRAConfig with p = e = 1). A 4-bit base is held as the float32 values
 its codes stand for, to spare decoding them twice a step: the same function. Only the upper layers are adapted; what the
-lower ones make of a text is computed once (tasks.Split).
+lower ones make of a text is computed once (judging.Split).
 """
 
 import copy
@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from integration.benchmarks import tasks
+from integration.benchmarks import judging, tasks
 from integration.benchmarks.cells import METHODS, Cell
 from integration.demo.smollm2 import smollm2
 from qbl_trl.adapter.initialize import initialize_from_error_
@@ -38,7 +38,7 @@ def float_model() -> PreTrainedModel:
 
 
 @cache
-def base_split(kind: str, bits: int, group_size: int, algorithm: str, layers: int) -> tasks.Split:
+def base_split(kind: str, bits: int, group_size: int, algorithm: str, layers: int) -> judging.Split:
     """The frozen base, its weights held as the float32 values that its codes stand for, and its cached lower part."""
     model = float_model()
     if kind == "nf4":
@@ -48,10 +48,10 @@ def base_split(kind: str, bits: int, group_size: int, algorithm: str, layers: in
     elif kind == "affine":
         quantize_model_(model, GroupQuantConfig(bits=bits, group_size=group_size, algorithm=algorithm))
         as_float_(model)
-    return tasks.Split(model.requires_grad_(False), layers)
+    return judging.Split(model.requires_grad_(False), layers)
 
 
-def split_of(cell: Cell, kind: str | None = None) -> tasks.Split:
+def split_of(cell: Cell, kind: str | None = None) -> judging.Split:
     """The split of the cell's base, or of another kind of base with the cell's settings."""
     kind = kind or METHODS[cell.method].base
     affine = (cell.bits, cell.group_size, cell.algorithm) if kind == "affine" else (0, 0, "")
@@ -78,7 +78,7 @@ def adapted(cell: Cell, base: nn.Module) -> nn.Module:
     torch.manual_seed(cell.seed)
     if METHODS[cell.method].start == "pissa":
         return pissa(cell)
-    model = get_peft_model(tasks.sharing_copy(base), cell.adapter(base))
+    model = get_peft_model(judging.sharing_copy(base), cell.adapter(base))
     if METHODS[cell.method].start == "error":
         initialize_from_error_(model, split_of(cell, "float").upper)
     share = {"tied": 0.5, "half": 0.25}.get(cell.pooling)

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from integration.benchmarks import tasks
+from integration.benchmarks import judging, tasks
 from integration.benchmarks.cells import METHODS, Cell
 from integration.benchmarks.deployment import deployed
 from integration.benchmarks.models import adapted, split_of, task_, tokenizer_, trained_tensors
@@ -29,7 +29,7 @@ from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.merging import unwrap
 
 
-def train_(model: nn.Module, cell: Cell, split: tasks.Split, task: tasks.Task) -> tuple[list[float], float]:
+def train_(model: nn.Module, cell: Cell, split: judging.Split, task: tasks.Task) -> tuple[list[float], float]:
     """Train in place. Returns the mean loss of every ten steps and the median seconds of a step."""
     tokenizer, generator = tokenizer_(), random.Random(cell.seed)
     items = task.train[: cell.pool]
@@ -46,7 +46,7 @@ def train_(model: nn.Module, cell: Cell, split: tasks.Split, task: tasks.Task) -
         if len(order) < cell.batch:
             order = generator.sample(range(len(items)), len(items))
         batch, order = [items[i] for i in order[: cell.batch]], order[cell.batch :]
-        queries = [tasks.answer_query(tokenizer, i.prompt, i.choices[i.gold], end=task.ends) for i in batch]
+        queries = [judging.answer_query(tokenizer, i.prompt, i.choices[i.gold], end=task.ends) for i in batch]
         loss = -torch.cat(split.log_probs(causal, queries)).mean()
         rising, falling = (step + 1) / warmup, (cell.steps - step) / (cell.steps - warmup)
         optimizer.param_groups[0]["lr"] = cell.lr * min(rising, falling)
@@ -103,7 +103,7 @@ def run(cell: Cell, wanted: tuple[str, ...] = ("validation",), command: str = ""
         exam = task_(asked, cell.tokens) if asked else task
         where, judged = deployed(cell, model, route) if route else (split, unwrap(model))
         items = getattr(exam, part)[: cell.judged]
-        found = tasks.judge(where, judged, tokenizer_(), items, by_first_token=exam.by_first_token)
+        found = judging.judge(where, judged, tokenizer_(), items, by_first_token=exam.by_first_token)
         measures = {key: round(value, 5) for key, value in found.measures.items()}
         result.setdefault("measures", {})[name] = measures
         write(cell.path, result)
@@ -111,7 +111,7 @@ def run(cell: Cell, wanted: tuple[str, ...] = ("validation",), command: str = ""
     return result
 
 
-def first_step(cell: Cell, split: tasks.Split, items: list[tasks.Item]) -> dict[str, float]:
+def first_step(cell: Cell, split: judging.Split, items: list[tasks.Item]) -> dict[str, float]:
     """Before any training: what Adam's first step gains, to first order, and the size of what B is given.
 
         gain = rate * sum |dloss / dB|          (the step is the rate times the gradient's sign; A's gradient is zero)
@@ -123,7 +123,7 @@ def first_step(cell: Cell, split: tasks.Split, items: list[tasks.Item]) -> dict[
     sizes: list[Tensor] = []
     for layer in adapter_layers(model).values():
         layer.lora_B["default"].register_forward_pre_hook(lambda _, h: sizes.append(h[0].detach().square().mean()))
-    queries = [tasks.answer_query(tokenizer_(), i.prompt, i.choices[i.gold], end=True) for i in items]
+    queries = [judging.answer_query(tokenizer_(), i.prompt, i.choices[i.gold], end=True) for i in items]
     (-torch.cat(split.log_probs(unwrap(model), queries)).mean()).backward()
     gradients = [p.grad.abs().sum() for name, p in model.named_parameters() if "lora_B" in name and p.grad is not None]
     return {
