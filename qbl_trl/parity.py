@@ -137,9 +137,11 @@ def positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def _model_logits(model: Any, with_positions: bool) -> Logits:
+def _model_logits(model: Any, with_positions: bool, with_decoder: bool = False) -> Logits:
     def run(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         named = {"position_ids": positions(attention_mask)} if with_positions else {}
+        if with_decoder:  # what it reads it writes: logits of the same shape as a decoder's
+            named["decoder_input_ids"] = input_ids
         logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, **named).logits
         return logits.float()
 
@@ -149,7 +151,8 @@ def _model_logits(model: Any, with_positions: bool) -> Logits:
 def _torch_logits(model: nn.Module) -> Logits:
     unwrap: Any = getattr(model, "get_base_model", lambda: model)
     inner = unwrap()
-    run = _model_logits(model, "position_ids" in inspect.signature(inner.forward).parameters)
+    with_positions = "position_ids" in inspect.signature(inner.forward).parameters
+    run = _model_logits(model, with_positions, bool(getattr(inner.config, "is_encoder_decoder", False)))
 
     def logits(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         device = next(model.parameters()).device

@@ -14,6 +14,8 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.adapter.balance import matched_rank, pool_scale
 from qbl_trl.adapter.bases import Base, describe
@@ -24,6 +26,7 @@ from qbl_trl.adapter.projections import ExpandedLinear, PooledLinear, compute_dt
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.blocks import expand_delta
+from qbl_trl.quant.linear import GroupQuantLinear
 
 
 class BalancedLinear(nn.Module, MergesIntoBase):
@@ -209,8 +212,9 @@ class BalancedLinear(nn.Module, MergesIntoBase):
                     x, hidden, dense = self._down(name, x)
                     inner.append((name, hidden, dense))
         result: Tensor = self.base_layer(x, *args, **kwargs)
+        own = self._owns_base_output()
         for name, hidden, dense in inner:
-            result = self._up(name, hidden, dense, result)
+            result = self._up(name, hidden, dense, result, own)
         return result
 
     def _down(self, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -232,12 +236,18 @@ class BalancedLinear(nn.Module, MergesIntoBase):
         eye = torch.eye(pooled.shape[-1], dtype=dtype, device=x.device)
         return x, pooled * gain, self.lora_B[name](first(eye)).T
 
-    def _up(self, name: str, hidden: Tensor, dense: Tensor | None, result: Tensor) -> Tensor:
+    def _up(self, name: str, hidden: Tensor, dense: Tensor | None, result: Tensor, own: bool = False) -> Tensor:
         e = self.out_factor[name]
         if dense is not None:
-            return add_expanded(result, hidden, dense, e)
+            return add_expanded(result, hidden, dense, e, own)
         last = self.lora_B[name] if name in self.lora_B else self.lora_block[name]
-        return last(hidden, result, e)  # type: ignore[no-any-return]
+        return last(hidden, result, e, own)  # type: ignore[no-any-return]
+
+    def _owns_base_output(self) -> bool:
+        """Whether nobody else can hold what the base layer returns: neither a hook, nor the backward of its class."""
+        base = self.base_layer
+        known = type(base) in (nn.Linear, Conv1D, GroupQuantLinear) or type(base).__module__.startswith("bitsandbytes")
+        return known and not base._forward_hooks and not module_hooks._global_forward_hooks
 
     def _is_cheaper_whole(self, name: str, x: Tensor) -> bool:
         """Whether D = B A, made once, costs fewer operations and less memory than B (A h) for every token."""

@@ -44,25 +44,43 @@ class MergesIntoBase(LoraLayer):
         Raises:
             MergeError: if the base cannot take the change exactly, or the result is not finite.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.rank:
-                continue
-            self.take_over_base()
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.rank]
+        self.check_merge(names, safe_merge)
+        for name in names:
             layer = self.get_base_layer()
             if isinstance(layer, GroupQuantLinear):
-                self._merge_into_groups(layer, name, safe_merge)
-            elif self.base.kind == "float":
+                self._merge_into_groups(layer, name)
+            else:
                 merged = layer.weight.data + self.get_delta_weight(name).to(layer.weight.dtype)  # type: ignore[operator]
                 if safe_merge and not torch.isfinite(merged).all():
                     raise MergeError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
                 layer.weight.data = merged  # type: ignore[union-attr]
-            else:
+            self.merged_adapters.append(name)
+
+    def check_merge(self, adapter_names: list[str], safe_merge: bool = False) -> None:
+        """Refuse what `merge` would refuse, before anything is changed; adapters of other layers are no matter.
+
+        Raises:
+            MergeError: if the base cannot take the change exactly, or (safe_merge) the change is not finite.
+        """
+        for name in [name for name in adapter_names if name in self.rank]:
+            self.take_over_base()
+            layer, p = self.get_base_layer(), self.in_factor[name]
+            if isinstance(layer, GroupQuantLinear) and p % layer.group_size:
+                raise MergeError(
+                    f"in_factor={p} is no multiple of the base's quantization group of {layer.group_size}: the "
+                    "adapter's change varies inside a group and does not fold into its zero point. Export the model "
+                    "with its adapter instead (exact, the low-rank branch is kept), train with "
+                    'quantization_aware=True, or merge(model, lossy="requantize"), which reports its loss'
+                )
+            if self.base.kind not in ("float", "group_quant"):
                 raise MergeError(
                     f"a {self.base.kind} weight cannot take an adapter without loss. Export the model with its "
                     'adapter instead (exact), or merge(model, lossy="requantize"), which dequantizes, adds and '
                     "quantizes again, and reports the loss"
                 )
-            self.merged_adapters.append(name)
+            if safe_merge and not torch.isfinite(self.block_delta(name)).all():
+                raise MergeError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
     def merges_exactly(self) -> bool:
         """Whether merging the active adapters changes nothing but the place where they are stored."""
@@ -83,18 +101,8 @@ class MergesIntoBase(LoraLayer):
             raise MergeError(f'{error}. Or merge(model, lossy="requantize"), which reports its loss') from error
         self.base = describe(self.base_layer)
 
-    def _merge_into_groups(self, layer: GroupQuantLinear, name: str, safe_merge: bool) -> None:
-        p, e, g = self.in_factor[name], self.out_factor[name], layer.group_size
-        if p % g:
-            raise MergeError(
-                f"in_factor={p} is no multiple of the base's quantization group of {g}: the adapter's change varies "
-                "inside a group and does not fold into its zero point. Export the model with its adapter instead "
-                "(exact, the low-rank branch is kept), train with quantization_aware=True, or merge(model, "
-                'lossy="requantize"), which reports its loss'
-            )
-        delta, factors = self.block_delta(name).detach(), (p, e)
-        if safe_merge and not torch.isfinite(delta).all():
-            raise MergeError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+    def _merge_into_groups(self, layer: GroupQuantLinear, name: str) -> None:
+        delta, factors = self.block_delta(name).detach(), (self.in_factor[name], self.out_factor[name])
         stored = layer.format
         self._before_merge.append((layer.delta, stored.in_factor, stored.out_factor))
         if layer.delta is not None:

@@ -56,6 +56,9 @@ class QBLoRAModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Place an adapter, and write the factors its layers got into its configuration, as PEFT does with targets."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        quantized = isinstance(getattr(getattr(model, "config", None), "quantization_config", None), GroupQuantConfig)
+        if quantized and getattr(model, "is_gradient_checkpointing", False):
+            model.enable_input_require_grads()  # type: ignore[operator]  # PEFT leaves it out over quantized bases
         layers = record_placed_(model, adapter_name, self.peft_config[adapter_name])
         if layers and not self.peft_config[adapter_name].inference_mode:
             _warn_of_surplus_rank(adapter_name, layers)
@@ -92,11 +95,18 @@ class QBLoRAModel(LoraModel):
             if config.layer_replication:
                 raise ConfigError(f"adapter {name!r} replicates layers; replicated layers share weights, do not merge")
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = True,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
         """PEFT's merge and unload, after which the model says what it holds: it saves and loads as it computes."""
         if merge:
+            self._check_every_layer(adapter_names, safe_merge)
             self._set_heads_apart()
-        plain: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        plain: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         stored = getattr(getattr(plain, "config", None), "quantization_config", None)
         if merge and isinstance(stored, GroupQuantConfig):
             describe_stored_(plain, stored)
@@ -107,10 +117,21 @@ class QBLoRAModel(LoraModel):
                 warnings.warn(f"the merged model computes as trained but does not save so: {error}", stacklevel=2)
         return plain
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's merge in place; a tied head that is adapted gets a weight of its own first."""
+        self._check_every_layer(adapter_names, safe_merge)
         self._set_heads_apart()
-        super().merge_adapter(*args, **kwargs)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_every_layer(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """A merge that one layer refuses is refused before the first layer is merged."""
+        for layer_name, layer in self.model.named_modules():
+            if isinstance(layer, BalancedLinear):
+                names = layer.active_adapters if adapter_names is None else adapter_names
+                try:
+                    layer.check_merge([name for name in names if name not in layer.merged_adapters], safe_merge)
+                except MergeError as error:
+                    raise MergeError(f"{layer_name}: {error}") from error
 
     def _set_heads_apart(self) -> None:
         for layer in self.modules():
@@ -182,7 +203,7 @@ class QBLoRAModel(LoraModel):
         if possible < rank:  # the block space has fewer dimensions than the rank
             first = nn.functional.pad(first, (0, 0, 0, rank - possible))
             second = nn.functional.pad(second, (0, rank - possible))
-        pooling_scale = target.pooling_scale[adapters[0]]
+        pooling_scale = next(scale for name, scale in target.pooling_scale.items() if name in adapters)  # all the same
         return first.to(target_lora_A.dtype), (second / pooling_scale).to(target_lora_B.dtype)
 
 

@@ -8,7 +8,8 @@ directions; memory traffic then costs more than the products. Here the forward p
 the backward pass adds the expanded gradient onto the base's in one step: `project` therefore returns x as well, and
 the base layer is given that x.
 
-Left out: second derivatives.
+What follows no autograd function (`torch.func`, forward-mode differentiation, `torch.jit.trace`) gets the formulas as
+they stand. So do backward passes that are differentiated themselves; for them `project` returns what it pooled, too.
 """
 
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # A last axis shorter than this is walked slice by slice: reductions and broadcasts over it do not vectorize.
 _SHORT = 8
@@ -47,7 +49,7 @@ def plus_expanded(y: Tensor, update: Tensor, factor: int, into: Tensor | None = 
     update = update.to(y.dtype)
     if factor == 1:
         return torch.add(y, update, out=into)
-    if torch.compiler.is_compiling():  # written plainly: the compiler fuses it, and follows no `out`
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # the compiler fuses it; neither follows an `out`
         return (y.unflatten(-1, (-1, factor)) + update.unsqueeze(-1)).flatten(-2)
     result = torch.empty_like(y, memory_format=torch.contiguous_format) if into is None else into
     blocks, source = result.unflatten(-1, (-1, factor)), y.unflatten(-1, (-1, factor))
@@ -69,14 +71,17 @@ def plus_product(y: Tensor, h: Tensor, weight: Tensor, factor: int, into: Tensor
 
 
 class _LastPooled(threading.local):
-    """What was pooled last: q, k and v (or gate and up) read one x, and then share, and keep, one pooled copy."""
+    """What was pooled last: q, k and v (or gate and up) read one x, and then share, and keep, one pooled copy.
+
+    Only for an x that autograd made: what a user holds may change without a trace (through `.data`, or numpy).
+    """
 
     source: weakref.ref[Tensor] | None = None
     key: tuple[Any, ...] = ()
     pooled: Tensor
 
     def sum_neighbours(self, x: Tensor, factor: int, dtype: torch.dtype) -> Tensor:
-        if factor == 1 or x.is_inference():
+        if factor == 1 or x.grad_fn is None or torch.is_inference_mode_enabled():
             return sum_neighbours(x, factor, dtype)
         key = (x._version, factor, dtype)
         if self.source is None or self.source() is not x or self.key != key:
@@ -95,40 +100,61 @@ def _shared_sum(x: Tensor, factor: int, dtype: torch.dtype) -> Tensor:
     return _last.sum_neighbours(x, factor, dtype)
 
 
-def _passed_on(ctx: Any, x: Tensor) -> Tensor:
-    """x for the base layer. The input of a model's first layers has no gradient, and must not ask the base for one."""
-    same = x.view_as(x)
+def _passed_on(ctx: Any, x: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+    """x for the base layer, and the pooled x as an output of its own memory's alias.
+
+    The input of a model's first layers has no gradient, and must not ask the base for one.
+    """
+    same, alias = x.view_as(x), pooled.detach()
     if not ctx.needs_input_grad[0]:
-        ctx.mark_non_differentiable(same)
-    return same
+        ctx.mark_non_differentiable(same, alias)
+    return same, alias
+
+
+def _sum_of_gradients(to_x: Tensor | None, to_pooled: Tensor | None, factor: int, like: torch.dtype) -> Tensor | None:
+    if to_pooled is None:
+        return to_x
+    if to_x is None:
+        to_x = torch.zeros(*to_pooled.shape[:-1], to_pooled.shape[-1] * factor, dtype=like, device=to_pooled.device)
+    return plus_expanded(to_x, to_pooled, factor)
 
 
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        ctx.factor = factor
-        return _passed_on(ctx, x), _shared_sum(x, factor, dtype).detach()
+        ctx.factor, ctx.dtype = factor, x.dtype
+        ctx.set_materialize_grads(False)
+        return _passed_on(ctx, x, _shared_sum(x, factor, dtype))
 
     @staticmethod
-    def backward(ctx: Any, to_x: Tensor, to_pooled: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        return plus_expanded(to_x, to_pooled, ctx.factor), None, None
+    def backward(ctx: Any, to_x: Tensor | None, to_pooled: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        dx = _sum_of_gradients(to_x, to_pooled, ctx.factor, ctx.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, None
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-        pooled = _shared_sum(x, factor, weight.dtype)
-        ctx.factor = factor
+    def forward(ctx: Any, x: Tensor, weight: Tensor, factor: int) -> tuple[Tensor, Tensor, Tensor]:
+        same, pooled = _passed_on(ctx, x, _shared_sum(x, factor, weight.dtype))
+        ctx.factor, ctx.dtype = factor, x.dtype
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(pooled, weight)
-        return _passed_on(ctx, x), pooled @ weight.T
+        return same, pooled @ weight.T, pooled
 
     @staticmethod
-    def backward(ctx: Any, to_x: Tensor, to_h: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, to_x: Tensor | None, to_h: Tensor | None, to_pooled: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         pooled, weight = ctx.saved_tensors
-        dx = plus_product(to_x, to_h, weight.T, ctx.factor) if ctx.needs_input_grad[0] else None
-        dw = _rows(to_h).T @ _rows(pooled) if ctx.needs_input_grad[1] else None
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = _sum_of_gradients(to_x, to_pooled, ctx.factor, ctx.dtype)
+            if to_h is not None and dx is not None:
+                dx = plus_product(dx, to_h, weight.T, ctx.factor)
+            elif to_h is not None:
+                dx = _sum_of_gradients(None, to_h @ weight, ctx.factor, ctx.dtype)
+        if ctx.needs_input_grad[1] and to_h is not None:
+            dw = _rows(to_h).T @ _rows(pooled)
         return dx, dw, None
 
 
@@ -152,25 +178,40 @@ class _AddExpanded(torch.autograd.Function):
         return grad, dh, dw, None, None
 
 
+def _as_formulas() -> bool:
+    """Whether whoever follows the computation here follows no autograd function."""
+    if torch.compiler.is_compiling():
+        return False
+    transformed = torch._C._are_functorch_transforms_active()
+    return transformed or torch.jit.is_tracing() or forward_ad._current_level >= 0  # type: ignore[attr-defined, no-untyped-call]
+
+
 def pool(x: Tensor, factor: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x itself, for the base layer, and the sum of its neighbours: (..., K) -> (..., K) and (..., K / factor)."""
+    if _as_formulas():
+        return x, sum_neighbours(x, factor, dtype)
     result: tuple[Tensor, Tensor] = _Pool.apply(x, factor, dtype)  # type: ignore[no-untyped-call]
     return result
 
 
 def project(x: Tensor, weight: Tensor, factor: int) -> tuple[Tensor, Tensor]:
     """x itself, for the base layer, and h = sum_p(x) weight^T: (..., K), (R, K / factor) -> (..., K), (..., R)."""
-    result: tuple[Tensor, Tensor] = _Project.apply(x, weight, factor)  # type: ignore[no-untyped-call]
+    if _as_formulas():
+        return x, sum_neighbours(x, factor, weight.dtype) @ weight.T
+    result: tuple[Tensor, Tensor] = _Project.apply(x, weight, factor)[:2]  # type: ignore[no-untyped-call]
     return result
 
 
-def add_expanded(y: Tensor, h: Tensor, weight: Tensor, factor: int) -> Tensor:
+def add_expanded(y: Tensor, h: Tensor, weight: Tensor, factor: int, own: bool = False) -> Tensor:
     """y + expand_e(h weight^T): (..., N), (..., R), (N / factor, R) -> (..., N) in the dtype of y.
 
-    y is the fresh output of a base layer, which no formula of a linear layer keeps: it is written over where autograd
-    can follow that without a copy.
+    Args:
+        own: nobody else keeps y, so that it may be written over where autograd can follow that without a copy.
     """
-    plain = type(y) is Tensor and not torch.compiler.is_compiling()
+    if _as_formulas():
+        update = (h @ weight.T).to(y.dtype)
+        return y + (update if factor == 1 else update.repeat_interleave(factor, -1))
+    plain = own and type(y) is Tensor and not torch.compiler.is_compiling()
     in_place = plain and y.is_contiguous() and not y._is_view() and not (y.is_leaf and y.requires_grad)
     result: Tensor = _AddExpanded.apply(y, h, weight, factor, in_place)  # type: ignore[no-untyped-call]
     return result

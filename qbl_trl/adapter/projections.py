@@ -29,8 +29,10 @@ class PooledLinear(nn.Linear):
 class ExpandedLinear(nn.Linear):
     """B: (N / e, R). Called with one tensor it is a linear layer; with an output it adds its product onto it."""
 
-    def forward(self, h: Tensor, y: Tensor | None = None, out_factor: int = 1) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, h: Tensor, y: Tensor | None = None, out_factor: int = 1, own: bool = False
+    ) -> Tensor:
         """(..., R) -> (..., N / e); with y (..., N) -> y + expand_e(B h), (..., N)."""
         if y is None:
             return nn.functional.linear(h, self.weight)
-        return add_expanded(y, h, self.weight.to(h.dtype), out_factor)
+        return add_expanded(y, h, self.weight.to(h.dtype), out_factor, own)

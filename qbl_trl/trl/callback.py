@@ -143,10 +143,12 @@ class QBLoRACallback(TrainerCallback):
         self._layers = adapter_layers(model)  # sharding may have replaced modules
         if not self.record.layers:
             self.record = run_record.RunRecord.start(model, self._layers, probe(self._layers))
+        self._let_go()
         self._tokens = FirstTokens(unwrap(model))
         if self.outputs.stored_delta is not None:
             check_rounding(self._layers, self.outputs.stored_delta)
-            self._rounding = DeltaRounding(self._layers, self.outputs.stored_delta)
+            self._rounding = DeltaRounding(self._layers, self.outputs.stored_delta, self.round_from_step == 0)
+            self._rounding.install()
         self.record.begin()
 
     # -- during training ------------------------------------------------------------------------------------------
@@ -154,11 +156,12 @@ class QBLoRACallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._rounding is not None and state.global_step >= self.round_from_step:
-            self._rounding.install()
+        if self._rounding is not None and not self._rounding.rounding and state.global_step >= self.round_from_step:
+            self._rounding.rounding = True
+            self._rounding.refresh()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._rounding is not None and self._rounding.installed:
+        if self._rounding is not None and self._rounding.rounding:
             self._rounding.refresh()
 
     def on_log(
@@ -175,7 +178,7 @@ class QBLoRACallback(TrainerCallback):
         measured = measure(self._layers)
         check_finite(measured, state.global_step, args.output_dir)
         line = summarize(measured)
-        if self._rounding is not None and self._rounding.installed:
+        if self._rounding is not None and self._rounding.rounding:
             line["qbl/rounding_cost"] = self._rounding.cost
         logs.update(line)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
@@ -196,7 +199,8 @@ class QBLoRACallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        self._wait()  # every process has written its part
+        folder = self._run_folder(args) / f"checkpoint-{state.global_step}"
         whole = self._gatherer.whole(model, state.is_world_process_zero) if self.save_merged else None
         if state.is_world_process_zero:
             if whole is not None:
@@ -204,7 +208,8 @@ class QBLoRACallback(TrainerCallback):
                     merged, _ = finish.merge_and_verify(whole, self._input_ids(whole), self.outputs.stored_delta)
                 if merged is not None:
                     finish.write_merged(merged, kwargs.get("processing_class"), folder / "merged", overwrite=True)
-            checkpoints.mark_whole(folder)
+            if folder.is_dir():
+                checkpoints.mark_whole(folder)
             self.record.write(args, state, finished=False)
         self._wait()
 
@@ -217,7 +222,7 @@ class QBLoRACallback(TrainerCallback):
         self.record.end([] if partitioned else measure(self._layers))
         if self._rounding is not None:
             self.record.rounding = {"stored": self._rounding.stored, "cost": self._rounding.cost}
-            self._rounding.remove()
+        self._let_go()
         # Without an exact merge nothing is computed from the weights, and a sharded model stays as it is.
         exact = all(layer.merges_exactly() for layer in self._layers.values())
         whole = self._gatherer.whole(model, state.is_world_process_zero) if exact and not partitioned else model
@@ -250,10 +255,24 @@ class QBLoRACallback(TrainerCallback):
                 "under FSDP and DeepSpeed"
             )
 
-    def _input_ids(self, model: nn.Module) -> torch.Tensor:
+    def _input_ids(self, model: nn.Module) -> torch.Tensor | None:
         if self._tokens is not None and self._tokens.ids is not None:
             return self._tokens.ids
-        return random_tokens(unwrap(model).get_input_embeddings().num_embeddings)  # type: ignore[operator, union-attr]
+        vocabulary = getattr(unwrap(model).get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+        return None if vocabulary is None else random_tokens(vocabulary)
+
+    def _run_folder(self, args: TrainingArguments) -> Path:
+        """Where the trainer's checkpoints are: a hyperparameter search has a folder for each trial."""
+        if self._trainer is None:
+            return Path(args.output_dir)
+        return Path(self._trainer._get_output_dir(trial=getattr(self._trainer, "_trial", None)))
+
+    def _let_go(self) -> None:
+        """Take off what hangs on the model; a run that was interrupted leaves it there for the next one."""
+        if self._rounding is not None:
+            self._rounding.remove()
+        if self._tokens is not None:
+            self._tokens.remove()
 
     @contextmanager
     def _unrounded(self) -> Iterator[None]:
@@ -261,9 +280,11 @@ class QBLoRACallback(TrainerCallback):
         installed = self._rounding is not None and self._rounding.installed
         if self._rounding is not None:
             self._rounding.remove()
-        yield
-        if self._rounding is not None and installed:
-            self._rounding.install()
+        try:
+            yield
+        finally:
+            if self._rounding is not None and installed:
+                self._rounding.install()
 
     def _wait(self) -> None:
         if self._trainer is not None:

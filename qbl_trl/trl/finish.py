@@ -30,13 +30,16 @@ _COARSE = 5e-2
 
 
 def merge_and_verify(
-    model: nn.Module, input_ids: Tensor, stored: str | None = None
+    model: nn.Module, input_ids: Tensor | None, stored: str | None = None
 ) -> tuple[nn.Module | None, dict[str, Any]]:
     """Merge the trained adapters and compare the two models' logits; the trained model is not changed.
 
+    A model that does not answer to token ids alone (one of images, of sound) is compared layer by layer only, which
+    `merge` does; the entry then says why under "not_compared".
+
     Args:
         model: the trained PeftModel, whole (not sharded).
-        input_ids: (B, S) token ids to compare on.
+        input_ids: (B, S) token ids to compare on, or None if the model reads none.
         stored: narrower type of the merged delta, which the trained model is then compared with likewise; or None.
 
     Returns:
@@ -57,7 +60,10 @@ def merge_and_verify(
     merged = merge(model)
     round_deltas_(merged, stored)
     with rounded(layers, stored):
-        parity = _parity(model, merged, input_ids)
+        parity, reason = _parity(model, merged, input_ids)
+    if parity is None:
+        logger.warning("merged layer by layer, but not compared on logits: %s", reason)
+        return merged, {"exact": True, "not_compared": reason, "seconds": time.perf_counter() - start}
     tolerance = max(_TOLERANCE.get(dtype, _COARSE) for dtype in _dtypes(model))
     parity["tolerance"] = tolerance * max(parity.pop("largest_logit"), 1.0)
     if not parity["max_abs_difference"] <= parity["tolerance"]:
@@ -130,16 +136,28 @@ def unpatched_forward(model: nn.Module) -> Iterator[None]:
             attributes[name] = value
 
 
-def _parity(model: nn.Module, merged: nn.Module, input_ids: Tensor) -> dict[str, Any]:
-    mask, trained = torch.ones_like(input_ids), unwrap(model)
+def _parity(model: nn.Module, merged: nn.Module, input_ids: Tensor | None) -> tuple[dict[str, Any] | None, str]:
+    """The comparison, or None and why the trained model gave no logits for these ids."""
+    trained = unwrap(model)
+    if input_ids is None:
+        return None, f"a {type(trained).__name__} reads no token ids"
+    mask = torch.ones_like(input_ids)
     with unpatched_forward(trained), torch.autocast(input_ids.device.type, enabled=False):
-        trained_logits, merged_logits = logits_of(trained)(input_ids, mask), logits_of(merged)(input_ids, mask)
+        try:
+            trained_logits = logits_of(trained)(input_ids, mask)
+        except Exception as error:  # whatever its forward misses; the merged model is not to blame
+            return None, f"a {type(trained).__name__} gives no logits for token ids alone ({error})"
+        merged_logits = logits_of(merged)(input_ids, mask)
+    return _difference(trained_logits, merged_logits, mask), ""
+
+
+def _difference(trained_logits: Tensor, merged_logits: Tensor, mask: Tensor) -> dict[str, Any]:
     largest = float(trained_logits.abs().max())
     if trained_logits.dim() == 3:
         return {**compare(trained_logits, merged_logits, mask).to_dict(), "largest_logit": largest}
     difference = (trained_logits - merged_logits).abs()  # a classifier: one row of scores per sequence
     return {
-        "tokens": input_ids.numel(),
+        "tokens": mask.numel(),
         "max_abs_difference": float(difference.max()),
         "mean_abs_difference": float(difference.mean()),
         "largest_logit": largest,
@@ -148,8 +166,8 @@ def _parity(model: nn.Module, merged: nn.Module, input_ids: Tensor) -> dict[str,
 
 def _dtypes(model: nn.Module) -> set[torch.dtype]:
     """What is computed in: the dtypes of the input embedding and of the adapters."""
-    embedding = unwrap(model).get_input_embeddings().weight  # type: ignore[operator, union-attr]
-    return {embedding.dtype} | {p.dtype for p in model.parameters() if p.requires_grad}
+    embedding = unwrap(model).get_input_embeddings()  # type: ignore[operator]
+    return {p.dtype for p in embedding.parameters()} | {p.dtype for p in model.parameters() if p.requires_grad}
 
 
 __all__ = ["check_export", "export", "merge_and_verify", "sizes", "write_merged"]

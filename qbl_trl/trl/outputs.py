@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 
-from qbl_trl.errors import ConfigError, MergeError
+from qbl_trl.errors import ConfigError
 from qbl_trl.folders import check_free
 from qbl_trl.trl import finish
 from qbl_trl.trl.run_record import RunRecord
@@ -75,28 +75,25 @@ class Outputs:
         args: TrainingArguments,
         state: TrainerState,
         model: nn.Module,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         tokenizer: Any,
     ) -> None:
         """Merge, verify and write; what happened goes into `record`.
 
         Raises:
-            MergeError: if the merged model disagrees with the trained one. The adapter is saved and the report written.
+            MergeError: if the merged model disagrees with the trained one.
+            Exception: whatever else fails, a full disk, a model that cannot be exported. Training is not lost with it:
+                the adapter is saved and the report written first.
         """
         try:
             merged, record.merge = finish.merge_and_verify(model, input_ids, self.stored_delta)
-        except MergeError as error:
+            record.sizes = finish.sizes(model, merged)
+            if merged is not None and self.merged is not None:
+                self._write(record, merged, self.merged, tokenizer)
+        except Exception as error:
             model.save_pretrained(args.output_dir)  # type: ignore[operator]
-            record.merge = {"exact": False, "reason": str(error)}
-            record.write(args, state, finished=True)
-            raise MergeError(f"{error} (adapter saved in {args.output_dir})") from error
-        record.sizes = finish.sizes(model, merged)
-        if merged is None or self.merged is None:
-            return
-        try:
-            self._write(record, merged, self.merged, tokenizer)
-        except Exception as error:  # a full disk, or a model that cannot be exported: training is not lost with it
-            model.save_pretrained(args.output_dir)  # type: ignore[operator]
+            if not record.merge:
+                record.merge = {"exact": False, "reason": str(error)}
             record.write(args, state, finished=True)
             error.add_note(f"(adapter saved in {args.output_dir})")
             raise

@@ -164,6 +164,8 @@ def _parity(record: dict[str, Any], history: Any) -> str:
         return section("Parity", note, '<p class="empty">Not measured yet: training is not over.</p>')
     if not merge["exact"]:
         return section("Parity", note, badge("not merged", "neutral"), f"<p>{escape(merge['reason'])}</p>")
+    if "parity" not in merge:
+        return section("Parity", note, badge("by layers", "neutral"), f"<p>{escape(merge['not_compared'])}</p>")
     parity = merge["parity"]
     names = {
         "mean_abs_difference": "mean difference",

@@ -49,11 +49,14 @@ class DeltaRounding:
     """Adds what rounding changes to the output of every adapted layer, while installed.
 
     Attributes:
+        rounding: whether it is felt; until then nothing is added, in a graph of the same form, so that a compiled model
+            need not be compiled again (and would not notice hooks that came later).
         cost: ||Q(D) - D|| / ||D|| over all layers, at the last refresh.
     """
 
-    def __init__(self, layers: dict[str, BalancedLinear], stored: str) -> None:
+    def __init__(self, layers: dict[str, BalancedLinear], stored: str, rounding: bool = True) -> None:
         self.stored = stored
+        self.rounding = rounding
         self.cost = 0.0
         self._layers = layers
         self._change: dict[str, Tensor] = {}
@@ -64,7 +67,7 @@ class DeltaRounding:
         return bool(self._handles)
 
     def install(self) -> None:
-        """Round from now on."""
+        """Add to every layer from now on."""
         if not self.installed:
             self.refresh()
             self._handles = [layer.register_forward_hook(self._hook(name)) for name, layer in self._layers.items()]
@@ -81,8 +84,9 @@ class DeltaRounding:
         for name, layer in self._layers.items():
             delta = layer.block_delta(active(layer)[0])
             delta = delta.full_tensor() if isinstance(delta, DTensor) else delta
-            self._change[name] = round_delta(delta, self.stored) - delta
-            lost += float(self._change[name].square().sum())
+            change = round_delta(delta, self.stored) - delta if self.rounding else torch.zeros_like(delta)
+            self._change[name] = change
+            lost += float(change.square().sum())
             total += float(delta.square().sum())
         self.cost = (lost / total) ** 0.5 if total else 0.0
 

@@ -17,12 +17,15 @@ class FirstTokens:
 
     def __init__(self, model: nn.Module) -> None:
         self.ids: Tensor | None = None
+        config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+        limit = getattr(config, "max_position_embeddings", None) or _LENGTH  # packed rows are longer than that
+        self._length = min(_LENGTH, limit)
         embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         self._handle = embedding.register_forward_pre_hook(self._keep)
 
     def _keep(self, embedding: nn.Module, inputs: tuple[Any, ...]) -> None:
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() == 2:
-            self.ids = inputs[0][:_ROWS, :_LENGTH].detach().cpu()
+            self.ids = inputs[0][:_ROWS, : self._length].detach().cpu()
             self.remove()
 
     def remove(self) -> None:

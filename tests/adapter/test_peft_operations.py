@@ -28,7 +28,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.adapter.layer import adapter_layers
-from qbl_trl.errors import ConfigError
+from qbl_trl.errors import ConfigError, MergeError
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
 
@@ -407,3 +407,32 @@ def test_equal_factors_of_one_are_lora():
     lora = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")).eval()
     set_peft_model_state_dict(lora, get_peft_model_state_dict(ours))
     torch.testing.assert_close(logits(ours, IDS), logits(lora, IDS), rtol=1e-5, atol=1e-6)  # fused sums
+
+
+@pytest.mark.parametrize("operation", ["merge_and_unload", "merge_adapter"])
+def test_a_merge_that_one_layer_refuses_changes_no_layer(operation):
+    mixed = quantize_model_(tiny_llama(), GroupQuantConfig(modules_to_not_convert=["q_proj"]))
+    model = get_peft_model(mixed, QBLoRAConfig(r=2, init_lora_weights=False)).eval()
+    expected = logits(model, tokens())
+    with pytest.raises(MergeError, match=r"k_proj: in_factor=2 is no multiple"):
+        getattr(model, operation)()
+    assert not any(layer.merged for layer in adapter_layers(model).values())
+    assert torch.equal(logits(model, tokens()), expected)
+
+
+def test_reentrant_checkpointing_trains_over_a_4_bit_base_as_over_a_float_one():
+    base = quantize_model_(tiny_llama(), GroupQuantConfig())
+    base.gradient_checkpointing_enable({"use_reentrant": True})
+    model = get_peft_model(base, QBLoRAConfig(r=2, quantization_aware=True)).train()
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_adapters_on_different_layers_combine_by_singular_values():
+    model = get_peft_model(tiny_llama(), QBLoRAConfig(r=4, target_modules=["q_proj"], init_lora_weights=False), "a")
+    model.add_adapter("b", QBLoRAConfig(r=4, target_modules=["down_proj"], init_lora_weights=False))
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", combination_type="svd")
+    model.set_adapter("sum")
+    found = logits(model.eval(), tokens())
+    model.base_model.set_adapter(["a", "b"])
+    torch.testing.assert_close(found, logits(model, tokens()), rtol=0, atol=2e-5)

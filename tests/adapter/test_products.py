@@ -59,7 +59,7 @@ def test_the_input_is_handed_on_and_not_kept(function):
 
 
 def test_layers_that_read_one_input_share_one_pooled_copy():
-    x = torch.randn(5, 64, requires_grad=True)
+    x = torch.randn(5, 64, requires_grad=True) * 1.0  # made by autograd, as between layers
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         first = project(x, torch.randn(3, 2, requires_grad=True), 32)
