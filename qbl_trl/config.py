@@ -106,8 +106,8 @@ class QBLoRAConfig(LoraConfig):
         in_factor_pattern, out_factor_pattern: factors of single layers, by full name or regular expression, as
             `rank_pattern` names ranks. Placing the adapter writes down the factors that "reduce" or a layer's own
             group size chose, so that a saved adapter states every factor.
-        base_quantization: the GroupQuantConfig of the base as a dictionary, recorded when the adapter is placed, so
-            that the same 4-bit base can be made again from its float checkpoint.
+        base_quantization: the GroupQuantConfig, BitsAndBytesConfig or HqqConfig of the base as a dictionary, recorded
+            when the adapter is placed, so that the same base can be made again from its float checkpoint.
 
     Raises:
         ConfigError: on a value outside its range or a LoraConfig feature that has no balanced form.

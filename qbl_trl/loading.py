@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
+from qbl_trl.config import QUANT_METHOD, GroupQuantConfig, QBLoRAConfig
 from qbl_trl.errors import CheckpointError, ConfigError
 
 
@@ -14,7 +14,8 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
     Args:
         folder: what `save_pretrained` of a PeftModel, or a trainer's `save_model`, wrote.
         base: model id or folder of the base, if not the one the adapter names. If it holds no quantization and the
-            adapter was trained over groups, it is quantized as the adapter's `base_quantization` says.
+            adapter was trained over groups, bitsandbytes or HQQ codes, it is quantized as the adapter's
+            `base_quantization` says.
 
     Raises:
         ConfigError: if the folder holds no adapter, names no base, or needs a calibrated base that is not there.
@@ -33,10 +34,9 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
         raise ConfigError(f"{path} does not name its base model; add --base")
     settings = None
     if isinstance(saved, QBLoRAConfig) and saved.base_quantization:
-        settings = GroupQuantConfig(**saved.base_quantization)
-        if getattr(AutoConfig.from_pretrained(named), "quantization_config", None) is not None:
-            settings = None
-        elif settings.algorithm == "gptq":
+        if getattr(AutoConfig.from_pretrained(named), "quantization_config", None) is None:
+            settings = _settings(saved.base_quantization)
+        if isinstance(settings, GroupQuantConfig) and settings.algorithm == "gptq":
             raise ConfigError(
                 f"{path} was trained over a calibrated base, which {named} does not hold; save the quantized "
                 "base with save_pretrained and name its folder with --base"
@@ -50,6 +50,15 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
     model = PeftModel.from_pretrained(model, str(path))
     _check_whole(model, path)
     return model.eval()
+
+
+def _settings(recorded: dict[str, Any]) -> Any:
+    """The quantization configuration that an adapter recorded."""
+    if recorded.get("quant_method", QUANT_METHOD) == QUANT_METHOD:
+        return GroupQuantConfig(**recorded)
+    from transformers.quantizers import AutoQuantizationConfig
+
+    return AutoQuantizationConfig.from_dict(dict(recorded))
 
 
 def _check_whole(model: Any, folder: Path) -> None:

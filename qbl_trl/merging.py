@@ -7,6 +7,7 @@ from before the model is handed out.
 
 import copy
 import logging
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -130,6 +131,7 @@ def _merge_layer_(
         merged, error = _requantized(module, active, settings)
         replace(model, name, merged)
         return error
+    module._forward_hooks = OrderedDict()  # the copy's: what an interrupted run left there is no part of the adapter
     try:
         module.take_over_base()
         base = module.get_base_layer()

@@ -9,11 +9,11 @@ The reference model is the same base with its adapters switched off: nothing is 
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, ScriptArguments, TrlParser
 
 from qbl_trl import GroupQuantConfig, QBLoRACallback, QBLoRAConfig
@@ -32,6 +32,7 @@ class DPOQBLoRAArguments:
     r: int = field(default=64, metadata={"help": "Nominal rank: that of the plain LoRA with as many parameters."})
     lora_alpha: int = field(default=16, metadata={"help": "The adapter is scaled by lora_alpha / r."})
     out_factor: int = field(default=2, metadata={"help": "Outputs that share one adapter output."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace what output_dir/merged holds."})
 
 
 def make_parser() -> TrlParser:
@@ -43,11 +44,10 @@ def main(script: ScriptArguments, training: DPOConfig, args: DPOQBLoRAArguments)
     """Load, train, save; merging and its check are the callback's."""
     if not args.model_name_or_path or not script.dataset_name:
         raise SystemExit("--model_name_or_path and --dataset_name are needed (or --config with both)")
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model_name_or_path,
-        dtype=getattr(torch, args.dtype),
-        quantization_config=GroupQuantConfig(group_size=args.group_size, algorithm=args.algorithm),
-    )
+    options: dict[str, Any] = {"dtype": getattr(torch, args.dtype)}
+    if getattr(AutoConfig.from_pretrained(args.model_name_or_path), "quantization_config", None) is None:
+        options["quantization_config"] = GroupQuantConfig(group_size=args.group_size, algorithm=args.algorithm)
+    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options)
     dataset = load_dataset(script.dataset_name, name=script.dataset_config)
     trainer = DPOTrainer(
         model,
@@ -62,9 +62,10 @@ def main(script: ScriptArguments, training: DPOConfig, args: DPOQBLoRAArguments)
             quantization_aware=True,
             task_type="CAUSAL_LM",
         ),
-        callbacks=[QBLoRACallback(merged_output_dir=Path(training.output_dir, "merged"))],
+        callbacks=[QBLoRACallback(merged_output_dir=Path(training.output_dir, "merged"), overwrite=args.overwrite)],
     )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    resume = training.resume_from_checkpoint  # a folder, or true: the last checkpoint
+    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
     trainer.save_model(training.output_dir)
 
 

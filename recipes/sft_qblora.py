@@ -73,7 +73,8 @@ def main(script: ScriptArguments, training: SFTConfig, args: QBLoRAArguments) ->
         ),
         callbacks=[QBLoRACallback()],
     )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    resume = training.resume_from_checkpoint  # a folder, or true: the last checkpoint
+    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
     trainer.save_model(training.output_dir)
 
 

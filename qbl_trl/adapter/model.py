@@ -20,7 +20,7 @@ from qbl_trl.adapter.balance import largest_useful_r, matched_rank
 from qbl_trl.adapter.factors import recorded_factors
 from qbl_trl.adapter.layer import BalancedLinear, record_placed_
 from qbl_trl.adapter.targets import resolve_all_linear
-from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
+from qbl_trl.config import QUANT_METHOD, GroupQuantConfig, QBLoRAConfig
 from qbl_trl.errors import ConfigError, MergeError
 from qbl_trl.peft_type import NAME, QBLORA
 from qbl_trl.quant.head import set_apart_, untie_changed_head_
@@ -46,11 +46,10 @@ class QBLoRAModel(LoraModel):
             prepared.target_modules = chosen  # type: ignore[assignment]  # a set, as PEFT's own
         stored = getattr(getattr(self.model, "config", None), "quantization_config", None)
         _warn_of_another_base(prepared, stored)
-        if isinstance(stored, GroupQuantConfig):
-            if prepared.in_factor is None:
-                prepared.in_factor = stored.group_size
-            if prepared.base_quantization is None:
-                prepared.base_quantization = stored.to_dict()
+        if isinstance(stored, GroupQuantConfig) and prepared.in_factor is None:
+            prepared.in_factor = stored.group_size
+        if prepared.base_quantization is None:
+            prepared.base_quantization = _recordable(stored)
         return prepared
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -217,7 +216,20 @@ class _BlockView:
         self.get_delta_weight = layer.block_delta
 
 
-_SAME = ("bits", "group_size", "symmetric", "algorithm", "quantize_embeddings")
+_SAME = {  # what makes the same base of the same float model, by quantization method
+    QUANT_METHOD: ("bits", "group_size", "symmetric", "algorithm", "quantize_embeddings"),
+    "bitsandbytes": ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "llm_int8_skip_modules"),
+    "hqq": ("quant_config", "skip_modules"),
+}
+
+
+def _recordable(stored: Any) -> dict[str, Any] | None:
+    """The configuration of a base that can be made again from its float checkpoint, as a dictionary."""
+    method = getattr(stored, "quant_method", None)
+    name = str(getattr(method, "value", method))
+    if name not in _SAME:
+        return None
+    return {key: value for key, value in stored.to_dict().items() if key[0] != "_"} | {"quant_method": name}
 
 
 def _warn_of_another_base(config: QBLoRAConfig, stored: Any) -> None:
@@ -225,14 +237,14 @@ def _warn_of_another_base(config: QBLoRAConfig, stored: Any) -> None:
     trained = config.base_quantization
     if trained is None:
         return
-    here = stored.to_dict() if isinstance(stored, GroupQuantConfig) else None
-    if here is None or any(trained.get(name, here[name]) != here[name] for name in _SAME):
-        told = {name: trained[name] for name in _SAME if name in trained}
-        held = "none" if here is None else {name: here[name] for name in told}
+    method, here = trained.get("quant_method", QUANT_METHOD), _recordable(stored)
+    same = _SAME.get(method, ())
+    if here is None or here["quant_method"] != method or any(trained.get(n, here.get(n)) != here.get(n) for n in same):
+        told = {name: trained[name] for name in same if name in trained}
+        held = "none" if here is None else {name: here[name] for name in _SAME[here["quant_method"]]}
         warnings.warn(
-            f"the adapter was trained over a base with GroupQuantConfig {told}, and this one has {held}: its outputs "
-            "will differ from what was trained. Load the base as it was, or with quantization_config="
-            "GroupQuantConfig(**config.base_quantization)",
+            f"the adapter was trained over a base with {method} {told}, and this one has {held}: its outputs will "
+            "differ from what was trained. Load the base as config.base_quantization says",
             stacklevel=2,
         )
 

@@ -32,7 +32,7 @@ def cuda_fallbacks(model: ir.Model) -> tuple[str, ...]:
             continue
         kernel = kernels.get(f"{node.domain}:{node.op_type}")
         if kernel is None:
-            reason = f"{node.op_type}: no CUDA kernel"
+            reason = f"{node.op_type}: not among the CUDA kernels listed"
         elif not types <= set(kernel["types"]):
             missing = ", ".join(sorted(types - set(kernel["types"])))
             reason = f"{node.op_type}: no CUDA kernel for {missing}"

@@ -39,6 +39,7 @@ class LinearLowering:
         shared: names of weights that other layers use too, by data pointer (a tied embedding).
         accuracy_level: attribute of MatMulNBits; 4 quantizes activations to 8 bits on CPU, None and 0 do not.
         digits: write block deltas as digits beside the codes where they fit there.
+        provider: whose kernels will run the graph.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class LinearLowering:
         accuracy_level: int | None,
         shared: dict[tuple[int, ...], str],
         digits: bool = False,
+        provider: str = "cpu",
     ) -> None:
+        self.provider = provider
         self.editor, self.lowering, self.accuracy_level, self.digits = editor, lowering, accuracy_level, digits
         self.shared = shared
         self.layers: list[LoweredLayer] = []
@@ -106,6 +109,11 @@ class LinearLowering:
         read_zeros: Reader | None = None if base.zeros is None else give(base.zeros)
         zero_dtype, zero_width = torch.uint8, -(-groups * base.bits // 8)
         if self.lowering == "float_zero_point" and (branches or fractional):
+            if base.bits == 8 and self.provider == "cpu":
+                raise ExportError(
+                    f"{name}: ONNX Runtime has no CPU kernel for 8-bit codes with fractional zero points; use "
+                    'lowering="factored"'
+                )
             read_zeros, branches = folded_zeros(name, base, branches), ()
             zero_dtype, zero_width = editor.dtype, groups
         elif fractional:

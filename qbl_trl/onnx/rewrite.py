@@ -69,7 +69,9 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> list[Lower
     shared = lower_embeddings(editor, skeleton.embeddings)
     linears = pack_projections(editor, choose_branches(skeleton.linears, options.lowering))
     accept_guessed_caches(editor, skeleton.model.config)
-    lowering = LinearLowering(editor, options.lowering, options.accuracy_level, shared, options.digits)
+    lowering = LinearLowering(
+        editor, options.lowering, options.accuracy_level, shared, options.digits, options.provider
+    )
     for node in [node for node in editor.graph if node.domain == TRACE_DOMAIN and node.op_type == "Linear"]:
         lowering.lower(node, linears[attribute(node, "name")])
     _finish(model)

@@ -85,7 +85,7 @@ def build_skeleton(
         marker = _marker(name, module, made, dtype, fused_attention)
         if marker is not None:
             memo[id(module)] = marker
-    skeleton = plain_forward_(copy.deepcopy(model, memo))
+    skeleton = plain_forward_(copy.deepcopy(model, memo), placed=False)
     skeleton.eval()
     for parameter in skeleton.parameters():
         parameter.requires_grad_(False)
@@ -111,10 +111,18 @@ def _marker(name: str, module: nn.Module, made: Skeleton, dtype: torch.dtype, fu
     if norm is not None:
         made.norms[name] = norm
         return NormMarker(name)
-    if is_rotary(module) and (fused or changes_with_length(module)):
+    if is_rotary(module) and (fused or changes_with_length(module) or _interleaves(module)):
         made.rotary[name] = _rotary(name, module, fused)
         return RotaryTableMarker(name, made.rotary[name].width)
     return None
+
+
+def _interleaves(module: nn.Module) -> bool:
+    """Whether its angles alternate between features: how they are repeated, the tracer loses the ranks over."""
+    try:
+        return not Rotary(module).halves
+    except NoTable:
+        return False
 
 
 def _rotary(name: str, module: nn.Module, fused: bool) -> Rotary:

@@ -59,7 +59,8 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
     with tempfile.TemporaryDirectory() as folder, _quiet(), every_expert_asked():
         path = Path(folder, "model.onnx")
         try:
-            _correct_caches(config, cache_sizes(skeleton.model))
+            sizes = cache_sizes(skeleton.model)
+            _correct_caches(config, sizes)
             export_pytorch(skeleton.model, config, _OPSET, path, input_shapes=shapes)
         except Unfusable:
             raise
@@ -70,7 +71,18 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
             ) from error
         model = ir.load(path)
         ir.external_data.load_to_model(model)
+    _state_caches(model, sizes)
     return model
+
+
+def _state_caches(model: ir.Model, sizes: list[tuple[int, int, int]]) -> None:
+    """Write the caches' sizes where the tracer lost them."""
+    outputs = {value.name: value for value in model.graph.outputs}
+    for layer, (heads, *widths) in enumerate(sizes):
+        for kind, width in zip(("key", "value"), widths, strict=True):
+            value = outputs.get(f"present.{layer}.{kind}")
+            if value is not None and value.shape is not None and len(value.shape) == 4:
+                value.shape = ir.Shape([value.shape[0], heads, value.shape[2], width])
 
 
 def check_supported(model: PreTrainedModel) -> None:
@@ -148,11 +160,13 @@ def _resized(cache: torch.Tensor, heads: int, size: int) -> torch.Tensor:
 def _quiet() -> Iterator[None]:
     """Silence the tracer's warnings about Python values: placeholders make their number harmless."""
     logger = logging.getLogger("torch.onnx")
-    level = logger.level
+    level, told = logger.level, torch._C._jit_is_onnx_log_enabled()
     logger.setLevel(logging.ERROR)
+    torch._C._jit_set_onnx_log_enabled(False)  # a trace that fails would print its whole graph
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
+        torch._C._jit_set_onnx_log_enabled(told)

@@ -42,11 +42,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(p, DTensor) or any(hasattr(p, mark) for mark in marks) for p in model.parameters())
 
 
-def plain_forward_(model: Model) -> Model:
+def plain_forward_(model: Model, placed: bool = True) -> Model:
     """Take off what trainers put on instances, in place: a copied module's patched `forward` runs the original.
 
     TRL's fused head and Accelerate's autocast both replace `forward` on the instance, in a closure over the old one.
-    Accelerate's placement of a model over several devices is put back.
+    Accelerate's placement of a model over several devices is put back unless `placed` is False.
     """
     for module in model.modules():
         for name in PATCHES:
@@ -54,5 +54,6 @@ def plain_forward_(model: Model) -> Model:
         hook = vars(module).pop("_hf_hook", None)
         if hook is not None:
             vars(module).pop("_old_forward", None)
-            add_hook_to_module(module, hook)
+            if placed:
+                add_hook_to_module(module, hook)
     return model

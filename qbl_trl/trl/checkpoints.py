@@ -1,9 +1,9 @@
 """Which checkpoint folders are whole. A trainer writes checkpoint-N file by file: killed in between, it leaves a part.
 
-A folder is whole if the note `qblora_complete.json` in it names files that are all there with the sizes it states. The
-callback writes that note last, in one rename. Without a note (a folder written before the callback was used, or a kill
-just after the last file), the folder is whole if `trainer_state.json`, which the trainer writes last, can be read and
-every safetensors and torch file in it has its end.
+A folder is whole if the note `qblora_complete.json` in it names files that are all there with the sizes it states, as
+far as a resumed run reads them (a README may be edited). The callback writes that note last, in one rename. Without a
+note (a folder written before the callback was used, or a kill just after the last file), the folder is whole if
+`trainer_state.json`, which the trainer writes last, can be read and every safetensors and torch file in it has its end.
 """
 
 import json
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 NOTE = "qblora_complete.json"
 _STATE = "trainer_state.json"
+_WEIGHTS = {".safetensors", ".bin", ".distcp"}
+_READ = _WEIGHTS | {".pt", ".pth"}  # by a trainer that resumes
 _NAME = re.compile(r"checkpoint-(\d+)$")
 _ASIDE = "incomplete-"
 
@@ -56,13 +58,7 @@ def check_checkpoint(folder: str | os.PathLike[str]) -> None:
     path = Path(folder)
     if (path / NOTE).is_file():
         for name, size in _noted(path / NOTE).items():
-            file = path / name
-            if not file.is_file():
-                raise CheckpointError(f"{file} is missing although the checkpoint was complete once")
-            if file.stat().st_size != size:
-                raise CheckpointError(
-                    f"{file}: {file.stat().st_size} bytes, {size} were written; it was cut or replaced"
-                )
+            _check_file(path / name, size)
         return
     state = path / _STATE
     try:
@@ -78,20 +74,34 @@ def check_checkpoint(folder: str | os.PathLike[str]) -> None:
             raise CheckpointError(f"{file} is cut short; the checkpoint is not whole, resume from an earlier one")
 
 
+def _check_file(file: Path, size: int) -> None:
+    """One file of a folder that was whole once."""
+    if file.suffix not in _READ and file.name != _STATE:
+        return
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing although the checkpoint was complete once")
+    if file.stat().st_size != size:
+        raise CheckpointError(f"{file}: {file.stat().st_size} bytes, {size} were written; it was cut or replaced")
+
+
 def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """The newest checkpoint-N of a run that is whole: what to pass as resume_from_checkpoint. None if there is none."""
     return next((str(folder) for folder in reversed(_checkpoints(Path(output_dir))) if _problem(folder) is None), None)
 
 
 def set_aside_parts(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """Rename every half-written checkpoint-N, so that `resume_from_checkpoint=True` finds the last whole one.
+    """Rename every checkpoint-N that cannot be resumed from, so that `resume_from_checkpoint=True` finds one that can.
 
-    Nothing is deleted. Returns the new names.
+    One that was whole and lacks an optimizer since, deleted to save space, stays where it is. Nothing is deleted here.
+    Returns the new names.
     """
     moved = []
     for folder in _checkpoints(Path(output_dir)):
         problem = _problem(folder)
         if problem is None:
+            continue
+        if _can_be_resumed_from(folder):
+            logger.warning("%s: a run resumed from here starts without it", problem)
             continue
         aside = folder.with_name(_ASIDE + folder.name)
         while aside.exists():
@@ -100,6 +110,18 @@ def set_aside_parts(output_dir: str | os.PathLike[str]) -> list[Path]:
         logger.warning("half-written checkpoint moved to %s: %s", aside, problem)
         moved.append(aside)
     return moved
+
+
+def _can_be_resumed_from(folder: Path) -> bool:
+    """Whether a folder that was whole once has its weights and trainer state, and nothing else that is damaged."""
+    try:
+        for name, size in _noted(folder / NOTE).items():
+            file = folder / name
+            if file.is_file() or file.suffix in _WEIGHTS or file.name == _STATE:
+                _check_file(file, size)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

@@ -6,6 +6,7 @@ model is a PeftModel. So the trainer is found and given the PeftModel.
 """
 
 import copy
+import logging
 import sys
 
 from peft import PeftModel, get_peft_model
@@ -19,6 +20,8 @@ from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.trl.layers import active, base_of
+
+logger = logging.getLogger(__name__)
 
 # These load a reference model of their own unless the model was a PeftModel before their __init__ ran.
 _NEED_ADAPTERS_FIRST = ("GRPOTrainer", "RLOOTrainer")
@@ -58,11 +61,36 @@ def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> P
             "trainer, or " + _WRITE.format(trainer="SFTTrainer")
         )
     _check_trainer(trainer)
-    peft_model = get_peft_model(model, copy.deepcopy(config))  # type: ignore[arg-type]
+    config = copy.deepcopy(config)
+    _train_added_tokens_(config)
+    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     if trainer.args.gradient_checkpointing:
         peft_model.enable_input_require_grads()
     trainer.model = trainer.model_wrapped = trainer.callback_handler.model = peft_model
     return peft_model  # type: ignore[return-value]
+
+
+def _train_added_tokens_(config: QBLoRAConfig) -> None:
+    """What a trainer does to a peft_config when a chat template brings new tokens: their rows and the head train, too.
+
+    SFTTrainer keeps the new ids in a variable of its constructor, which is running now.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and not frame.f_locals.get("added_tokens"):
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None or not isinstance(frame.f_locals.get("self"), Trainer):
+        return
+    added, rows = frame.f_locals["added_tokens"], config.trainable_token_indices
+    if rows is None or isinstance(rows, list):
+        config.trainable_token_indices = {"embed_tokens": [*(rows or []), *added]}
+    else:
+        config.trainable_token_indices = {**rows, "embed_tokens": [*rows.get("embed_tokens", []), *added]}
+    if "lm_head" not in (config.modules_to_save or ()):
+        config.modules_to_save = [*(config.modules_to_save or ()), "lm_head"]
+        logger.warning(
+            "the chat template brought %d new tokens: their embeddings and the output head train beside the adapter",
+            len(added),
+        )
 
 
 def check_merges(layers: dict[str, BalancedLinear], wanted: list[str]) -> None:

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, export_onnx, merge, verify
-from qbl_trl.errors import ExportError
+from qbl_trl.errors import ExportError, MergeError
+from qbl_trl.loading import load_adapter
 from tests.onnx.models import quantize
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tokens
 
 
 def kinds(report):
@@ -51,6 +52,14 @@ def test_a_bitsandbytes_base_keeps_its_codes(tmp_path, codebook, nested):
     report = export_onnx(model, tmp_path / "out")
     assert report.parity.max_abs_difference < 2e-5
     assert kinds(report) == {("MatMulBnb4", "low rank")}
+
+    model.save_pretrained(tmp_path / "adapter")  # a folder brings its own base along
+    assert kinds(export_onnx(tmp_path / "adapter", tmp_path / "again")) == {("MatMulBnb4", "low rank")}
+    assert verify(tmp_path / "out", tmp_path / "again", tokens()).max_abs_difference == 0
+    with pytest.raises(MergeError, match="bitsandbytes 4-bit weight cannot take an adapter without loss"):
+        merge(load_adapter(tmp_path / "adapter"))
+    with pytest.warns(UserWarning, match=r"trained over a base with bitsandbytes .* and this one has none"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
 
 
 def test_a_plain_lora_over_4_bits_is_traced_as_it_is(tmp_path):

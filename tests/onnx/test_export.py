@@ -8,15 +8,18 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers
+from peft import get_peft_model
 
-from qbl_trl import GroupQuantConfig, export_onnx, verify
+from qbl_trl import GroupQuantConfig, QBLoRAConfig, export_onnx, merge, verify
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.kernels import cuda_fallbacks, cuda_table
 from qbl_trl.onnx.linears import LinearLowering
 from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.quant.affine import Affine
+from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
 from tests.onnx.models import merged_llama, operators, padded_batch, quantize
+from tests.onnx.test_runtimes import ARCHITECTURES, build
 from tests.tiny import tiny_llama
 
 # fp32 on both sides; logits of the tiny models are below 1, sums are taken in different orders
@@ -209,6 +212,14 @@ def test_float_zero_points_refuse_an_adapter_that_varies_inside_a_group(tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_float_zero_points_of_8_bits_are_refused_where_there_is_no_kernel(tmp_path):
+    model = quantize_model_(tiny_llama(), GroupQuantConfig(bits=8))
+    model = get_peft_model(model, QBLoRAConfig(r=2, quantization_aware=True, init_lora_weights=False))
+    with pytest.raises(ExportError, match=r"no CPU kernel for 8-bit codes with fractional zero points"):
+        export_onnx(merge(model), tmp_path / "out", lowering="float_zero_point")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_layer_without_an_exact_form_is_refused_by_name(tmp_path):
     model = tiny_llama()
 
@@ -275,8 +286,14 @@ def test_an_operator_or_type_without_a_cuda_kernel_is_named():
     cos, odd = ir.node("Cos", [x]), ir.node("BitShift", [x], {"direction": "LEFT"})
     graph = ir.Graph([x], [cos.outputs[0], odd.outputs[0]], nodes=[cos, odd], opset_imports={"": 23})
     found = cuda_fallbacks(ir.Model(graph, ir_version=10))
-    assert found == ("1 x BitShift: no CUDA kernel", "1 x Cos: no CUDA kernel for bfloat16")
+    assert found == ("1 x BitShift: not among the CUDA kernels listed", "1 x Cos: no CUDA kernel for bfloat16")
     assert "OperatorKernels.md" in cuda_table()["source"]
+
+
+@pytest.mark.parametrize("case", ["opt with learned positions", "falcon with grouped heads", "phi with grouped heads"])
+def test_what_the_tracer_writes_has_cuda_kernels(tmp_path, case):
+    kind, settings, _ = ARCHITECTURES[case]
+    assert export_onnx(build(kind, settings), tmp_path / "out", provider="cuda").fallbacks == ()
 
 
 def test_half_precision_works_with_standard_attention(tmp_path):

@@ -48,6 +48,11 @@ ARCHITECTURES = {
     ),
     "falcon with alibi": ("Falcon", {**FALCON, "alibi": True}, "standard"),
     "gpt_bigcode with one key head": ("GPTBigCode", {**TOKENS, "n_embd": 64, "n_layer": 2, "n_head": 4}, "attention"),
+    "cohere2 with windows and interleaved angles": (
+        "Cohere2",
+        {**GATED, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+        "standard",
+    ),
     "starcoder2, which Optimum does not know": ("Starcoder2", {**GATED, "sliding_window": 6}, "attention"),
     "opt with learned positions": (
         "OPT",
@@ -165,6 +170,13 @@ def test_the_same_folder_runs_in_onnx_runtime_genai(tmp_path, attention, logits)
         generator.generate_next_token()
     expected = model.generate(torch.tensor([ids]), max_new_tokens=8, min_new_tokens=8, do_sample=False)
     assert generator.get_sequence(0).tolist() == expected[0].tolist()
+
+
+def test_a_traced_graph_states_the_sizes_of_its_caches_too(tmp_path):
+    kind, settings, _ = ARCHITECTURES["qwen3 with its own head size"]
+    export_onnx(build(kind, settings), tmp_path / "out", attention="standard")
+    decoder = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["decoder"]
+    assert (decoder["head_size"], decoder["num_key_value_heads"]) == (32, 2)
 
 
 def test_the_genai_configuration_says_what_the_graph_holds(tmp_path):

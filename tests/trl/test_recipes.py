@@ -35,7 +35,7 @@ FLAGS = {
         "lora_dropout": 0.1,
         "in_factor": 4,
     },
-    "dpo_qblora": {**ADAPTER, "dtype": "float32", "group_size": 16, "algorithm": "mse"},
+    "dpo_qblora": {**ADAPTER, "dtype": "float32", "group_size": 16, "algorithm": "mse", "overwrite": True},
 }
 ROWS = {"sft_qablora": data.completions, "sft_qblora": data.texts, "dpo_qblora": data.preferences}
 

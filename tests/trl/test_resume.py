@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback
 
 from qbl_trl.errors import CheckpointError
+from qbl_trl.trl import checkpoints
 from qbl_trl.trl.callback import QBLoRACallback
 from qbl_trl.trl.checkpoints import NOTE, check_checkpoint, last_whole_checkpoint, set_aside_parts, write_json
 from tests.tiny import tokens
@@ -168,6 +169,32 @@ def test_a_new_trainer_sets_a_half_written_checkpoint_aside_and_resumes_from_the
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4
     check_checkpoint(run / "checkpoint-4")
+
+
+def test_a_checkpoint_that_was_tidied_up_by_hand_stays_where_it_is(run, caplog):
+    readme = run / "checkpoint-4" / "README.md"
+    readme.write_text(readme.read_text() + "my notes")
+    check_checkpoint(run / "checkpoint-4")
+    (run / "checkpoint-4" / "optimizer.pt").unlink()
+    assert set_aside_parts(run) == []
+    assert "optimizer.pt is missing" in caplog.text
+    assert "starts without it" in caplog.text
+
+
+def test_every_process_has_written_before_a_checkpoint_is_marked_whole(tmp_path, monkeypatch):
+    trainer, order = injected(tmp_path, **{**SAVING, "max_steps": 2}), []
+    monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", lambda: order.append("wait"))
+    monkeypatch.setattr(checkpoints, "mark_whole", lambda folder: order.append("mark"))
+    trainer.train()
+    assert order[:2] == ["wait", "mark"]
+
+
+def test_a_hyperparameter_search_marks_the_checkpoints_of_each_trial(tmp_path, monkeypatch):
+    trainer = injected(tmp_path, **{**SAVING, "max_steps": 2})
+    monkeypatch.setattr(trainer, "_get_output_dir", lambda trial: str(tmp_path / "run-0"))
+    trainer.train()
+    check_checkpoint(tmp_path / "run-0" / "checkpoint-2")
+    assert (tmp_path / "run-0" / "checkpoint-2" / NOTE).is_file()
 
 
 def test_setting_aside_deletes_nothing_and_never_overwrites(run):

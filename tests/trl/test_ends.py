@@ -1,0 +1,112 @@
+"""However a run ends, its adapter is kept and nothing of the callback stays on the model."""
+
+import json
+
+import pytest
+import torch
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration, TrainerCallback
+
+from qbl_trl import GroupQuantConfig, merge
+from qbl_trl.adapter.layer import adapter_layers
+from qbl_trl.errors import MergeError
+from qbl_trl.quant.hf_quantizer import quantize_model_
+from qbl_trl.trl import finish
+from qbl_trl.trl.callback import REPORT, QBLoRACallback
+from qbl_trl.trl.report import write_report
+from tests.tiny import logits, tiny_gpt2, tokens
+from tests.trl import data
+from tests.trl.runs import adapter, settings, sft
+
+
+class Interrupting(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+def test_packed_rows_longer_than_the_model_has_positions_are_cut_for_the_comparison(tmp_path):
+    model = tiny_gpt2()
+    model.resize_token_embeddings(32)
+    options = {"packing": True, "max_length": 64, "per_device_train_batch_size": 3}
+    callback = QBLoRACallback(adapter())
+    sft(
+        tmp_path, callback, model=quantize_model_(model, GroupQuantConfig()), train_dataset=data.texts(200), **options
+    ).train()
+    assert callback.record.merge["parity"]["tokens"] <= 64
+
+
+def test_an_encoder_decoder_is_compared_on_what_it_reads(tmp_path):
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=32, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    model = quantize_model_(T5ForConditionalGeneration(config), GroupQuantConfig())
+    rows = [{"input_ids": [3, 4, 5], "attention_mask": [1, 1, 1], "labels": [6, 7, 8]}] * 8
+    callback = QBLoRACallback(adapter(task_type="SEQ_2_SEQ_LM"), merged_output_dir=tmp_path / "merged")
+    args = Seq2SeqTrainingArguments(**{**settings(tmp_path / "run"), "max_steps": 2})
+    Seq2SeqTrainer(model, args, train_dataset=rows, callbacks=[callback]).train()
+    assert callback.record.merge["parity"]["max_abs_difference"] < 1e-4  # float32 on both sides
+    assert (tmp_path / "merged" / "config.json").is_file()
+
+
+def test_a_model_that_answers_to_no_token_ids_is_compared_layer_by_layer(tmp_path, monkeypatch):
+    monkeypatch.setattr(finish, "logits_of", lambda model: lambda ids, mask: 1 / 0)
+    callback = QBLoRACallback(adapter(), merged_output_dir=tmp_path / "merged")
+    sft(tmp_path / "run", callback).train()
+    merge_entry = json.loads((tmp_path / "run" / REPORT).read_text())["merge"]
+    assert merge_entry["exact"] is True
+    assert "gives no logits for token ids alone (division by zero)" in merge_entry["not_compared"]
+    assert (tmp_path / "merged" / "config.json").is_file()
+    assert "gives no logits" in write_report(tmp_path / "run").read_text()
+
+
+def test_whatever_fails_at_the_end_the_adapter_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(finish, "merge", lambda model: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        sft(tmp_path, QBLoRACallback(adapter())).train()
+    assert caught.value.__notes__ == [f"(adapter saved in {tmp_path})"]
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert json.loads((tmp_path / REPORT).read_text())["merge"]["reason"] == "division by zero"
+
+
+def test_an_interrupted_rounded_run_merges_and_trains_on(tmp_path):
+    interrupting = Interrupting()
+    trainer = sft(tmp_path, QBLoRACallback(adapter(), stored_delta="int8"), callbacks=[interrupting])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    merged = merge(trainer.model)  # not rounded: what the factors say
+    trainer.remove_callback(interrupting)
+    trainer.train()
+    assert not any(layer._forward_hooks for layer in adapter_layers(trainer.model).values())
+    assert not torch.equal(logits(merged, tokens(vocabulary=32)), logits(trainer.model, tokens(vocabulary=32)))
+
+
+def test_rounding_that_starts_later_is_in_the_graph_from_the_first_step(tmp_path):
+    seen = []
+
+    class Looking(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            seen.append(all(layer._forward_hooks for layer in adapter_layers(model).values()))
+
+    callback = QBLoRACallback(adapter(), stored_delta="int8", round_from_step=2)
+    sft(tmp_path, callback, callbacks=[Looking()]).train()
+    assert seen == [True] * 4  # a compiled model does not notice hooks that come later
+
+
+def test_tokens_that_a_chat_template_brings_train_in_both_forms(tmp_path):
+    tokenizer = data.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<new>", "<newer>"]})
+    tokenizer.save_pretrained(tmp_path / "template")
+    chosen = {"chat_template_path": str(tmp_path / "template"), "train_dataset": data.chats()}
+    trained = []
+    for name, config, peft in (("cb", adapter(), {}), ("peft", None, {"peft_config": adapter()})):
+        trainer = sft(tmp_path / name, QBLoRACallback(config), **chosen, **peft)
+        trained.append({n for n, p in trainer.model.named_parameters() if p.requires_grad})
+        trainer.train()
+    assert trained[0] == trained[1]
+    assert any("trainable_tokens_delta" in name for name in trained[0])
+
+
+def test_a_merge_that_disagrees_names_where_the_adapter_is(tmp_path, monkeypatch):
+    monkeypatch.setitem(finish._TOLERANCE, torch.float32, -1.0)
+    with pytest.raises(MergeError) as caught:
+        sft(tmp_path, QBLoRACallback(adapter())).train()
+    assert caught.value.__notes__ == [f"(adapter saved in {tmp_path})"]
