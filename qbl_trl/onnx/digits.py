@@ -1,4 +1,4 @@
-"""A block delta written as two more digits beside the codes of its layer: for kernels with 8-bit activations.
+"""A block delta written as one or two more digits beside the codes of its layer: for kernels with 8-bit activations.
 
     W x + D h  ~  [W | s c | s' c'] [x, h, h]        h = sum_p(x),   D ~ s c + s' c'
 
@@ -7,9 +7,12 @@ no second product reads D in float32, and nothing is added afterwards. The secon
 
     |D - s c - s' c'|  <=  s' / 2  <=  max|D| / 225      over a row's block, 4-bit codes (one digit of 8: max|D| / 255)
 
-which is far below what 8-bit activations cost. What D costs is that h has 8 bits like x: beside weights of about 3.5
-steps of 4-bit codes (root mean squares) a D of 2 steps raises the rounding of the sum by sqrt(1 + (2/3.5)^2) = 1.15.
-A larger one, and every graph without 8-bit activations, keeps the product in float (`linears.py`).
+which is far below what 8-bit activations cost. Where the first digit alone leaves little, the second is not written:
+inputs of 8 bits are off by 0.006 of their size (32 normal ones to a block), which weights of about 3.5 steps of 4-bit
+codes make as much as 0.02 steps in D would; half of that raises the rounding of the sum by sqrt(1 + 1/4) = 1.12.
+
+What D itself costs is that h has 8 bits like x: a D of 2 steps raises the rounding by sqrt(1 + (2/3.5)^2) = 1.15. A
+larger one, and every graph without 8-bit activations, keeps the product in float (`linears.py`).
 
 A block has one scale, so no block may hold both digits: h is appended often enough that one copy starts where the
 first digit's blocks have ended. Copies between have codes that stand for zero.
@@ -26,6 +29,7 @@ from qbl_trl.quant.packing import pack
 
 _LARGEST_SHARE = 4  # no more than a quarter of the layer's own blocks: beyond, D has too many columns for this
 _LARGEST_STEPS = 2  # of 4-bit codes, root mean square
+_LARGEST_REST = 0.01  # of a step, root mean square: what one digit of 4 bits may leave
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,11 @@ class Layout:
     copies: int
 
     @classmethod
-    def of(cls, bits: int, block: int, columns: int) -> "Layout":
-        """Two digits of 4 bits or one of 8."""
+    def of(cls, bits: int, block: int, columns: int, digits: int = 2) -> "Layout":
+        """One digit, or two of 4 bits."""
         first_blocks = -(-columns // block)
         second = -(-first_blocks * block // columns)  # the first copy that starts behind them
-        starts = (0,) if bits == 8 else (0, second * columns)
+        starts = (0,) if bits == 8 or digits == 1 else (0, second * columns)
         return cls(bits, block, columns, starts, starts[-1] // columns + 1)
 
     @property
@@ -79,15 +83,24 @@ def layout_for(source: LinearSource) -> Layout | None:
         return None
     if source.in_features % base.group_size:
         return None
-    layout = Layout.of(base.bits, base.group_size, source.in_features // branches[0].in_factor)
-    own = source.in_features // base.group_size
-    if _LARGEST_SHARE * layout.blocks > own:
-        return None
+    columns, own = source.in_features // branches[0].in_factor, source.in_features // base.group_size
     scales = base.scales
     rows = [item.shape[0] for item in scales.items] if isinstance(scales, Stack) else [scales.shape[0]]
-    steps = scales.read().cpu().float() * (1 << base.bits) / 16
-    parts = zip(_delta(source).split(rows), steps.split(rows), strict=True)  # q, k and v each for itself
-    return layout if all(_size(delta) <= _LARGEST_STEPS * _size(step) for delta, step in parts) else None
+    steps = [_size(part) for part in (scales.read().cpu().float() * (1 << base.bits) / 16).split(rows)]
+    parts = list(zip(_delta(source).split(rows), steps, strict=True))  # q, k and v each for itself
+    if any(_size(delta) > _LARGEST_STEPS * step for delta, step in parts):
+        return None
+    one = Layout.of(base.bits, base.group_size, columns, 1)
+    enough = all(_size(_rest(delta, one)) <= _LARGEST_REST * step for delta, step in parts)
+    layout = one if enough else Layout.of(base.bits, base.group_size, columns)
+    return None if _LARGEST_SHARE * layout.blocks > own else layout
+
+
+def _rest(delta: Tensor, layout: Layout) -> Tensor:
+    """What the digits leave of a delta."""
+    codes, scales = encode(delta, layout)
+    values = (codes.float() - (1 << (layout.bits - 1))) * scales.repeat_interleave(layout.block, 1)
+    return delta - sum(values[:, start : start + layout.columns] for start in layout.starts)
 
 
 def _size(values: Tensor) -> float:

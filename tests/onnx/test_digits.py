@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from qbl_trl import GroupQuantConfig, export_onnx
 from qbl_trl.onnx import digits
+from qbl_trl.onnx.branches import choose_branches
 from qbl_trl.onnx.digits import Layout, encode, extended, layout_for
 from qbl_trl.onnx.layers import BlockDelta, GroupBase, LinearSource, Stored
+from qbl_trl.onnx.sources import linear_sources
 from qbl_trl.quant.affine import min_max
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
@@ -20,6 +22,10 @@ from tests.onnx.models import merged_llama, operators, quantize
 from tests.tiny import tiny_llama
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512}  # wide enough for digits to pay
+
+
+def size(values):
+    return values.square().mean().sqrt()
 
 
 def decoded(codes, scales, layout):
@@ -143,6 +149,20 @@ def test_the_largest_delta_written_as_digits_is_hardly_felt(tmp_path):
     kept = export_onnx(model, tmp_path / "factored", accuracy_level=4, lowering="factored")
     assert "block delta in 8 bits" in {r.correction for r in report.layers}
     assert report.parity_as_written.mean_abs_difference < 1.3 * kept.parity_as_written.mean_abs_difference
+
+
+@pytest.mark.parametrize(("steps", "count"), [(0.05, 1), (0.5, 2)])
+def test_a_second_digit_is_written_where_the_first_leaves_too_much(tmp_path, steps, count):
+    model = merged_llama(**WIDE)
+    for layer in model.modules():
+        if isinstance(layer, GroupQuantLinear) and layer.delta is not None:
+            layer.set_delta(layer.delta * steps * size(layer.scales.float()) / size(layer.delta), 32, 2)
+    report = export_onnx(model, tmp_path / "digits", accuracy_level=4)
+    kept = export_onnx(model, tmp_path / "factored", accuracy_level=4, lowering="factored")
+    layouts = {layout_for(source) for source in choose_branches(linear_sources(model), "auto").values()} - {None}
+    assert {len(layout.starts) for layout in layouts} == {count}
+    # 1.12 by the estimate of what one digit may leave, and what the tiny model's few tokens scatter
+    assert report.parity_as_written.mean_abs_difference < 1.2 * kept.parity_as_written.mean_abs_difference
 
 
 def test_layers_of_different_formats_over_one_input_have_digits_of_their_own(tmp_path):
