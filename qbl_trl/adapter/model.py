@@ -44,7 +44,7 @@ class QBLoRAModel(LoraModel):
         chosen = resolve_all_linear(prepared, self.model)
         if chosen is not None:
             prepared.target_modules = chosen  # type: ignore[assignment]  # a set, as PEFT's own
-        stored = getattr(getattr(self.model, "config", None), "quantization_config", None)
+        stored = _quantization(self.model)
         _warn_of_another_base(prepared, stored)
         if isinstance(stored, GroupQuantConfig) and prepared.in_factor is None:
             prepared.in_factor = stored.group_size
@@ -55,8 +55,7 @@ class QBLoRAModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Place an adapter, and write the factors its layers got into its configuration, as PEFT does with targets."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        quantized = isinstance(getattr(getattr(model, "config", None), "quantization_config", None), GroupQuantConfig)
-        if quantized and getattr(model, "is_gradient_checkpointing", False):
+        if isinstance(_quantization(model), GroupQuantConfig) and getattr(model, "is_gradient_checkpointing", False):
             model.enable_input_require_grads()  # type: ignore[operator]  # PEFT leaves it out over quantized bases
         layers = record_placed_(model, adapter_name, self.peft_config[adapter_name])
         if layers and not self.peft_config[adapter_name].inference_mode:
@@ -106,7 +105,7 @@ class QBLoRAModel(LoraModel):
             self._check_every_layer(adapter_names, safe_merge)
             self._set_heads_apart()
         plain: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        stored = getattr(getattr(plain, "config", None), "quantization_config", None)
+        stored = _quantization(plain)
         if merge and isinstance(stored, GroupQuantConfig):
             describe_stored_(plain, stored)
         if merge and hasattr(plain, "config"):
@@ -221,6 +220,11 @@ _SAME = {  # what makes the same base of the same float model, by quantization m
     "bitsandbytes": ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "llm_int8_skip_modules"),
     "hqq": ("quant_config", "skip_modules"),
 }
+
+
+def _quantization(model: nn.Module) -> Any:
+    """The configuration a model was quantized by, of whatever library; None for a float one."""
+    return getattr(getattr(model, "config", None), "quantization_config", None)
 
 
 def _recordable(stored: Any) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
     PeftModel,
-    convert_to_lora,
     get_layer_status,
     get_model_status,
     get_peft_model,
@@ -18,32 +17,17 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.helpers import rescale_adapter_scale
-from peft.utils.hotswap import (
-    hotswap_adapter,
-    hotswap_adapter_from_state_dict,
-    prepare_model_for_compiled_hotswap,
-)
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.adapter.layer import adapter_layers
-from qbl_trl.errors import ConfigError, MergeError
+from qbl_trl.errors import ConfigError
 from qbl_trl.quant.hf_quantizer import quantize_model_
-from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
+from tests.adapter.models import MODELS, config, groups
+from tests.tiny import logits, tiny_llama, tokens
 
 IDS = tokens()
-
-
-def config(**settings) -> QBLoRAConfig:
-    return QBLoRAConfig(**{"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM", **settings})
-
-
-def groups() -> nn.Module:
-    return quantize_model_(tiny_llama(), GroupQuantConfig(bits=4, group_size=32))
-
-
-MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "groups": groups}
 
 
 @pytest.fixture(params=MODELS)
@@ -160,55 +144,6 @@ def test_a_mixed_batch_gives_each_sample_its_adapter(model):
     torch.testing.assert_close(mixed[1], alone["default"][1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_merge_and_unload_computes_the_same_and_unmerge_restores(kind):
-    settings = {"quantization_aware": True} if kind == "groups" else {}
-    model = get_peft_model(MODELS[kind](), config(**settings)).eval()
-    before, state = logits(model, IDS), {k: v.clone() for k, v in model.state_dict().items()}
-    model.merge_adapter(safe_merge=True)
-    torch.testing.assert_close(logits(model, IDS), before, rtol=1e-4, atol=1e-5)  # float32 sums in another order
-    model.unmerge_adapter()
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, state[name], rtol=0, atol=0 if kind == "groups" else 1e-6)
-    merged = model.merge_and_unload(safe_merge=True)
-    assert not any("lora" in name for name, _ in merged.named_modules())
-    torch.testing.assert_close(logits(merged, IDS), before, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["linear", "cat", "svd", "ties", "dare_linear", "ties_svd", "magnitude_prune_svd"])
-def test_weighted_combinations_run_and_the_exact_ones_are_exact(kind):
-    model = get_peft_model(tiny_llama(), config(r=3, in_factor=4)).eval()
-    torch.manual_seed(1)
-    model.add_adapter("second", config(r=3, in_factor=4))
-    density = None if kind in ("linear", "cat", "svd") else 0.5
-    rank = 200 if kind == "svd" else None  # more than any layer has dimensions: nothing is cut off
-    model.add_weighted_adapter(["default", "second"], [0.7, -0.2], "sum", kind, svd_rank=rank, density=density)
-    for layer in adapter_layers(model).values():
-        total = 0.7 * layer.get_delta_weight("default") - 0.2 * layer.get_delta_weight("second")
-        assert torch.isfinite(layer.get_delta_weight("sum")).all()
-        if kind in ("cat", "svd"):
-            torch.testing.assert_close(layer.get_delta_weight("sum"), total, rtol=1e-4, atol=1e-6)  # SVD in float32
-    model.set_adapter("sum")
-    assert torch.isfinite(logits(model, IDS)).all()
-
-
-def test_adapters_of_different_blocks_do_not_combine():
-    model = get_peft_model(tiny_llama(), config(in_factor=4))
-    model.add_adapter("second", config(in_factor=2))
-    with pytest.raises(ConfigError, match=r"differ in \(in_factor, out_factor, pooling\)"):
-        model.add_weighted_adapter(["default", "second"], [1, 1], "sum", "cat")
-    model.add_adapter("elsewhere", config(in_factor=2, target_modules=["lm_head"]))
-    model.add_adapter("here", config(in_factor=4, target_modules=["q_proj"]))
-    with pytest.raises(ConfigError, match=r"differ in .* at lm_head.*the same in_factor and out_factor"):
-        model.add_weighted_adapter(["here", "elsewhere"], [1, 1], "sum", "cat")
-    model.add_adapter("third", config(in_factor=4, out_factor_pattern={"layers.1.mlp.up_proj": 4}))
-    with pytest.raises(ConfigError, match=r"differ in .* at model\.layers\.1\.mlp\.up_proj"):
-        model.add_weighted_adapter(["default", "third"], [1, 1], "sum", "cat")
-    model.add_adapter("block", config(adapter="block", in_factor=4))
-    with pytest.raises(ConfigError, match="adapter='block' has none"):
-        model.add_weighted_adapter(["block"], [1], "sum", "linear")
-
-
 def test_rank_and_alpha_patterns_set_nominal_values():
     model = get_peft_model(
         tiny_llama(), config(rank_pattern={"q_proj": 8}, alpha_pattern={"layers.1.mlp.up_proj": 32}, lora_alpha=4)
@@ -296,42 +231,6 @@ def test_state_dicts_go_in_and_out(model):
         assert torch.equal(value, state[key])
 
 
-def test_a_hot_swapped_adapter_is_the_other_one(tmp_path):
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        get_peft_model(tiny_llama(), config(r=2 * seed, lora_alpha=seed)).save_pretrained(tmp_path / str(seed))
-    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "1").eval()
-    hotswap_adapter(model, str(tmp_path / "2"), adapter_name="default", torch_device="cpu")
-    expected = PeftModel.from_pretrained(tiny_llama(), tmp_path / "2").eval()
-    torch.testing.assert_close(logits(model, IDS), logits(expected, IDS), rtol=1e-5, atol=1e-6)  # zero-padded products
-
-
-def test_hot_swapping_another_block_shape_is_refused(tmp_path):
-    get_peft_model(tiny_llama(), config(in_factor=4)).save_pretrained(tmp_path)
-    model = get_peft_model(tiny_llama(), config(in_factor=2))
-    with pytest.raises(ValueError, match="in_factor"):
-        hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
-
-
-def test_a_model_prepared_for_compiled_swapping_keeps_its_shapes_and_its_function(tmp_path):
-    torch.manual_seed(1)
-    other = get_peft_model(tiny_llama(), config(r=6, lora_alpha=3)).eval()
-    other.save_pretrained(tmp_path)
-    model = get_peft_model(tiny_llama(), config(r=4, rank_pattern={"q_proj": 5})).eval()
-    before = logits(model, IDS)
-    prepare_model_for_compiled_hotswap(model, target_rank=6)
-    torch.testing.assert_close(logits(model, IDS), before, rtol=1e-5, atol=1e-6)  # zero-padded products
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    assert shapes == {name: parameter.shape for name, parameter in other.named_parameters()}
-    kept = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    state = {name: tensor for name, tensor in other.state_dict().items() if "lora_" in name}
-    hotswap_adapter_from_state_dict(model, state, "default", other.peft_config["default"])
-    assert kept == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    torch.testing.assert_close(logits(model, IDS), logits(other, IDS), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ConfigError, match=r"q_proj: adapter 'default' has rank 12, target_rank=5 would be 10"):
-        prepare_model_for_compiled_hotswap(model, target_rank=5)
-
-
 def test_saving_warns_of_matrices_whose_shards_were_not_gathered(tmp_path):
     model = get_peft_model(tiny_llama(), config())
     next(iter(adapter_layers(model).values())).lora_A["default"].weight.data = torch.zeros(0)
@@ -392,47 +291,9 @@ def test_injection_without_a_wrapper_computes_the_same():
     assert torch.equal(logits(bare.eval(), IDS), logits(wrapped, IDS))
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("settings", [{}, {"adapter": "block", "in_factor": 4}])
-def test_pefts_conversion_to_lora_computes_the_same_where_its_rank_suffices(kind, settings):
-    model = get_peft_model(MODELS[kind](), config(**settings)).eval()
-    plain, state = convert_to_lora(model, rank=32)
-    lora = get_peft_model(MODELS[kind](), plain).eval()
-    set_peft_model_state_dict(lora, state)
-    torch.testing.assert_close(logits(lora, IDS), logits(model, IDS), rtol=1e-4, atol=1e-5)  # SVD in float32
-
-
-def test_equal_factors_of_one_are_lora():
-    ours = get_peft_model(tiny_llama(), config(in_factor=1, out_factor=1, lora_alpha=8, pooling="mean")).eval()
-    lora = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")).eval()
-    set_peft_model_state_dict(lora, get_peft_model_state_dict(ours))
-    torch.testing.assert_close(logits(ours, IDS), logits(lora, IDS), rtol=1e-5, atol=1e-6)  # fused sums
-
-
-@pytest.mark.parametrize("operation", ["merge_and_unload", "merge_adapter"])
-def test_a_merge_that_one_layer_refuses_changes_no_layer(operation):
-    mixed = quantize_model_(tiny_llama(), GroupQuantConfig(modules_to_not_convert=["q_proj"]))
-    model = get_peft_model(mixed, QBLoRAConfig(r=2, init_lora_weights=False)).eval()
-    expected = logits(model, tokens())
-    with pytest.raises(MergeError, match=r"k_proj: in_factor=2 is no multiple"):
-        getattr(model, operation)()
-    assert not any(layer.merged for layer in adapter_layers(model).values())
-    assert torch.equal(logits(model, tokens()), expected)
-
-
 def test_reentrant_checkpointing_trains_over_a_4_bit_base_as_over_a_float_one():
     base = quantize_model_(tiny_llama(), GroupQuantConfig())
     base.gradient_checkpointing_enable({"use_reentrant": True})
     model = get_peft_model(base, QBLoRAConfig(r=2, quantization_aware=True)).train()
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-def test_adapters_on_different_layers_combine_by_singular_values():
-    model = get_peft_model(tiny_llama(), QBLoRAConfig(r=4, target_modules=["q_proj"], init_lora_weights=False), "a")
-    model.add_adapter("b", QBLoRAConfig(r=4, target_modules=["down_proj"], init_lora_weights=False))
-    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", combination_type="svd")
-    model.set_adapter("sum")
-    found = logits(model.eval(), tokens())
-    model.base_model.set_adapter(["a", "b"])
-    torch.testing.assert_close(found, logits(model, tokens()), rtol=0, atol=2e-5)
