@@ -1,73 +1,69 @@
-"""Attention placeholders: what each one computes, found in the traced graph, and the two fused operators for it.
+"""Attention placeholders -> one of two fused operators.
 
 | fused | operator | where |
 | --- | --- | --- |
-| "attention" | Attention and RotaryEmbedding of ONNX | CPU: faster there, takes any mask |
-| "gqa" | GroupQueryAttention of ONNX Runtime, rotary inside | CUDA, and whoever shares the cache's buffer |
+| "gqa" | GroupQueryAttention of ONNX Runtime, rotary inside | the faster one, and it can share the cache's buffer |
+| "attention" | Attention and RotaryEmbedding of ONNX | any size of heads, any mask, any runtime |
 
 Where the pattern around a placeholder is not the one expected, `Unfusable` is raised and the caller traces again with
 standard operators.
 """
 
-from dataclasses import dataclass
-
-import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from packaging.version import Version
 
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute, constant_of, produced_by
 from qbl_trl.onnx.markers import TRACE_DOMAIN
 from qbl_trl.onnx.masks import Masks
 from qbl_trl.onnx.rotary import table_rows
+from qbl_trl.onnx.sites import Site, read_site
 from qbl_trl.onnx.skeleton import Skeleton, Unfusable
 
 
-@dataclass(frozen=True)
-class Site:
-    """One attention of the model.
+def takes_query_lengths(provider: str) -> bool:
+    """Whether GroupQueryAttention can be told how many queries each row has.
 
-    Attributes:
-        query, key, value: before rotation, (B, S, heads * head_size).
-        past_key, past_value: graph inputs (B, kv_heads, P, head_size); present_*: the graph outputs to replace.
-        table: the RotaryTable placeholder, or None.
-        window: keys a query sees, itself included; 0 for all.
-        softcap: 0 for none.
+    On CPU it then continues a batch over a cache by any number of tokens, and reads positions of its own at every step.
+    Without them it counts from the start of the cache, and ONNX Runtime refuses to continue a batch by more than one.
     """
-
-    node: ir.Node
-    query: ir.Value
-    key: ir.Value
-    value: ir.Value
-    past_key: ir.Value
-    past_value: ir.Value
-    present_key: ir.Value
-    present_value: ir.Value
-    table: ir.Node | None
-    heads: int
-    kv_heads: int
-    head_size: int
-    scale: float
-    window: int
-    softcap: float
+    return provider == "cpu" and Version(onnxruntime.__version__) >= Version("1.32")
 
 
-def fuse_attention(editor: Editor, skeleton: Skeleton, kind: str, max_length: int) -> None:
-    """Replace every Attention placeholder by the operator of `kind`.
+def fuse_attention(
+    editor: Editor, skeleton: Skeleton, kinds: tuple[str, ...], max_length: int, query_lengths: bool
+) -> tuple[str, str]:
+    """Replace every Attention placeholder by one operator, the first of `kinds` that fits all of them.
+
+    Args:
+        query_lengths: tell GroupQueryAttention how many queries there are, and their positions.
+
+    Returns:
+        The kind taken, and why not the first.
 
     Raises:
-        Unfusable: if one does not match.
+        Unfusable: if none fits.
     """
     nodes = [node for node in editor.graph if node.op_type == "Attention" and node.domain == TRACE_DOMAIN]
     if not nodes:
         raise Unfusable("the model's attention does not go through transformers' attention interface")
     masks = Masks(editor)
-    for node in nodes:
-        site = _site(editor, node)
+    sites = [read_site(editor, node) for node in nodes]
+    kind, reason = kinds[0], ""
+    if kind == "gqa":
+        try:
+            for site in sites:
+                _check_group_query(site, skeleton, query_lengths)
+        except Unfusable as refusal:
+            if len(kinds) == 1:
+                raise
+            kind, reason = kinds[1], str(refusal)
+    for site in sites:
         tables = None if site.table is None else _tables(editor, site.table, skeleton, max_length)
         if kind == "gqa":
-            _check_group_query(site, skeleton)
-            fused = _group_query(editor, site, masks, tables)
+            fused = _group_query(editor, site, masks, tables, skeleton, query_lengths)
         else:
             fused = _attention(editor, site, masks, tables, skeleton)
         for old, new in zip((site.present_key, site.present_value), fused.outputs[1:], strict=True):
@@ -80,15 +76,15 @@ def fuse_attention(editor: Editor, skeleton: Skeleton, kind: str, max_length: in
     for node in editor.graph:
         if node.domain == TRACE_DOMAIN and node.op_type in ("Rotary", "RotaryTable"):
             raise Unfusable(f"{node.name}: rotary embedding is used outside attention")
+    return kind, reason
 
 
 def _attention(
     editor: Editor, site: Site, masks: Masks, tables: tuple[ir.Value, ir.Value] | None, skeleton: Skeleton
 ) -> ir.Node:
     query, key = site.query, site.key
-    if tables is not None and site.table is not None:
-        rotary = skeleton.rotary[attribute(site.table, "name")]
-        positions = table_rows(editor, site.node, masks.positions(site.table.inputs[1]), rotary)
+    if tables is not None:
+        positions = _rows(editor, site, masks, skeleton)
         width = 2 * int(tables[0].shape[-1])  # type: ignore[index, arg-type]
         partial = {} if width == site.head_size else {"rotary_embedding_dim": width}
         query, key = (
@@ -108,7 +104,15 @@ def _attention(
     return editor.add(site.node, "Attention", inputs, attributes, outputs=3, like=site.past_value)
 
 
-def _check_group_query(site: Site, skeleton: Skeleton) -> None:
+def _rows(editor: Editor, site: Site, masks: Masks, skeleton: Skeleton) -> ir.Value:
+    """Which rows of the rotary tables the new tokens read, (B, S)."""
+    if site.table is None:
+        raise Unfusable(f"{site.node.name}: nothing is rotated")
+    rotary = skeleton.rotary[attribute(site.table, "name")]
+    return table_rows(editor, site.node, masks.positions(site.table.inputs[1]), rotary)
+
+
+def _check_group_query(site: Site, skeleton: Skeleton, reads_positions: bool) -> None:
     """What ONNX Runtime asks of the sizes, and what an operator that counts positions itself cannot do."""
     if site.head_size % 8:
         raise Unfusable(f"{site.node.name}: GroupQueryAttention needs heads of a multiple of 8, not {site.head_size}")
@@ -117,18 +121,24 @@ def _check_group_query(site: Site, skeleton: Skeleton) -> None:
         raise Unfusable(
             f"{site.node.name}: GroupQueryAttention rotates a multiple of 16 features, not {rotary.width} of a head"
         )
-    if rotary is not None and rotary.switch:
+    if rotary is not None and rotary.switch and not reads_positions:
         raise Unfusable(
             f"{site.node.name}: rotary angles of longrope change once a text is longer than {rotary.switch}"
         )
 
 
-def _group_query(editor: Editor, site: Site, masks: Masks, tables: tuple[ir.Value, ir.Value] | None) -> ir.Node:
-    """Causal by itself; tokens are rotated by their place in the cache.
+def _group_query(
+    editor: Editor,
+    site: Site,
+    masks: Masks,
+    tables: tuple[ir.Value, ir.Value] | None,
+    skeleton: Skeleton,
+    query_lengths: bool,
+) -> ir.Node:
+    """Causal by itself. Padding is an attention bias; seqlens_k counts all of the cache, padding included.
 
-    Rotation is relative, so a row padded on the left is only shifted as a whole. (The operator has an input for
-    positions, but ONNX Runtime 1.32 does not read it on CPU when one token is decoded.) Padding is an attention bias;
-    seqlens_k counts all of the cache, padding included.
+    Without query lengths, tokens are rotated by their place in the cache: rotation is relative, so a row padded on the
+    left is only shifted as a whole.
     """
     attributes: dict[str, float | int] = {
         "num_heads": site.heads,
@@ -140,85 +150,14 @@ def _group_query(editor: Editor, site: Site, masks: Masks, tables: tuple[ir.Valu
         attributes["local_window_size"] = site.window
     if site.softcap:
         attributes["softcap"] = site.softcap
-    cos, sin = tables or (None, None)
-    lengths = masks.lengths()
-    inputs = [site.query, site.key, site.value, site.past_key, site.past_value, *lengths, cos, sin, None]
+    rows = _rows(editor, site, masks, skeleton) if query_lengths and tables is not None else None
+    inputs = [site.query, site.key, site.value, site.past_key, site.past_value, *masks.lengths()]
+    inputs += [*(tables or (None, None)), rows, masks.padding()]
+    if query_lengths:  # the operator's last input, behind five that are not used
+        inputs += [None] * 5 + [masks.query_lengths()]
     return editor.add(
-        site.node,
-        "GroupQueryAttention",
-        [*inputs, masks.padding()],
-        attributes,
-        domain=MS_DOMAIN,
-        outputs=3,
-        like=site.past_value,
+        site.node, "GroupQueryAttention", inputs, attributes, domain=MS_DOMAIN, outputs=3, like=site.past_value
     )
-
-
-def _site(editor: Editor, node: ir.Node) -> Site:
-    query, key, value = node.inputs
-    if query is None or key is None or value is None:
-        raise Unfusable(f"{node.name}: an input is missing")
-    past_key, key_now = _cache(node, key)
-    past_value, value_now = _cache(node, value)
-    query, table = _unrotated(query)
-    key_now, key_table = _unrotated(key_now)
-    if table is not key_table:
-        raise Unfusable(f"{node.name}: queries and keys are rotated differently")
-    heads, kv_heads, head_size = attribute(node, "heads"), _size(past_value, 1), _size(past_value, 3)
-    if _size(past_key, 3) != head_size:
-        raise Unfusable(f"{node.name}: keys and values have heads of different sizes")
-    return Site(
-        node=node,
-        query=_flat(editor, node, query, heads * head_size),
-        key=_flat(editor, node, key_now, kv_heads * head_size),
-        value=_flat(editor, node, value_now, kv_heads * head_size),
-        past_key=past_key,
-        past_value=past_value,
-        present_key=key,
-        present_value=value,
-        table=table,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_size=head_size,
-        scale=attribute(node, "scale"),
-        window=attribute(node, "window"),
-        softcap=attribute(node, "softcap"),
-    )
-
-
-def _cache(node: ir.Node, value: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """(past, new) of keys or values: present = Concat(past, new)."""
-    concat = produced_by(value, "Concat")
-    if concat is None or len(concat.inputs) != 2:
-        raise Unfusable(f"{node.name}: keys or values do not come straight from the cache")
-    past, now = concat.inputs
-    if past is None or now is None or not past.is_graph_input():
-        raise Unfusable(f"{node.name}: keys or values do not come straight from the cache")
-    return past, now
-
-
-def _unrotated(value: ir.Value) -> tuple[ir.Value, ir.Node | None]:
-    rotary = produced_by(value, "Rotary", TRACE_DOMAIN)
-    if rotary is None or rotary.inputs[0] is None:
-        return value, None
-    table = produced_by(rotary.inputs[1], "RotaryTable", TRACE_DOMAIN)
-    if table is None:
-        raise Unfusable(f"{rotary.name}: its angles are not those of the model's rotary embedding")
-    return rotary.inputs[0], table
-
-
-def _flat(editor: Editor, node: ir.Node, value: ir.Value, width: int) -> ir.Value:
-    """(B, H, S, D) -> (B, S, width = H * D), undoing the model's own reshape where there is one."""
-    transpose = produced_by(value, "Transpose")
-    if transpose is not None and list(attribute(transpose, "perm")) == [0, 2, 1, 3]:
-        split = transpose.inputs[0]
-        reshape = produced_by(split, "Reshape")
-        source = None if reshape is None else reshape.inputs[0]
-        if source is not None and source.shape is not None and len(source.shape) == 3 and source.shape[2] == width:
-            return source
-    else:
-        split = editor.add(node, "Transpose", [value], {"perm": [0, 2, 1, 3]}, like=value).outputs[0]
-    return editor.add(node, "Reshape", [split, editor.constant([0, 0, width])], like=value).outputs[0]
 
 
 def _attach_output(editor: Editor, site: Site, attended: ir.Value) -> None:
@@ -254,10 +193,3 @@ def _tables(editor: Editor, table: ir.Node, skeleton: Skeleton, max_length: int)
     cos = editor.weight(f"{name}.cos", shape, editor.dtype, lambda: read(0))
     sin = editor.weight(f"{name}.sin", shape, editor.dtype, lambda: read(1))
     return cos, sin
-
-
-def _size(value: ir.Value, axis: int) -> int:
-    size = None if value.shape is None else value.shape[axis]
-    if not isinstance(size, (int, np.integer)):
-        raise Unfusable(f"{value.name}: axis {axis} has no fixed size")
-    return int(size)

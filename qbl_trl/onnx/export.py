@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from qbl_trl.errors import ExportError
 from qbl_trl.folders import check_free, new_folder
 from qbl_trl.onnx import companions
+from qbl_trl.onnx.attention import takes_query_lengths
 from qbl_trl.onnx.branches import choose_branches
 from qbl_trl.onnx.digits import layout_for
 from qbl_trl.onnx.files import MODEL_FILE, clear, folder_bytes, save
@@ -27,7 +28,7 @@ from qbl_trl.onnx.options import check_choices
 from qbl_trl.onnx.reference import float32_reference
 from qbl_trl.onnx.report import ExportReport
 from qbl_trl.onnx.retype import float16_to_bfloat16
-from qbl_trl.onnx.rewrite import Options, rewrite
+from qbl_trl.onnx.rewrite import Options, Rewritten, rewrite
 from qbl_trl.onnx.rotary import steady_length
 from qbl_trl.onnx.skeleton import Unfusable, build_skeleton, fused_attention_traced
 from qbl_trl.onnx.sources import linear_sources
@@ -35,7 +36,7 @@ from qbl_trl.onnx.trace import Untraceable, check_supported, trace
 from qbl_trl.parity import ParityReport
 from qbl_trl.progress import progress, step
 
-_FASTEST = {"cpu": "attention", "cuda": "gqa"}
+_FUSED = {"cpu": ("gqa", "attention"), "cuda": ("gqa",)}  # by provider, the fastest first
 TOLERANCE = 1e-3
 _DIGITS_SHARE = 2.0  # times what 8-bit activations cost: beyond, a delta stays in float
 
@@ -68,8 +69,10 @@ def export_onnx(
         dtype: "float32" (default on cpu) or "float16"; on cuda "float16" (default) or "bfloat16".
         lowering: "auto" or "factored": codes and integer zero points as they are, the adapter beside them;
             "float_zero_point": the adapter inside fractional zero points; "low_rank": the adapter's own two factors.
-        attention: "attention" (the ONNX operator: fastest on CPU), "gqa" (GroupQueryAttention: fastest on CUDA, and in
-            GenAI), "standard" (as traced), or "auto": the fastest of the provider where it fits the model.
+        attention: "gqa" (GroupQueryAttention: fastest, and with one buffer for the cache in GenAI), "attention" (the
+            ONNX operator, for heads that GroupQueryAttention does not take), "standard" (as traced), or "auto": the
+            first that fits. For CPU, GroupQueryAttention is written as the installed ONNX Runtime knows it; a graph
+            written with 1.32 or newer needs one.
         accuracy_level: 4 lets MatMulNBits quantize activations to 8 bits on CPU: faster, not exact; reported. With
             lowering="auto" an adapter's block delta then lies beside the codes, in 8 bits; "factored" keeps it in
             float.
@@ -105,12 +108,13 @@ def export_onnx(
         options = Options(
             dtype=torch.float32,
             lowering=lowering,
-            attention=_FASTEST[provider] if attention == "auto" else attention,
+            attention=_kinds(attention, provider),
             accuracy_level=None,
             provider=provider,
             last_logits=logits == "last",
             max_length=max_length or companions.max_positions(held.config),
             spelled_out=float_type != torch.float32,
+            query_lengths=takes_query_lengths(provider),
         )
         wanted = replace(
             options,
@@ -135,7 +139,9 @@ def export_onnx(
             step(bar, "finishing the folder")
             final, lossy = exact, None
             if exact_folder is not folder:
-                final, lossy = _as_wanted(held, replace(wanted, attention=exact.attention), gate, folder, exact_folder)
+                final, lossy = _as_wanted(
+                    held, replace(wanted, attention=_kinds(exact.attention, provider)), gate, folder, exact_folder
+                )
             elif wanted != options:
                 if accuracy_level:
                     set_accuracy_level(folder / MODEL_FILE, accuracy_level)
@@ -190,7 +196,7 @@ def _exact(
         held.let_go()
         return built, gate.pass_(folder, tolerance)
     except (Unfusable, Untraceable, Unrunnable, Disagreement) as refusal:
-        if options.attention == "standard":
+        if not options.attention:
             if (
                 isinstance(refusal, Disagreement)
                 and options.spelled_out
@@ -204,25 +210,33 @@ def _exact(
             raise
         if not may_fall_back:
             raise ExportError(
-                f'attention="{options.attention}" does not fit this model: {refusal}; use "auto" or "standard"'
+                f'attention="{options.attention[0]}" does not fit this model: {refusal}; use "auto" or "standard"'
             ) from None
-        reason = getattr(refusal, "brief", str(refusal))
+        refusal_was, reason = refusal, getattr(refusal, "brief", str(refusal))
     clear(folder)
-    standard = replace(options, attention="standard")
-    built, reports = _exact(held, standard, False, gate, tolerance, folder)
-    built.reason = reason
+    # A graph that was written and is wrong says nothing about the next operator; one that was not would fail there too.
+    left = options.attention[1:] if isinstance(refusal_was, (Unrunnable, Disagreement)) else ()
+    built, reports = _exact(held, replace(options, attention=left), bool(left), gate, tolerance, folder)
+    built.reason = "; ".join(filter(None, (reason, built.reason)))
     return built, reports
 
 
 def _build(held: companions.Held, options: Options, folder: Path) -> _Built:
-    graph, layers = _trace_and_rewrite(held.decoder(), options)
+    graph, made = _trace_and_rewrite(held.decoder(), options)
     save(graph, folder)
     operators = dict(Counter(node.op_type for node in graph.graph))
-    return _Built(layers, operators, cuda_fallbacks(graph) if options.provider == "cuda" else (), options.attention)
+    fallbacks = cuda_fallbacks(graph) if options.provider == "cuda" else ()
+    return _Built(made.layers, operators, fallbacks, made.attention, made.reason)
 
 
-def _trace_and_rewrite(model: PreTrainedModel, options: Options) -> tuple[ir.Model, list[LoweredLayer]]:
-    fused = options.attention != "standard"
+def _kinds(attention: str, provider: str) -> tuple[str, ...]:
+    if attention == "auto":
+        return _FUSED[provider]
+    return () if attention == "standard" else (attention,)
+
+
+def _trace_and_rewrite(model: PreTrainedModel, options: Options) -> tuple[ir.Model, Rewritten]:
+    fused = bool(options.attention)
     traced = torch.float16 if options.dtype == torch.bfloat16 else options.dtype
     skeleton = build_skeleton(model, linear_sources(model), traced, fused, options.spelled_out)
     if fused:

@@ -3,6 +3,7 @@
 padding         (B, 1, S, T): a large negative number on padded keys
 causal(window)  padding, and the same on keys after the query, or `window` and more before it
 lengths         seqlens_k (B,) = T - 1 and total_sequence_length = T, both int32
+query_lengths   (B,) = S, int32
 """
 
 import numpy as np
@@ -38,9 +39,15 @@ class Masks:
             whole = self._add("Shape", [self.mask], start=1, end=2)
             total = self._add("Squeeze", [self._add("Cast", [whole], to=ir.DataType.INT32)])
             last = self._add("Sub", [total, self.editor.constant(1, np.int32)])
-            self._made["seqlens"] = self._add("Expand", [last, self._add("Shape", [self.ids], start=0, end=1)])
+            self._made["seqlens"] = self._for_every_row(last)
             self._made["total"] = total
         return self._made["seqlens"], self._made["total"]
+
+    def query_lengths(self) -> ir.Value:
+        """query_seqlens of GroupQueryAttention: padding is in the bias, so every query counts."""
+        if "queries" not in self._made:
+            self._made["queries"] = self._for_every_row(self._add("Cast", [self._steps()], to=ir.DataType.INT32))
+        return self._made["queries"]
 
     def padding(self) -> ir.Value:
         """Additive mask of padded keys, (B, 1, S, T)."""
@@ -83,6 +90,9 @@ class Masks:
             self.editor.graph.append(node)  # sorted into place when the graph is finished
             self._made[key] = node.outputs[0]
         return self._made[key]
+
+    def _for_every_row(self, value: ir.Value) -> ir.Value:
+        return self._add("Expand", [value, self._add("Shape", [self.ids], start=0, end=1)])
 
     def _padded(self) -> ir.Value:
         """True on padded keys, (B, 1, 1, T)."""

@@ -15,7 +15,7 @@ class ExportReport:
     Attributes:
         path: the folder written.
         provider, dtype: what the graph is for.
-        attention: "gqa" or "standard", and why where "auto" chose standard.
+        attention: "gqa", "attention" or "standard"; attention_reason: why "auto" did not choose the first.
         layers: how each linear layer was written.
         operators: number of nodes by operator.
         bytes: size of the folder.

@@ -29,7 +29,8 @@ class Options:
     Attributes:
         dtype: float type of the graph.
         lowering: see `linears.py`.
-        attention: "attention" or "gqa": what the placeholders become; "standard": there are none.
+        attention: what the placeholders become, "gqa" or "attention", the first that fits; none: there are none.
+        query_lengths: whether GroupQueryAttention is told how many queries there are.
         accuracy_level: attribute of MatMulNBits, or None.
         last_logits: write logits of the last position only, (B, 1, V).
         max_length: rows of the rotary tables.
@@ -41,16 +42,26 @@ class Options:
 
     dtype: torch.dtype
     lowering: str
-    attention: str
+    attention: tuple[str, ...]
     accuracy_level: int | None
     last_logits: bool
     max_length: int
     spelled_out: bool = False
     provider: str = "cpu"
     digits: bool = False
+    query_lengths: bool = False
 
 
-def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> list[LoweredLayer]:
+@dataclass(frozen=True)
+class Rewritten:
+    """How each layer was written, and attention; with the reason if that is not the first choice."""
+
+    layers: list[LoweredLayer]
+    attention: str = "standard"
+    reason: str = ""
+
+
+def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> Rewritten:
     """Replace every placeholder of `model`, in place.
 
     Raises:
@@ -59,8 +70,10 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> list[Lower
     """
     editor = Editor(model, options.dtype)
     _restore_widths(editor, skeleton)
-    if options.attention != "standard":
-        fuse_attention(editor, skeleton, options.attention, options.max_length)
+    attention = "standard", ""
+    if options.attention:
+        length = options.max_length
+        attention = fuse_attention(editor, skeleton, options.attention, length, options.query_lengths)
     else:
         lower_rotary_tables(editor, skeleton.rotary, options.max_length)
     if options.last_logits:
@@ -75,7 +88,7 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> list[Lower
     for node in [node for node in editor.graph if node.domain == TRACE_DOMAIN and node.op_type == "Linear"]:
         lowering.lower(node, linears[attribute(node, "name")])
     _finish(model)
-    return lowering.layers
+    return Rewritten(lowering.layers, *attention)
 
 
 def _restore_widths(editor: Editor, skeleton: Skeleton) -> None:

@@ -53,7 +53,7 @@ def test_projections_of_one_input_are_one_operator_and_share_the_pooling(exporte
     layers = model.config.num_hidden_layers
     assert count("MatMulNBits") == 4 * layers  # q k v, o, gate up, down
     assert count("ReduceSum") == 4 * layers
-    assert count("Attention") == layers
+    assert count("GroupQueryAttention") == layers
 
 
 @pytest.mark.parametrize("attention", ["attention", "gqa"])
@@ -156,7 +156,7 @@ def test_a_model_loaded_in_16_bits_is_held_against_itself_in_float32(tmp_path, k
 
 def test_the_report_is_text_and_json(exported):
     _, folder, report = exported
-    assert json.loads(json.dumps(report.to_dict()))["attention"] == "attention"
+    assert json.loads(json.dumps(report.to_dict()))["attention"] == "gqa"
     assert str(folder) in str(report)
     assert "MatMulNBits + block delta" in str(report)
     assert "parity over the cache" in str(report)

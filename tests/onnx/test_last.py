@@ -46,7 +46,7 @@ def test_last_logits_are_those_of_the_last_position(tmp_path, case):
     assert seeing_one_position(tmp_path / "last") == SHORT[case]
 
 
-@pytest.mark.parametrize("attention", ["gqa", "standard"])
+@pytest.mark.parametrize("attention", ["attention", "gqa", "standard"])
 def test_the_cut_lies_behind_every_form_of_attention(tmp_path, attention):
     export_onnx(merged_llama(), tmp_path / "last", logits="last", attention=attention)
     assert seeing_one_position(tmp_path / "last") == END_OF_A_LAYER
@@ -64,4 +64,4 @@ def test_a_width_that_the_trace_asked_for_is_written_as_a_number(tmp_path):
     graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
     asked = {node.input[0] for node in graph.node if node.op_type == "Shape"}
     assert not any("gate_up_proj" in name for name in asked)
-    assert "Attention" in operators(tmp_path / "out")
+    assert "GroupQueryAttention" in operators(tmp_path / "out")

@@ -32,7 +32,7 @@ def difference(model, folder, length):
     return verify(model, folder, ids, mask).max_abs_difference
 
 
-@pytest.mark.parametrize("attention", ["attention", "standard"])
+@pytest.mark.parametrize("attention", ["attention", "gqa", "standard"])
 def test_longrope_changes_its_factors_where_the_model_does(tmp_path, attention):
     model = decoder(
         "Phi3",
@@ -47,7 +47,7 @@ def test_longrope_changes_its_factors_where_the_model_does(tmp_path, attention):
 def test_longrope_is_refused_where_the_operator_counts_positions_itself(tmp_path):
     scaling = {"rope_type": "longrope", "factor": 4.0, **FACTORS}
     with pytest.raises(ExportError, match=r"longrope change once a text is longer than 64; use \"auto\" or"):
-        export_onnx(merged_llama(rope_scaling=scaling), tmp_path / "out", attention="gqa")
+        export_onnx(merged_llama(rope_scaling=scaling), tmp_path / "out", attention="gqa", provider="cuda")
     assert not list(tmp_path.iterdir())
 
 
@@ -80,14 +80,15 @@ def test_a_norm_after_rotation_is_no_residual_norm(tmp_path):
     assert report.parity.max_abs_difference < 5e-6
 
 
-def test_a_head_that_the_operator_cannot_rotate_takes_standard_attention(tmp_path):
+def test_a_head_that_the_operator_cannot_rotate_takes_the_next_attention(tmp_path):
     model = decoder("GPTNeoX", **{**WIDE, "intermediate_size": 96, "max_position_embeddings": 64, "rotary_pct": 0.25})
     with pytest.raises(ExportError, match=r"rotates a multiple of 16 features, not 4 of a head"):
         export_onnx(model, tmp_path / "out", attention="gqa")
     assert not list(tmp_path.iterdir())
-    report = export_onnx(model, tmp_path / "out", provider="cuda")
-    assert report.attention == "standard"
-    assert "multiple of 16" in report.attention_reason
+    for provider, attention in (("cuda", "standard"), ("cpu", "attention")):
+        report = export_onnx(model, tmp_path / provider, provider=provider)
+        assert report.attention == attention
+        assert "multiple of 16" in report.attention_reason
 
 
 def test_a_cache_of_several_sizes_is_not_described_to_genai(tmp_path):

@@ -1,0 +1,118 @@
+"""What an attention placeholder computes, read from the traced graph around it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qbl_trl.onnx.graph import Editor, attribute, produced_by
+from qbl_trl.onnx.markers import TRACE_DOMAIN
+from qbl_trl.onnx.skeleton import Unfusable
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention of the model.
+
+    Attributes:
+        query, key, value: before rotation, (B, S, heads * head_size).
+        past_key, past_value: graph inputs (B, kv_heads, P, head_size); present_*: the graph outputs to replace.
+        table: the RotaryTable placeholder, or None.
+        window: keys a query sees, itself included; 0 for all.
+        softcap: 0 for none.
+    """
+
+    node: ir.Node
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    past_key: ir.Value
+    past_value: ir.Value
+    present_key: ir.Value
+    present_value: ir.Value
+    table: ir.Node | None
+    heads: int
+    kv_heads: int
+    head_size: int
+    scale: float
+    window: int
+    softcap: float
+
+
+def read_site(editor: Editor, node: ir.Node) -> Site:
+    """The attention of one placeholder.
+
+    Raises:
+        Unfusable: if the graph around it is not the one expected.
+    """
+    query, key, value = node.inputs
+    if query is None or key is None or value is None:
+        raise Unfusable(f"{node.name}: an input is missing")
+    past_key, key_now = _cache(node, key)
+    past_value, value_now = _cache(node, value)
+    query, table = _unrotated(query)
+    key_now, key_table = _unrotated(key_now)
+    if table is not key_table:
+        raise Unfusable(f"{node.name}: queries and keys are rotated differently")
+    heads, kv_heads, head_size = attribute(node, "heads"), _size(past_value, 1), _size(past_value, 3)
+    if _size(past_key, 3) != head_size:
+        raise Unfusable(f"{node.name}: keys and values have heads of different sizes")
+    return Site(
+        node=node,
+        query=_flat(editor, node, query, heads * head_size),
+        key=_flat(editor, node, key_now, kv_heads * head_size),
+        value=_flat(editor, node, value_now, kv_heads * head_size),
+        past_key=past_key,
+        past_value=past_value,
+        present_key=key,
+        present_value=value,
+        table=table,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        scale=attribute(node, "scale"),
+        window=attribute(node, "window"),
+        softcap=attribute(node, "softcap"),
+    )
+
+
+def _cache(node: ir.Node, value: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """(past, new) of keys or values: present = Concat(past, new)."""
+    concat = produced_by(value, "Concat")
+    if concat is None or len(concat.inputs) != 2:
+        raise Unfusable(f"{node.name}: keys or values do not come straight from the cache")
+    past, now = concat.inputs
+    if past is None or now is None or not past.is_graph_input():
+        raise Unfusable(f"{node.name}: keys or values do not come straight from the cache")
+    return past, now
+
+
+def _unrotated(value: ir.Value) -> tuple[ir.Value, ir.Node | None]:
+    rotary = produced_by(value, "Rotary", TRACE_DOMAIN)
+    if rotary is None or rotary.inputs[0] is None:
+        return value, None
+    table = produced_by(rotary.inputs[1], "RotaryTable", TRACE_DOMAIN)
+    if table is None:
+        raise Unfusable(f"{rotary.name}: its angles are not those of the model's rotary embedding")
+    return rotary.inputs[0], table
+
+
+def _flat(editor: Editor, node: ir.Node, value: ir.Value, width: int) -> ir.Value:
+    """(B, H, S, D) -> (B, S, width = H * D), undoing the model's own reshape where there is one."""
+    transpose = produced_by(value, "Transpose")
+    if transpose is not None and list(attribute(transpose, "perm")) == [0, 2, 1, 3]:
+        split = transpose.inputs[0]
+        reshape = produced_by(split, "Reshape")
+        source = None if reshape is None else reshape.inputs[0]
+        if source is not None and source.shape is not None and len(source.shape) == 3 and source.shape[2] == width:
+            return source
+    else:
+        split = editor.add(node, "Transpose", [value], {"perm": [0, 2, 1, 3]}, like=value).outputs[0]
+    return editor.add(node, "Reshape", [split, editor.constant([0, 0, width])], like=value).outputs[0]
+
+
+def _size(value: ir.Value, axis: int) -> int:
+    size = None if value.shape is None else value.shape[axis]
+    if not isinstance(size, (int, np.integer)):
+        raise Unfusable(f"{value.name}: axis {axis} has no fixed size")
+    return int(size)
