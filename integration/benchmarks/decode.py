@@ -17,6 +17,7 @@ import os
 import platform
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import torch
@@ -65,19 +66,24 @@ def main(args: argparse.Namespace) -> None:
         measured = loop(folders, args, bandwidth)
         print(table(measured), flush=True)
         rows += measured
-    entry = {
-        "model": source.name,
-        "machine": platform.processor() or platform.machine(),
-        "threads": args.threads,
-        "load_average": os.getloadavg()[0],
-        "bandwidth_gb_s": bandwidth / 1e9,
-        "versions": {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__},
-        "build_seconds": seconds,
-        "rows": [asdict(row) for row in rows],
-    }
-    known = json.loads(args.output.read_text()) if args.output.is_file() else {}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({**known, source.name: entry}, indent=1) + "\n")
+        entry = {
+            "model": source.name,
+            "machine": platform.processor() or platform.machine(),
+            "threads": args.threads,
+            "load_average": os.getloadavg()[0],
+            "bandwidth_gb_s": bandwidth / 1e9,
+            "versions": {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__},
+            "build_seconds": seconds,
+            "rows": [asdict(row) for row in rows],
+        }
+        write(args.output, source.name, entry)  # after every loop: a runtime that dies takes no other's figures along
+
+
+def write(output: Path, name: str, entry: dict[str, Any]) -> None:
+    """Replace one model's entry."""
+    known = json.loads(output.read_text()) if output.is_file() else {}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({**known, name: entry}, indent=1) + "\n")
 
 
 def table(rows: list[Row]) -> str:

@@ -36,10 +36,8 @@ def build(source: Path, work: Path, genai_python: str | None, seconds: dict[str,
     once("ours int8 activations, last logits", lambda out: ours(source, out, True, accuracy_level=4, logits="last"))
     once("base int8 activations", lambda out: ours(source, out, merged=False, accuracy_level=4))
     once("ours exact, last logits", lambda out: ours(source, out, merged=True, logits="last"))
-    gqa = {"accuracy_level": 4, "attention": "gqa"}
-    once("ours int8 activations, gqa", lambda out: ours(source, out, merged=True, **gqa))
-    once("ours int8 activations, gqa, last logits", lambda out: ours(source, out, True, logits="last", **gqa))
-    once("base int8 activations, gqa", lambda out: ours(source, out, merged=False, **gqa))
+    onnx_operator = {"accuracy_level": 4, "attention": "attention"}
+    once("ours int8 activations, Attention", lambda out: ours(source, out, merged=True, **onnx_operator))
     once("optimum fp32", lambda out: optimum_fp32(source, out))
     return folders
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
@@ -12,13 +11,14 @@ from qbl_trl.onnx.attention import fuse_attention
 from qbl_trl.onnx.branches import choose_branches
 from qbl_trl.onnx.caches import accept_guessed_caches
 from qbl_trl.onnx.embeddings import lower_embeddings
-from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute, constant_of
+from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute
 from qbl_trl.onnx.last import keep_last
 from qbl_trl.onnx.linears import LinearLowering, LoweredLayer
 from qbl_trl.onnx.markers import TRACE_DOMAIN
 from qbl_trl.onnx.norms import RMS_NORM_OPSET, lower_norms
 from qbl_trl.onnx.packing import pack_projections
 from qbl_trl.onnx.rotary import lower_rotary_tables
+from qbl_trl.onnx.shapes import answer_shapes
 from qbl_trl.onnx.skeleton import Skeleton
 
 
@@ -69,7 +69,7 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> Rewritten:
         ExportError: if a layer cannot be lowered as asked.
     """
     editor = Editor(model, options.dtype)
-    _restore_widths(editor, skeleton)
+    answer_shapes(editor, skeleton)
     attention = "standard", ""
     if options.attention:
         length = options.max_length
@@ -89,28 +89,6 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> Rewritten:
         lowering.lower(node, linears[attribute(node, "name")])
     _finish(model)
     return Rewritten(lowering.layers, *attention)
-
-
-def _restore_widths(editor: Editor, skeleton: Skeleton) -> None:
-    """The tracer forgets the width of layers whose input it is unsure of; the layers know it."""
-    for node in editor.graph:
-        if node.domain == TRACE_DOMAIN and node.op_type == "Linear":
-            output, width = node.outputs[0], skeleton.linears[attribute(node, "name")].out_features
-            if output.shape is not None:
-                output.shape = ir.Shape([*list(output.shape)[:-1], width])
-                _answer_for_width(editor, output, len(output.shape), width)
-
-
-def _answer_for_width(editor: Editor, output: ir.Value, rank: int, width: int) -> None:
-    """What was traced to ask for the width at every step (to cut the result in two halves) is told once."""
-    for shape in [use.node for use in output.uses() if use.node.op_type == "Shape" and not use.node.attributes]:
-        for use in list(shape.outputs[0].uses()):
-            index = constant_of(use.node.inputs[1]) if use.node.op_type == "Gather" else None
-            if index is not None and index.size == 1 and index.item() in (-1, rank - 1):
-                editor.replace(use.node.outputs[0], editor.constant(np.full(index.shape, width)))
-                editor.remove(use.node)
-        if not shape.outputs[0].uses():
-            editor.remove(shape)
 
 
 def _finish(model: ir.Model) -> None:

@@ -1,0 +1,89 @@
+"""What the traced graph asks of shapes at every step, answered once.
+
+a width       Gather(Shape(y), -1)                      the layer's own number of outputs
+a reshape     Reshape(y, [Shape(x)[0], Shape(x)[1], ...])    0, 0, ...: as in y, where y has the rows of x
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from qbl_trl.onnx.graph import Editor, attribute, constant_of, produced_by
+from qbl_trl.onnx.markers import TRACE_DOMAIN
+from qbl_trl.onnx.skeleton import Skeleton
+
+_ROWWISE = {(TRACE_DOMAIN, "Linear"), (TRACE_DOMAIN, "Norm"), ("", "Cast"), ("", "Split"), ("", "Slice")}
+
+
+def answer_shapes(editor: Editor, skeleton: Skeleton) -> None:
+    """Write numbers where the trace asks for what is known, in place."""
+    for node in editor.graph:
+        if node.domain == TRACE_DOMAIN and node.op_type == "Linear":
+            output, width = node.outputs[0], skeleton.linears[attribute(node, "name")].out_features
+            if output.shape is not None:  # the tracer forgets it where it is unsure of the layer's input
+                output.shape = ir.Shape([*list(output.shape)[:-1], width])
+                _answer_for_width(editor, output, len(output.shape), width)
+    for node in [node for node in editor.graph if node.op_type == "Reshape" and not node.domain]:
+        _answer_for_rows(editor, node)
+
+
+def _answer_for_width(editor: Editor, output: ir.Value, rank: int, width: int) -> None:
+    for shape in [use.node for use in output.uses() if use.node.op_type == "Shape" and not use.node.attributes]:
+        for use in list(shape.outputs[0].uses()):
+            index = constant_of(use.node.inputs[1]) if use.node.op_type == "Gather" else None
+            if index is not None and index.size == 1 and index.item() in (-1, rank - 1):
+                editor.replace(use.node.outputs[0], editor.constant(np.full(index.shape, width)))
+                editor.remove(use.node)
+        if not shape.outputs[0].uses():
+            editor.remove(shape)
+
+
+def _answer_for_rows(editor: Editor, reshape: ir.Node) -> None:
+    """A target of known numbers and of sizes that the reshaped value has at the same place becomes a constant."""
+    data, target = reshape.inputs[0], produced_by(reshape.inputs[1], "Concat")
+    if data is None or target is None:
+        return
+    numbers: list[int] = []
+    for place, part in enumerate(target.inputs):
+        known = constant_of(part)
+        if known is not None:
+            numbers += [int(number) for number in known.reshape(-1)]
+        elif place == len(numbers) and _is_size(part, place, data):
+            numbers.append(0)
+        else:
+            return
+    if 0 in numbers:  # which means: as it was, as long as no zero is meant
+        reshape.attributes.pop("allowzero", None)
+        reshape.replace_input_with(1, editor.constant(numbers))
+
+
+def _is_size(part: ir.Value | None, axis: int, data: ir.Value) -> bool:
+    """Whether `part` is the size of `data` along one of its row axes."""
+    unsqueezed = produced_by(part, "Unsqueeze")
+    gather = produced_by(part if unsqueezed is None else unsqueezed.inputs[0], "Gather")
+    shape = None if gather is None else produced_by(gather.inputs[0], "Shape")
+    index = None if gather is None else constant_of(gather.inputs[1])
+    if shape is None or shape.attributes or index is None or index.size != 1 or index.item() != axis:
+        return False
+    source = shape.inputs[0]
+    return source is not None and source.shape is not None and axis < len(source.shape) - 1 and _has_rows(data, source)
+
+
+def _has_rows(value: ir.Value | None, source: ir.Value) -> bool:
+    """Whether `value` is made from `source` by steps that keep all its axes but the last."""
+    while value is not None and value is not source:
+        node = value.producer()
+        if node is None or (node.domain, node.op_type) not in _ROWWISE or not _along_last_axis(node):
+            return False
+        value = node.inputs[0]
+    return value is source
+
+
+def _along_last_axis(node: ir.Node) -> bool:
+    rank = None if node.inputs[0] is None or node.inputs[0].shape is None else len(node.inputs[0].shape)
+    last = (-1,) if rank is None else (-1, rank - 1)
+    if node.op_type == "Split":
+        return "axis" in node.attributes and attribute(node, "axis") in last
+    if node.op_type == "Slice":
+        axes = constant_of(node.inputs[3]) if len(node.inputs) > 3 else None
+        return axes is not None and axes.size == 1 and axes.item() in last
+    return True
