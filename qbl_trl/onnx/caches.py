@@ -37,30 +37,33 @@ def accept_guessed_caches(editor: Editor, config: Any) -> int:
     """Reshape cache inputs where the guess is wrong; returns how many there were."""
     if config.model_type == "deepseek_v3":  # its own sizes are read
         return 0
-    guessed, count = guessed_sizes(config), 0
+    guessed, count, targets = guessed_sizes(config), 0, dict[tuple[int, int], ir.Value]()
     for value in list(editor.graph.inputs):
         if not (value.name or "").startswith("past_key_values") or value.shape is None or len(value.shape) != 4:
             continue
         real = (value.shape[1], value.shape[3])
         if real != guessed and all(isinstance(size, int) for size in real):
-            _reshape(editor, value)
+            _reshape(editor, value, targets)
             count += 1
     return count
 
 
-def _reshape(editor: Editor, value: ir.Value) -> None:
+def _reshape(editor: Editor, value: ir.Value, targets: dict[tuple[int, int], ir.Value]) -> None:
+    """All caches of one size share their target: one mask serves every layer, so all are equally long."""
     shape, users = value.shape, list(value.uses())
     ids = next(item for item in editor.graph.inputs if item.name == "input_ids")
     first = next(iter(editor.graph))
     if shape is None:
         return
-    parts = [
-        editor.add(first, "Shape", [ids], {"start": 0, "end": 1}, name="cache").outputs[0],
-        editor.constant([shape[1]]),
-        editor.add(first, "Shape", [value], {"start": 2, "end": 3}, name="cache").outputs[0],
-        editor.constant([shape[3]]),
-    ]
-    target = editor.add(first, "Concat", parts, {"axis": 0}, name="cache").outputs[0]
+    if (shape[1], shape[3]) not in targets:
+        parts = [
+            editor.add(first, "Shape", [ids], {"start": 0, "end": 1}, name="cache").outputs[0],
+            editor.constant([shape[1]]),
+            editor.add(first, "Shape", [value], {"start": 2, "end": 3}, name="cache").outputs[0],
+            editor.constant([shape[3]]),
+        ]
+        targets[shape[1], shape[3]] = editor.add(first, "Concat", parts, {"axis": 0}, name="cache").outputs[0]
+    target = targets[shape[1], shape[3]]
     restored = editor.add(first, "Reshape", [value, target], {"allowzero": 1}, name=value.name, like=value).outputs[0]
     restored.shape = shape
     for user, index in users:

@@ -160,13 +160,14 @@ def _resized(cache: torch.Tensor, heads: int, size: int) -> torch.Tensor:
 def _quiet() -> Iterator[None]:
     """Silence the tracer's warnings about Python values: placeholders make their number harmless."""
     logger = logging.getLogger("torch.onnx")
-    level, told = logger.level, torch._C._jit_is_onnx_log_enabled()
+    level, told = logger.level, torch._C._jit_onnx_log
     logger.setLevel(logging.ERROR)
-    torch._C._jit_set_onnx_log_enabled(False)  # a trace that fails would print its whole graph
+    # A trace that fails would print its whole graph: torch 2.13 turns this log on whatever it was told before.
+    torch._C._jit_onnx_log = lambda *parts: None  # type: ignore[assignment]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
-        torch._C._jit_set_onnx_log_enabled(told)
+        torch._C._jit_onnx_log = told  # type: ignore[assignment]

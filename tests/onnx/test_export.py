@@ -56,16 +56,6 @@ def test_projections_of_one_input_are_one_operator_and_share_the_pooling(exporte
     assert count("GroupQueryAttention") == layers
 
 
-@pytest.mark.parametrize("attention", ["attention", "gqa"])
-def test_a_layer_adds_no_arithmetic_on_shapes(tmp_path, attention):
-    counts = []
-    for layers in (2, 4):
-        export_onnx(merged_llama(num_hidden_layers=layers), tmp_path / str(layers), attention=attention)
-        found = operators(tmp_path / str(layers))
-        counts.append([found.count(name) for name in ("Shape", "Gather", "Squeeze", "Transpose")])
-    assert counts[0] == counts[1]
-
-
 def test_no_placeholder_and_no_dequantized_weight_is_left(exported):
     model, folder, report = exported
     weights = sum(layer.weight.nbytes for layer in model.modules() if isinstance(layer, GroupQuantLinear))

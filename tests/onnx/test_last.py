@@ -6,7 +6,7 @@ import torch
 
 from qbl_trl import export_onnx
 from qbl_trl.onnx.session import OnnxLogits
-from tests.onnx.models import merged_llama, operators, padded_batch
+from tests.onnx.models import merged_llama, padded_batch
 from tests.onnx.test_runtimes import ARCHITECTURES, build
 
 END_OF_A_LAYER = {"o_proj", "gate_proj_up_proj", "down_proj", "lm_head"}
@@ -56,12 +56,3 @@ def test_the_written_shape_says_one_position(tmp_path):
     export_onnx(merged_llama(), tmp_path / "last", logits="last")
     graph = onnx.load(tmp_path / "last" / "model.onnx", load_external_data=False).graph
     assert next(value for value in graph.output if value.name == "logits").type.tensor_type.shape.dim[1].dim_value == 1
-
-
-def test_a_width_that_the_trace_asked_for_is_written_as_a_number(tmp_path):
-    kind, settings, _ = ARCHITECTURES["phi3 with joined projections"]
-    export_onnx(build(kind, settings), tmp_path / "out")
-    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
-    asked = {node.input[0] for node in graph.node if node.op_type == "Shape"}
-    assert not any("gate_up_proj" in name for name in asked)
-    assert "GroupQueryAttention" in operators(tmp_path / "out")

@@ -108,6 +108,14 @@ def test_a_model_without_keys_and_values_is_refused_before_any_work(tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
+def test_a_trace_that_fails_prints_nothing(tmp_path, capfd):
+    settings = {**WIDE, "alibi": True, "num_hidden_layers": 1, "max_position_embeddings": 64}
+    report = export_onnx(decoder("Falcon", **settings), tmp_path / "out")
+    assert report.attention_reason  # the first trace failed
+    printed = capfd.readouterr()
+    assert "graph(" not in printed.out + printed.err
+
+
 def test_a_model_that_the_tracer_cannot_follow_is_refused_with_its_reason(tmp_path):
     model = decoder("Apertus", **GATED)
     with pytest.raises(ExportError, match=r"a ApertusForCausalLM could not be traced: .*'aten::expm1'"):
