@@ -36,7 +36,6 @@ from qbl_trl.onnx.trace import Untraceable, check_supported, trace
 from qbl_trl.parity import ParityReport
 from qbl_trl.progress import progress, step
 
-_FUSED = {"cpu": ("gqa", "attention"), "cuda": ("gqa",)}  # by provider, the fastest first
 TOLERANCE = 1e-3
 _DIGITS_SHARE = 2.0  # times what 8-bit activations cost: beyond, a delta stays in float
 
@@ -71,8 +70,8 @@ def export_onnx(
             "float_zero_point": the adapter inside fractional zero points; "low_rank": the adapter's own two factors.
         attention: "gqa" (GroupQueryAttention: fastest, and with one buffer for the cache in GenAI), "attention" (the
             ONNX operator, for heads that GroupQueryAttention does not take), "standard" (as traced), or "auto": the
-            first that fits. For CPU, GroupQueryAttention is written as the installed ONNX Runtime knows it; a graph
-            written with 1.32 or newer needs one.
+            first that fits. On CPU, GroupQueryAttention continues batches since ONNX Runtime 1.32: where that is
+            installed, it is the first choice, and the graph needs it; before, "attention" is.
         accuracy_level: 4 lets MatMulNBits quantize activations to 8 bits on CPU: faster, not exact; reported. With
             lowering="auto" an adapter's block delta then lies beside the codes, in 8 bits; "factored" keeps it in
             float.
@@ -231,7 +230,9 @@ def _build(held: companions.Held, options: Options, folder: Path) -> _Built:
 
 def _kinds(attention: str, provider: str) -> tuple[str, ...]:
     if attention == "auto":
-        return _FUSED[provider]
+        if provider == "cuda":
+            return ("gqa",)
+        return ("gqa", "attention") if takes_query_lengths(provider) else ("attention",)
     return () if attention == "standard" else (attention,)
 
 

@@ -182,10 +182,11 @@ def test_positions_are_read_at_every_step(tmp_path, attention):
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=5e-6)
 
 
-def test_an_older_runtime_gets_the_operator_that_it_knows(tmp_path, monkeypatch):
+def test_an_older_runtime_gets_the_operators_that_it_knows(tmp_path, monkeypatch):
     monkeypatch.setattr("onnxruntime.__version__", "1.31.1")
-    report = export_onnx(merged_llama(), tmp_path / "out")
-    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    assert export_onnx(merged_llama(), tmp_path / "auto").attention == "attention"
+    report = export_onnx(merged_llama(), tmp_path / "gqa", attention="gqa")
+    graph = onnx.load(tmp_path / "gqa" / "model.onnx", load_external_data=False).graph
     assert report.parity_cached.max_abs_difference < 1e-5  # fp32 on both sides
     assert all(len(node.input) == 11 for node in graph.node if node.op_type == "GroupQueryAttention")
 
