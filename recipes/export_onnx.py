@@ -63,9 +63,14 @@ def answer(folder: Path, prompt: str, provider: str, max_new_tokens: int, thread
         session_options=options,
         use_io_binding=provider == "cuda",  # keeps the cache on the GPU between tokens
     )
+    # Optimum sizes its buffers by a guess, wrong where heads have a size of their own (Qwen 3); the graph says it.
+    cache = next(value.shape for value in model.session.get_outputs() if value.name == "present.0.key")
+    model.num_key_value_heads, model.embed_size_per_head = cache[1], cache[3]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    made = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    made = model.generate(
+        inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=max_new_tokens, do_sample=False
+    )
     return tokenizer.decode(made[0][inputs.input_ids.shape[1] :], skip_special_tokens=True)
 
 

@@ -22,6 +22,8 @@ from qbl_trl.onnx.rotary import table_rows
 from qbl_trl.onnx.sites import Site, read_site
 from qbl_trl.onnx.skeleton import Skeleton, Unfusable
 
+_SPARE_ROWS = 1024
+
 
 def takes_query_lengths(provider: str) -> bool:
     """Whether GroupQueryAttention can be told how many queries each row has.
@@ -112,7 +114,14 @@ def _rows(editor: Editor, site: Site, masks: Masks, skeleton: Skeleton) -> ir.Va
     return table_rows(editor, site.node, masks.positions(site.table.inputs[1]), rotary)
 
 
-def _check_group_query(site: Site, skeleton: Skeleton, reads_positions: bool) -> None:
+def _told_positions(site: Site) -> bool:
+    """Whether positions are an input. What the trace computes instead is counted from the length of the cache, which in
+    a buffer of full length is another one than that of the text: there the operator counts for itself."""
+    positions = None if site.table is None else site.table.inputs[1]
+    return positions is not None and positions.is_graph_input()
+
+
+def _check_group_query(site: Site, skeleton: Skeleton, query_lengths: bool) -> None:
     """What ONNX Runtime asks of the sizes, and what an operator that counts positions itself cannot do."""
     if site.head_size % 8:
         raise Unfusable(f"{site.node.name}: GroupQueryAttention needs heads of a multiple of 8, not {site.head_size}")
@@ -121,7 +130,7 @@ def _check_group_query(site: Site, skeleton: Skeleton, reads_positions: bool) ->
         raise Unfusable(
             f"{site.node.name}: GroupQueryAttention rotates a multiple of 16 features, not {rotary.width} of a head"
         )
-    if rotary is not None and rotary.switch and not reads_positions:
+    if rotary is not None and rotary.switch and not (query_lengths and _told_positions(site)):
         raise Unfusable(
             f"{site.node.name}: rotary angles of longrope change once a text is longer than {rotary.switch}"
         )
@@ -137,8 +146,8 @@ def _group_query(
 ) -> ir.Node:
     """Causal by itself. Padding is an attention bias; seqlens_k counts all of the cache, padding included.
 
-    Without query lengths, tokens are rotated by their place in the cache: rotation is relative, so a row padded on the
-    left is only shifted as a whole.
+    Without query lengths or positions, tokens are rotated by their place in the cache: rotation is relative, so a row
+    padded on the left is only shifted as a whole.
     """
     attributes: dict[str, float | int] = {
         "num_heads": site.heads,
@@ -150,7 +159,7 @@ def _group_query(
         attributes["local_window_size"] = site.window
     if site.softcap:
         attributes["softcap"] = site.softcap
-    rows = _rows(editor, site, masks, skeleton) if query_lengths and tables is not None else None
+    rows = _rows(editor, site, masks, skeleton) if query_lengths and _told_positions(site) else None
     inputs = [site.query, site.key, site.value, site.past_key, site.past_value, *masks.lengths()]
     inputs += [*(tables or (None, None)), rows, masks.padding()]
     if query_lengths:  # the operator's last input, behind five that are not used
@@ -185,10 +194,12 @@ def _tables(editor: Editor, table: ir.Node, skeleton: Skeleton, max_length: int)
     name = attribute(table, "name")
     rotary = skeleton.rotary[name]
     half = rotary.width // 2
-    shape = (rotary.rows(max_length), half)
+    # GroupQueryAttention wants a row for every place of the cache, padding included.
+    length = max_length + min(max_length, _SPARE_ROWS)
+    shape = (rotary.rows(length), half)
 
     def read(which: int) -> torch.Tensor:
-        return rotary.read(max_length)[which][:, :half]
+        return rotary.read(length)[which][:, :half]
 
     cos = editor.weight(f"{name}.cos", shape, editor.dtype, lambda: read(0))
     sin = editor.weight(f"{name}.sin", shape, editor.dtype, lambda: read(1))

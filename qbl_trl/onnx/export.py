@@ -147,7 +147,7 @@ def export_onnx(
                 lossy = gate.look_at(folder)
             companions.write(held, model_or_path, tokenizer, folder, float_type)
             shares, text = final.attention == "gqa", held.config.get_text_config()
-            write_genai_config(text, held.generation_config, folder, MODEL_FILE, provider, shares)
+            write_genai_config(text, held.generation_config, folder, MODEL_FILE, provider, shares, options.max_length)
             size = folder_bytes(folder)
     return ExportReport(
         path=str(target),

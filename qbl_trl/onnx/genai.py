@@ -12,12 +12,18 @@ logger = logging.getLogger(__name__)
 _TYPES = ("gemma", "gemma2", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3", "granite", "olmo", "smollm3")
 
 
-def write_genai_config(config: Any, generation: Any, folder: Path, graph_file: str, provider: str, gqa: bool) -> None:
+_BUFFERED = 4096  # tokens of cache that are asked for at once where nobody says how many
+
+
+def write_genai_config(
+    config: Any, generation: Any, folder: Path, graph_file: str, provider: str, gqa: bool, length: int
+) -> None:
     """Describe the graph of `folder` to ONNX Runtime GenAI, where it can be: all its caches have one size there.
 
     Args:
         config, generation: of the transformers model.
-        gqa: attention is GroupQueryAttention, whose cache may be one buffer of full length.
+        gqa: attention is GroupQueryAttention, whose cache is one buffer, made with the generator for `max_length` tokens.
+        length: tokens the graph can read.
     """
     graph = onnx.load(folder / graph_file, load_external_data=False).graph
     names = {value.name for value in graph.input}
@@ -28,7 +34,6 @@ def write_genai_config(config: Any, generation: Any, folder: Path, graph_file: s
         return
     heads, width = heads_and_width
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in names}
-    length = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
     eos = _first_set(getattr(generation, "eos_token_id", None), config.eos_token_id)
     pad = _first_set(getattr(generation, "pad_token_id", None), config.pad_token_id, eos)
     options = [] if provider == "cpu" else [{"cuda": {"enable_cuda_graph": "0"}}]
@@ -62,7 +67,7 @@ def write_genai_config(config: Any, generation: Any, folder: Path, graph_file: s
         },
         "search": {
             "do_sample": bool(getattr(generation, "do_sample", False)),
-            "max_length": length,
+            "max_length": min(length, _BUFFERED) if gqa else length,
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,

@@ -1,6 +1,8 @@
 """The folder in the runtimes people use: ORTModelForCausalLM and ONNX Runtime GenAI, over architectures."""
 
+import importlib
 import json
+from pathlib import Path
 
 import onnx
 import pytest
@@ -191,6 +193,63 @@ def test_an_older_runtime_gets_the_operators_that_it_knows(tmp_path, monkeypatch
     assert all(len(node.input) == 11 for node in graph.node if node.op_type == "GroupQueryAttention")
 
 
+def test_a_graph_without_position_ids_counts_the_text_and_not_the_buffer(tmp_path):
+    # Optimum gives Gemma no position_ids; what the trace counts instead is as long as the buffer in GenAI.
+    genai = pytest.importorskip("onnxruntime_genai")
+    settings = {**GATED, "head_dim": 16, "tie_word_embeddings": False}
+    model = build("Gemma", settings)
+    report = export_onnx(model, tmp_path / "out", tokenizer=tiny_tokenizer())
+    assert report.attention == "gqa"
+    loaded = genai.Model(str(tmp_path / "out"))
+    params = genai.GeneratorParams(loaded)
+    params.set_search_options(max_length=60, min_length=60, do_sample=False)
+    generator = genai.Generator(loaded, params)
+    text = list(range(5, 45))  # longer than what the rotary table leaves behind a buffer of 60
+    generator.append_tokens(text)
+    for _ in range(4):
+        found = torch.tensor(generator.get_logits()).reshape(-1, 100)[-1]
+        with torch.no_grad():
+            expected = model(torch.tensor([text])).logits[0, -1]
+        seen = found > -1e30  # ends of text are ruled out
+        torch.testing.assert_close(found[seen], expected[seen], rtol=0, atol=1e-5)
+        generator.generate_next_token()
+        text = generator.get_sequence(0).tolist()
+
+
+def test_a_padded_batch_may_be_longer_than_its_positions(tmp_path):
+    model = merged_llama(max_position_embeddings=32)
+    export_onnx(model, tmp_path / "out")
+    ids = torch.randint(3, 100, (2, 30), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:, :12] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    deployed = ort.ORTModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(model.generate(ids, **settings), deployed.generate(ids, **settings))
+
+
+def test_the_recipe_binds_caches_that_optimum_guesses_wrong(tmp_path, monkeypatch):
+    kind, settings, _ = ARCHITECTURES["qwen3 with its own head size"]
+    model = build(kind, settings)
+    export_onnx(model, tmp_path / "out", tokenizer=tiny_tokenizer())
+    load = ort.ORTModelForCausalLM.from_pretrained
+
+    def on_cpu(folder, **options):
+        return load(folder, **{**options, "provider": "CPUExecutionProvider"})
+
+    monkeypatch.setattr(ort.ORTModelForCausalLM, "from_pretrained", on_cpu)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "recipes"))
+    answer = importlib.import_module("export_onnx").answer(tmp_path / "out", "w5 w6 w7", "cuda", 4, 1)
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)[0, 3:]
+    assert answer == tiny_tokenizer().decode(expected, skip_special_tokens=True)
+
+
+def test_genai_is_not_told_to_make_a_buffer_for_the_longest_text(tmp_path):
+    export_onnx(merged_llama(max_position_embeddings=8192), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    assert (config["model"]["context_length"], config["search"]["max_length"]) == (8192, 4096)
+
+
 def test_another_turn_of_a_chat_goes_on_in_onnx_runtime_genai(tmp_path):
     genai = pytest.importorskip("onnxruntime_genai")
     model = merged_llama()
@@ -241,9 +300,10 @@ def test_a_traced_graph_states_the_sizes_of_its_caches_too(tmp_path):
 
 
 def test_the_genai_configuration_says_what_the_graph_holds(tmp_path):
-    export_onnx(merged_llama(), tmp_path / "out")
+    export_onnx(merged_llama(), tmp_path / "out", max_length=48)
     config = json.loads((tmp_path / "out" / "genai_config.json").read_text())
     decoder = config["model"]["decoder"]
     assert (decoder["head_size"], decoder["num_key_value_heads"]) == (16, 2)
     assert config["search"]["past_present_share_buffer"] is True
+    assert (config["model"]["context_length"], config["search"]["max_length"]) == (48, 48)
     assert config["model"]["eos_token_id"] == PAD
