@@ -22,7 +22,7 @@ def write_genai_config(
 
     Args:
         config, generation: of the transformers model.
-        gqa: attention is GroupQueryAttention, whose cache is one buffer, made with the generator for `max_length` tokens.
+        gqa: attention is GroupQueryAttention, whose cache is one buffer for `max_length` tokens, made at once.
         length: tokens the graph can read.
     """
     graph = onnx.load(folder / graph_file, load_external_data=False).graph
