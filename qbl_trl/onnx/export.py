@@ -135,6 +135,7 @@ def export_onnx(
             as_it_is = float_type == torch.float32 and not wanted.digits
             exact_folder = folder if as_it_is else Path(side)
             exact, reports = _exact(held, options, attention == "auto", gate, tolerance, exact_folder)
+            shares = exact.attention == "gqa" and gate.passes_in_a_buffer(exact_folder, tolerance)
             step(bar, "finishing the folder")
             final, lossy = exact, None
             if exact_folder is not folder:
@@ -146,7 +147,7 @@ def export_onnx(
                     set_accuracy_level(folder / MODEL_FILE, accuracy_level)
                 lossy = gate.look_at(folder)
             companions.write(held, model_or_path, tokenizer, folder, float_type)
-            shares, text = final.attention == "gqa", held.config.get_text_config()
+            text = held.config.get_text_config()
             write_genai_config(text, held.generation_config, folder, MODEL_FILE, provider, shares, options.max_length)
             size = folder_bytes(folder)
     return ExportReport(

@@ -16,13 +16,13 @@ _BUFFERED = 4096  # tokens of cache that are asked for at once where nobody says
 
 
 def write_genai_config(
-    config: Any, generation: Any, folder: Path, graph_file: str, provider: str, gqa: bool, length: int
+    config: Any, generation: Any, folder: Path, graph_file: str, provider: str, shares: bool, length: int
 ) -> None:
     """Describe the graph of `folder` to ONNX Runtime GenAI, where it can be: all its caches have one size there.
 
     Args:
         config, generation: of the transformers model.
-        gqa: attention is GroupQueryAttention, whose cache is one buffer for `max_length` tokens, made at once.
+        shares: past and present may be one buffer, made at once for `max_length` tokens (GroupQueryAttention).
         length: tokens the graph can read.
     """
     graph = onnx.load(folder / graph_file, load_external_data=False).graph
@@ -67,11 +67,11 @@ def write_genai_config(
         },
         "search": {
             "do_sample": bool(getattr(generation, "do_sample", False)),
-            "max_length": min(length, _BUFFERED) if gqa else length,
+            "max_length": min(length, _BUFFERED) if shares else length,
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
-            "past_present_share_buffer": gqa,
+            "past_present_share_buffer": shares,
             "repetition_penalty": float(getattr(generation, "repetition_penalty", None) or 1.0),
             "temperature": float(getattr(generation, "temperature", None) or 1.0),
             "top_k": int(getattr(generation, "top_k", None) or 50),

@@ -83,22 +83,26 @@ class OnnxLogits:
         logits, _ = self.step(input_ids, attention_mask, self.empty_cache(input_ids.shape[0]))
         return logits
 
-    def with_cache(self, input_ids: Tensor, attention_mask: Tensor, prefix: int) -> Tensor:
-        """The same logits, computed as generation does: a prefix, then one token at a time over the cache."""
-        cache, parts = self.empty_cache(input_ids.shape[0]), []
+    def with_cache(self, input_ids: Tensor, attention_mask: Tensor, prefix: int, buffer: int = 0) -> Tensor:
+        """The same logits, computed as generation does: a prefix, then one token at a time over the cache.
+
+        Args:
+            buffer: tokens of a cache that has its full length from the start, as ONNX Runtime GenAI shares it.
+        """
+        cache, parts = self.empty_cache(input_ids.shape[0], buffer), []
         ends = [prefix, *range(prefix + 1, input_ids.shape[1] + 1)]
         for start, stop in zip([0, *ends], ends, strict=False):
             logits, cache = self.step(input_ids[:, start:stop], attention_mask[:, :stop], cache)
             parts.append(logits)
         return torch.cat(parts, 1)
 
-    def empty_cache(self, batch: int) -> dict[str, Any]:
+    def empty_cache(self, batch: int, buffer: int = 0) -> dict[str, Any]:
         """Keys and values of no token."""
         cache = {}
         for name, value in self.inputs.items():
             if name.startswith("past_key_values"):
                 present = self.outputs[name.replace("past_key_values", "present")].shape
-                cache[name] = np.zeros([batch, present[1], 0, present[3]], _NUMPY[value.type])
+                cache[name] = np.zeros([batch, present[1], buffer, present[3]], _NUMPY[value.type])
         return cache
 
     def step(self, input_ids: Tensor, attention_mask: Tensor, cache: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:

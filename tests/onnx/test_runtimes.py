@@ -216,6 +216,15 @@ def test_a_graph_without_position_ids_counts_the_text_and_not_the_buffer(tmp_pat
         text = generator.get_sequence(0).tolist()
 
 
+@pytest.mark.parametrize("logits", ["all", "last"])
+def test_a_buffer_is_shared_only_where_the_graph_is_right_in_one(tmp_path, monkeypatch, logits):
+    model = build("Gemma", {**GATED, "head_dim": 16})
+    monkeypatch.setattr("qbl_trl.onnx.attention._told_positions", lambda site: True)
+    export_onnx(model, tmp_path / "out", logits=logits)
+    config = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    assert config["search"]["past_present_share_buffer"] is False
+
+
 def test_a_padded_batch_may_be_longer_than_its_positions(tmp_path):
     model = merged_llama(max_position_embeddings=32)
     export_onnx(model, tmp_path / "out")
@@ -242,6 +251,14 @@ def test_the_recipe_binds_caches_that_optimum_guesses_wrong(tmp_path, monkeypatc
     ids = torch.tensor([[5, 6, 7]])
     expected = model.generate(ids, max_new_tokens=4, do_sample=False)[0, 3:]
     assert answer == tiny_tokenizer().decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("logits", ["all", "last"])
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+def test_a_buffer_is_shared_where_it_can_be(tmp_path, logits, provider):
+    export_onnx(merged_llama(), tmp_path / "out", logits=logits, provider=provider)
+    config = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    assert config["search"]["past_present_share_buffer"] is True
 
 
 def test_genai_is_not_told_to_make_a_buffer_for_the_longest_text(tmp_path):
