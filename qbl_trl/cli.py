@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     quantize.add_argument("--algorithm", default="rtn", choices=("rtn", "mse", "hqq"))
     quantize.add_argument("--scale-dtype", default="float16", choices=("float16", "bfloat16", "float32"))
     quantize.add_argument("--dtype", default="float32", help="of what stays in float (default: %(default)s)")
-    quantize.add_argument("--overwrite", action="store_true")
+    quantize.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
     quantize.set_defaults(run=_quantize)
 
     inspect = commands.add_parser("inspect", help="layers, bits, bytes, quantization error, fitting factors")
@@ -44,12 +44,13 @@ def make_parser() -> argparse.ArgumentParser:
     merge.add_argument("output", type=Path)
     merge.add_argument("--base", help="model id or folder of the base, if not the one the adapter names")
     merge.add_argument("--lossy", choices=("requantize",), help="dequantize, add, quantize again; reports the loss")
-    merge.add_argument("--overwrite", action="store_true")
+    merge.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
     merge.set_defaults(run=_merge)
 
     to_lora = commands.add_parser("to-lora", help="the same adapter as plain LoRA files")
     to_lora.add_argument("adapter", type=Path)
     to_lora.add_argument("output", type=Path)
+    to_lora.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
     to_lora.set_defaults(run=_to_lora)
 
     export = commands.add_parser("export", help="model folder -> ONNX graph at 4 bits")
@@ -101,14 +102,17 @@ def _explained(error: Exception) -> str:
 
 def _quantize(args: argparse.Namespace) -> None:
     from qbl_trl.config import GroupQuantConfig
-    from qbl_trl.folders import check_free
+    from qbl_trl.folders import check_apart, check_free
     from qbl_trl.quant.importers import convert_checkpoint
 
     check_free(args.output, args.overwrite)
+    check_apart(args.output, args.model)
     _check_exists(args.model)
     if args.convert:
         _refuse_ignored(args)
         convert_checkpoint(args.model, args.output, overwrite=args.overwrite)
+    elif Path(args.model).is_file():
+        raise ConfigError(f"{args.model} is a file; `qbl-trl quantize --from` takes over what a GGUF file holds")
     else:
         _check_float(args.model)
         settings = GroupQuantConfig(
@@ -136,7 +140,11 @@ def _refuse_ignored(args: argparse.Namespace) -> None:
 def _check_float(name: str) -> None:
     from transformers import AutoConfig
 
+    from qbl_trl.config import QUANT_METHOD
+
     stored = getattr(AutoConfig.from_pretrained(name), "quantization_config", None)
+    if stored is not None and stored.get("quant_method") == QUANT_METHOD:
+        raise ConfigError(f"{name} is quantized already, in the format that this command writes")
     if stored is not None:
         raise ConfigError(
             f"{name} is quantized already ({stored.get('quant_method', 'unknown method')}); `qbl-trl quantize --from` "
@@ -175,12 +183,14 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    from qbl_trl.folders import check_free
+    from qbl_trl.folders import check_apart, check_free
     from qbl_trl.loading import load_adapter
     from qbl_trl.merging import merge
 
     check_free(args.output, args.overwrite)
+    check_apart(args.output, args.adapter, args.base)
     model = load_adapter(args.adapter, args.base)
+    check_apart(args.output, model.peft_config["default"].base_model_name_or_path)
     _save(merge(model, lossy=args.lossy), str(args.adapter), args.output, args.overwrite)
     print(args.output)
 
@@ -188,7 +198,7 @@ def _merge(args: argparse.Namespace) -> None:
 def _to_lora(args: argparse.Namespace) -> None:
     from qbl_trl.adapter.to_lora import to_lora
 
-    print(to_lora(args.adapter, args.output))
+    print(to_lora(args.adapter, args.output, overwrite=args.overwrite))
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -211,6 +221,8 @@ def _verify(args: argparse.Namespace) -> int:
     from qbl_trl.parity import verify
 
     tokens = AutoTokenizer.from_pretrained(args.reference)(args.text, return_tensors="pt").input_ids
+    if not tokens.numel():
+        raise ConfigError("verify: --text holds no token")
     report = verify(args.reference, args.candidate, tokens)
     print(report)
     if not report.max_abs_difference <= args.tolerance:
@@ -227,14 +239,15 @@ def _report(args: argparse.Namespace) -> None:
 
 def _load(name: str, dtype: str = "float32", settings: Any = None) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from qbl_trl.loading import model_class
 
     _check_exists(name)
     wanted = getattr(torch, dtype, None)
     if wanted not in (torch.float32, torch.float16, torch.bfloat16):
         raise ConfigError(f"--dtype {dtype} is not known; allowed: float32, float16, bfloat16")
     quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
-    return AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **quantize)
+    return model_class(name).from_pretrained(name, dtype=wanted, **quantize)
 
 
 _TOKENIZER_FILES = (

@@ -31,6 +31,20 @@ def check_free(folder: str | os.PathLike[str], overwrite: bool = False, error: t
     return path
 
 
+def check_apart(
+    folder: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None, error: type[QblError] = ConfigError
+) -> None:
+    """Refuse an output that would take the place of what it is made from.
+
+    Raises:
+        ConfigError (or the `error` given): naming both.
+    """
+    path = Path(folder).resolve()
+    for given in inputs:
+        if given is not None and Path(given).exists() and Path(given).resolve().is_relative_to(path):
+            raise error(f"{folder} would replace {given}, which it is made from; choose another folder")
+
+
 @contextmanager
 def new_folder(
     folder: str | os.PathLike[str], overwrite: bool = False, error: type[QblError] = ConfigError

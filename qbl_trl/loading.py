@@ -1,11 +1,34 @@
-"""A saved adapter on the base it was trained over: a float base is quantized again, the way it was for training."""
+"""Saved models in their own class, and a saved adapter on the base it was trained over.
 
+A float base is quantized again, the way it was for training.
+"""
+
+import importlib
 import os
 from pathlib import Path
 from typing import Any
 
 from qbl_trl.config import QUANT_METHOD, GroupQuantConfig, QBLoRAConfig
 from qbl_trl.errors import CheckpointError, ConfigError
+
+_LABELS = (".score.weight", ".classifier.weight")
+_TASKS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def model_class(source: str | os.PathLike[str], revision: str | None = None) -> Any:
+    """The class a checkpoint was saved from, as its configuration says; a causal language model where it says none."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+    named = (getattr(transformers, name, None) for name in config.architectures or ())
+    return next((found for found in named if found is not None), transformers.AutoModelForCausalLM)
 
 
 def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any:
@@ -23,7 +46,7 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
     """
     import torch
     from peft import PeftConfig, PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     path = Path(folder)
     if not (path / "adapter_config.json").is_file():
@@ -32,9 +55,10 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
     named = base or saved.base_model_name_or_path
     if not named:
         raise ConfigError(f"{path} does not name its base model; add --base")
+    where = {"revision": saved.revision} if base is None and saved.revision else {}
     settings = None
     if isinstance(saved, QBLoRAConfig) and saved.base_quantization:
-        if getattr(AutoConfig.from_pretrained(named), "quantization_config", None) is None:
+        if getattr(AutoConfig.from_pretrained(named, **where), "quantization_config", None) is None:
             settings = _settings(saved.base_quantization)
         if isinstance(settings, GroupQuantConfig) and settings.algorithm == "gptq":
             raise ConfigError(
@@ -42,7 +66,8 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
                 "base with save_pretrained and name its folder with --base"
             )
     quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
-    model = AutoModelForCausalLM.from_pretrained(named, dtype=torch.float32, **quantize)
+    made_for = _class_trained(saved, named, **where)
+    model = made_for.from_pretrained(named, dtype=torch.float32, **quantize, **where, **_labels(path))
     if (path / "tokenizer_config.json").is_file():  # trained with tokens that the base does not have
         tokens = len(AutoTokenizer.from_pretrained(path))
         if tokens > model.get_input_embeddings().weight.shape[0]:
@@ -50,6 +75,26 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
     model = PeftModel.from_pretrained(model, str(path))
     _check_whole(model, path)
     return model.eval()
+
+
+def _class_trained(saved: Any, named: str, **where: str) -> Any:
+    """The class of the model that an adapter was trained on: by its task, by what PEFT noted, or as the base says."""
+    task = getattr(saved.task_type, "value", saved.task_type)
+    if task in _TASKS:
+        return getattr(importlib.import_module("transformers"), _TASKS[task])
+    noted = saved.auto_mapping or {}
+    if str(noted.get("parent_library", "")).startswith("transformers."):
+        return getattr(importlib.import_module(noted["parent_library"]), noted["base_model_class"])
+    return model_class(named, **where)
+
+
+def _labels(folder: Path) -> dict[str, int]:
+    """How many labels a classifier has: its base need not say, the head beside the adapter does."""
+    from peft.utils import load_peft_weights
+
+    held = load_peft_weights(str(folder), device="cpu")
+    heads = [len(tensor) for name, tensor in held.items() if name.endswith(_LABELS)]
+    return {"num_labels": heads[0]} if heads else {}
 
 
 def _settings(recorded: dict[str, Any]) -> Any:
@@ -74,7 +119,7 @@ def _check_whole(model: Any, folder: Path) -> None:
             "are missing). It is damaged, or was saved by a process that did not hold them (DeepSpeed ZeRO-3 needs "
             "zero3_save_16bit_model: true); train and save again"
         )
-    surplus = sorted(name for name in held - wanted if ".lora_" in name)
+    surplus = sorted(name for name in held - wanted if ".lora_" in name or name.endswith(_LABELS))
     if surplus:
         raise CheckpointError(
             f"{folder}: the file holds {len(surplus)} tensors for layers that have no adapter ({surplus[0]}, ...): "
@@ -82,4 +127,4 @@ def _check_whole(model: Any, folder: Path) -> None:
         )
 
 
-__all__ = ["load_adapter"]
+__all__ = ["load_adapter", "model_class"]

@@ -188,7 +188,8 @@ def _requantized(
     module: BalancedLinear, active: list[str], settings: GroupQuantConfig
 ) -> tuple[GroupQuantLinear, float]:
     base = module.get_base_layer()
-    delta = sum((module.get_delta_weight(adapter).detach() for adapter in active), torch.zeros(()))
+    left = [adapter for adapter in active if adapter not in module.merged_adapters]  # the base holds the others
+    delta = sum((module.get_delta_weight(adapter).detach() for adapter in left), torch.zeros(()))
     weight = float_weight(base) + delta
     return _quantize_again(weight, base, settings)
 

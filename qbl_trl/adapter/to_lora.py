@@ -23,7 +23,7 @@ from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
-from qbl_trl.folders import check_free, new_folder
+from qbl_trl.folders import check_apart, check_free, new_folder
 
 PREFIX = "base_model.model."
 _MATRICES = ("lora_A", "lora_B", "lora_block")
@@ -33,6 +33,8 @@ def to_lora(
     peft_model_or_dir: nn.Module | str | os.PathLike[str],
     output_dir: str | os.PathLike[str],
     adapter_name: str | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Path:
     """Write an adapter as plain LoRA: adapter_config.json of type LORA and adapter_model.safetensors.
 
@@ -41,6 +43,7 @@ def to_lora(
             loaded for the latter.
         output_dir: a new or empty folder; it appears whole or not at all.
         adapter_name: which adapter of the model; the active one by default. A folder holds one.
+        overwrite: replace a folder that is not empty.
 
     Returns:
         The folder.
@@ -49,7 +52,9 @@ def to_lora(
         ConfigError: if there is no balanced adapter, the name is unknown or ambiguous, the folder is not empty, or the
             adapter is not finite.
     """
-    check_free(output_dir)
+    check_free(output_dir, overwrite)
+    if not isinstance(peft_model_or_dir, nn.Module):
+        check_apart(output_dir, peft_model_or_dir)
     if isinstance(peft_model_or_dir, nn.Module):
         config, state = _from_model(peft_model_or_dir, adapter_name)
     else:
@@ -70,7 +75,7 @@ def to_lora(
         missing = rank - down.shape[0]
         others[f"{layer}.lora_A.weight"] = nn.functional.pad(down, (0, 0, 0, missing)).contiguous()
         others[f"{layer}.lora_B.weight"] = nn.functional.pad(up, (0, missing)).contiguous()
-    with new_folder(output_dir) as draft:
+    with new_folder(output_dir, overwrite) as draft:
         save_file(others, draft / "adapter_model.safetensors", metadata={"format": "pt"})
         _plain_config(config, rank, [layer.removeprefix(PREFIX) for layer in factors]).save_pretrained(str(draft))
     return Path(output_dir)

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError
-from qbl_trl.loading import load_adapter
+from qbl_trl.loading import load_adapter, model_class
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
@@ -73,8 +73,7 @@ def load_model(model_or_path: Any) -> torch.nn.Module:
         return adapted
     if not (folder / "config.json").is_file():
         raise ExportError(f"{folder} holds no model: neither config.json nor adapter_config.json is there")
-    auto = importlib.import_module("transformers").AutoModelForCausalLM
-    model: torch.nn.Module = auto.from_pretrained(folder, torch_dtype="auto")
+    model: torch.nn.Module = model_class(folder).from_pretrained(folder, torch_dtype="auto")
     return model
 
 
@@ -87,9 +86,7 @@ def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     unwrap = getattr(model, "get_base_model", None)
     inner = unwrap() if unwrap is not None else model
     if not isinstance(inner, PreTrainedModel) or not inner.can_generate() or inner.config.is_encoder_decoder:
-        raise ExportError(
-            f"export_onnx: a {type(inner).__name__} is no decoder of transformers; load it with AutoModelForCausalLM"
-        )
+        raise ExportError(f"export_onnx: a {type(inner).__name__} is no decoder of transformers that generates text")
     return inner
 
 

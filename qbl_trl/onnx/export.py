@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError
-from qbl_trl.folders import check_free, new_folder
+from qbl_trl.folders import check_apart, check_free, new_folder
 from qbl_trl.onnx import companions
 from qbl_trl.onnx.attention import takes_query_lengths
 from qbl_trl.onnx.branches import choose_branches
@@ -91,6 +91,8 @@ def export_onnx(
     """
     began = time.perf_counter()
     target = check_free(output_dir, overwrite, ExportError)
+    if isinstance(model_or_path, (str, PathLike)):
+        check_apart(target, model_or_path, error=ExportError)
     named = check_choices(
         provider=provider,
         dtype=dtype,

@@ -62,7 +62,7 @@ def min_max(weight: Tensor, group_size: int, bits: int, symmetric: bool, scale_d
         Affine with integer zeros (uint8).
 
     Raises:
-        ConfigError: if the weight holds a value that is not finite.
+        ConfigError: if the weight holds a value that is not finite, or one that `scale_dtype` has no scale for.
     """
     grouped = to_groups(weight.float(), group_size)
     if not torch.isfinite(grouped).all():
@@ -106,4 +106,10 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) ->
 def _storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales as they will be stored, never zero: a group of zeros keeps any scale, its codes are the zero point."""
     stored = scales.to(dtype).float()
+    if not torch.isfinite(stored).all():
+        raise ConfigError(
+            f"quantize: a group's scale of {float(scales.abs().max()):.1e} is beyond "
+            f"{str(dtype).removeprefix('torch.')}; "
+            'set scale_dtype="bfloat16" or "float32"'
+        )
     return torch.where(stored == 0, torch.ones_like(stored), stored)

@@ -79,14 +79,15 @@ def empty_embeddings_(model: nn.Module, config: GroupQuantConfig) -> None:
 
 def tie_again_(model: nn.Module) -> None:
     """After loading: a tied head points at the tensors the embedding has got."""
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    table = input_table(model)
+    head = None if table is None else model.get_output_embeddings()  # type: ignore[operator]
     if isinstance(table, GroupQuantEmbedding) and isinstance(head, GroupQuantLinear) and _is_tied(model):
         table.as_head_(head)
 
 
 def set_apart_(model: nn.Module, layer: nn.Module) -> None:
     """Before a tied head alone is changed: give it tensors of its own. Any other layer stays as it is."""
-    table = _table_of(model)
+    table = input_table(model)
     if table is None or layer is table or getattr(layer, "weight", None) is not table.weight:
         return
     if isinstance(layer, GroupQuantLinear):
@@ -106,7 +107,7 @@ def untie_changed_head_(model: nn.Module) -> None:
     Raises:
         MergeError: if the configuration's tie means more than this pair (an encoder's embedding, a bias).
     """
-    table, head = _table_of(model), getattr(model, "get_output_embeddings", lambda: None)()
+    table, head = input_table(model), getattr(model, "get_output_embeddings", lambda: None)()
     if table is None or head is None or not _is_tied(model) or type(head.weight) is not type(table.weight):
         return
     pair: tuple[Any, Any] = head.weight, table.weight
@@ -126,8 +127,8 @@ def untie_changed_head_(model: nn.Module) -> None:
         vars(model)["all_tied_weights_keys"] = {}  # the head's was the only one
 
 
-def _table_of(model: nn.Module) -> nn.Module | None:
-    """The input embedding, if it is one module with a weight."""
+def input_table(model: nn.Module) -> nn.Module | None:
+    """The input embedding, if it is one module with a weight: models of pixels or sound have none."""
     try:
         table = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):

@@ -5,6 +5,7 @@ packed checkpoint is loaded into packed layers, after its headers were checked. 
 are served: transformers 4.57 calls `create_quantized_param`, transformers 5 runs the operation of `get_quantize_ops`.
 """
 
+import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from qbl_trl.quant.targets import target_layers
 
 logger = logging.getLogger(__name__)
 
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 _WORTH_SAYING = 0.2  # share of the weights
 
 
@@ -42,6 +44,7 @@ class GroupQuantizer(HfQuantizer):
     requires_parameters_quantization = True
 
     quantization_config: GroupQuantConfig
+    missing: frozenset[str] = frozenset()
 
     def update_tp_plan(self, config: Any) -> Any:
         """The first sight of the configuration in transformers 4.57: the files are checked before any is opened."""
@@ -52,8 +55,8 @@ class GroupQuantizer(HfQuantizer):
         return self._check_files(config)
 
     def _check_files(self, config: Any) -> Any:
-        folder = Path(getattr(config, "_name_or_path", ""))
-        if self.pre_quantized and folder.is_dir():
+        folder = _folder_of(config) if self.pre_quantized else None
+        if folder is not None:
             read_headers(folder)
         return config
 
@@ -70,15 +73,22 @@ class GroupQuantizer(HfQuantizer):
                 replace(model, name, _empty_layer(model.get_submodule(name), self.quantization_config, name))
             if self.quantization_config.quantize_embeddings:
                 empty_embeddings_(model, self.quantization_config)
-            folder = Path(getattr(model.config, "_name_or_path", ""))  # type: ignore[arg-type]
-            if folder.is_dir():
+            folder = _folder_of(model.config)
+            if folder is not None:
                 check_tensors(folder, _expected_tensors(model), partial(names_in_model, model))
         return model
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        """transformers 4.57 would hand over memory that nothing was loaded into: such layers are drawn instead."""
+        self.missing = frozenset(missing_keys)
+        return missing_keys
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         layer, _, kind = param_name.rpartition(".")
         later = self.quantization_config.algorithm == "gptq"  # needs the float model whole
-        return not self.pre_quantized and not later and kind == "weight" and layer in self._targets_of(model)
+        if self.pre_quantized or later or kind != "weight" or param_name in self.missing:
+            return False
+        return layer in self.targets
 
     def create_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, **kwargs: Any
@@ -98,6 +108,7 @@ class GroupQuantizer(HfQuantizer):
             tie_again_(model)
         else:
             finish_(model, self.quantization_config, self.targets)
+            model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]  # the model has a copy
         return model
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
@@ -122,9 +133,6 @@ class GroupQuantizer(HfQuantizer):
                     dense.bias = layer.bias
                 replace(model, name, dense)
         return model
-
-    def _targets_of(self, model: nn.Module) -> set[str]:
-        return set(self.targets)
 
 
 def quantize_model_(model: PreTrainedModel, config: GroupQuantConfig) -> PreTrainedModel:
@@ -209,7 +217,7 @@ def finish_(model: nn.Module, config: GroupQuantConfig, targets: list[str]) -> N
         gptq_model_(model, config, targets)
     if config.quantize_embeddings:
         quantize_embeddings_(model, config)
-    # Layers whose weight the checkpoint lacks (a fresh classification head) stay as they are.
+    # Layers whose weight the checkpoint lacks (a fresh pooler or classification head) stay as they are.
     stored = [(name, model.get_submodule(name)) for name in targets]
     fresh = [name for name, layer in stored if not isinstance(layer, GroupQuantLinear)]
     if fresh:
@@ -218,6 +226,17 @@ def finish_(model: nn.Module, config: GroupQuantConfig, targets: list[str]) -> N
     kinds = {layer.format.zeros for _, layer in stored if isinstance(layer, GroupQuantLinear)}
     if len(kinds) == 1:
         config.zeros = kinds.pop()
+
+
+def _folder_of(config: Any) -> Path | None:
+    """The folder of a checkpoint, where the configuration names it: of a subfolder it names the one above."""
+    folder = Path(getattr(config, "_name_or_path", ""))
+    if not (folder / "config.json").is_file():
+        return None
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    own = config.to_dict()
+    same = all(stored[key] == own.get(key) for key in ("model_type", "architectures", *_SIZES) if key in stored)
+    return folder if same else None
 
 
 def _warn_of_float_experts(model: nn.Module) -> None:

@@ -25,6 +25,7 @@ from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.merging import unwrap
+from qbl_trl.quant.head import input_table
 from qbl_trl.trl import checkpoints, finish, gather, run_record
 from qbl_trl.trl.inject import check_head, check_launch, check_merges, find_trainer, place_
 from qbl_trl.trl.merged_loss import merged_loss
@@ -113,6 +114,8 @@ class QBLoRACallback(TrainerCallback):
         trainer = find_trainer(model)
         if args.should_save:
             self.outputs.check(args.output_dir)
+        if self.outputs.onnx is not None:
+            finish.check_decoder(model)
         if self.config is not None:
             model = place_(trainer, model, self.config)
         layers = adapter_layers(model)
@@ -258,7 +261,7 @@ class QBLoRACallback(TrainerCallback):
     def _input_ids(self, model: nn.Module) -> torch.Tensor | None:
         if self._tokens is not None and self._tokens.ids is not None:
             return self._tokens.ids
-        vocabulary = getattr(unwrap(model).get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+        vocabulary = getattr(input_table(unwrap(model)), "num_embeddings", None)
         return None if vocabulary is None else random_tokens(vocabulary)
 
     def _run_folder(self, args: TrainingArguments) -> Path:

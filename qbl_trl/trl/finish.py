@@ -17,6 +17,7 @@ from qbl_trl.errors import ConfigError, ExportError, MergeError
 from qbl_trl.folders import new_folder
 from qbl_trl.merging import merge, unwrap
 from qbl_trl.parity import compare, logits_of
+from qbl_trl.quant.head import input_table
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import PATCHES
 from qbl_trl.trl.rounding import round_deltas_, rounded
@@ -98,6 +99,20 @@ def check_export(options: Mapping[str, Any]) -> None:
         raise ConfigError(f"QBLoRACallback: onnx_options: {error}") from error
 
 
+def check_decoder(model: nn.Module) -> None:
+    """Refuse an export of a model that generates no text: a classifier, a reward model, an encoder.
+
+    Raises:
+        ConfigError: naming the model's class.
+    """
+    inner: Any = unwrap(model)
+    if not inner.can_generate() or inner.config.is_encoder_decoder:
+        raise ConfigError(
+            f"QBLoRACallback: onnx_output_dir exports decoders that generate text, a {type(inner).__name__} is none; "
+            "leave it out: merged_output_dir holds what was trained"
+        )
+
+
 def export(model_dir: Path, output_dir: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """Write the ONNX graph with the package's public `export_onnx`, looked up now: training never loads ONNX."""
     export_onnx = importlib.import_module("qbl_trl").export_onnx
@@ -166,8 +181,10 @@ def _difference(trained_logits: Tensor, merged_logits: Tensor, mask: Tensor) -> 
 
 def _dtypes(model: nn.Module) -> set[torch.dtype]:
     """What is computed in: the dtypes of the input embedding and of the adapters."""
-    embedding = unwrap(model).get_input_embeddings()  # type: ignore[operator]
-    return {p.dtype for p in embedding.parameters()} | {p.dtype for p in model.parameters() if p.requires_grad}
+    table = input_table(unwrap(model))
+    return {p.dtype for p in (() if table is None else table.parameters())} | {
+        p.dtype for p in model.parameters() if p.requires_grad
+    }
 
 
-__all__ = ["check_export", "export", "merge_and_verify", "sizes", "write_merged"]
+__all__ = ["check_decoder", "check_export", "export", "merge_and_verify", "sizes", "write_merged"]

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbl_trl.quant.head import input_table
+
 _ROWS, _LENGTH = 2, 256
 
 
@@ -20,8 +22,8 @@ class FirstTokens:
         config = model.config.get_text_config()  # type: ignore[operator, union-attr]
         limit = getattr(config, "max_position_embeddings", None) or _LENGTH  # packed rows are longer than that
         self._length = min(_LENGTH, limit)
-        embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-        self._handle = embedding.register_forward_pre_hook(self._keep)
+        table = input_table(model)
+        self._handle = None if table is None else table.register_forward_pre_hook(self._keep)
 
     def _keep(self, embedding: nn.Module, inputs: tuple[Any, ...]) -> None:
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() == 2:
@@ -29,7 +31,8 @@ class FirstTokens:
             self.remove()
 
     def remove(self) -> None:
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
 
 
 def random_tokens(vocabulary: int) -> Tensor:

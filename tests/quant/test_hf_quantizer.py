@@ -25,7 +25,17 @@ def load(folder, **kwargs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, {"symmetric": True}, {"quantize_embeddings": True}, {"bits": 8}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"symmetric": True},
+        {"quantize_embeddings": True},
+        {"bits": 8},
+        {"algorithm": "hqq"},
+        {"algorithm": "mse", "scale_dtype": "bfloat16"},
+    ],
+)
 def test_a_quantized_model_reloads_bit_for_bit(saved, dtype, changes):
     _, folder = saved
     first = load(folder / "float", quantization_config=GroupQuantConfig(**changes), dtype=dtype)
