@@ -32,9 +32,9 @@ from qbl_trl.quant.packing import pack
 _LARGEST_SHARE = 4  # no more than a quarter of the layer's own blocks: beyond, D has too many columns for this
 _LARGEST_STEPS = 2  # of 4-bit codes, root mean square
 _LARGEST_REST = 0.01  # of a step, root mean square: what one digit of 4 bits may leave
-# Blocks of time that 0 to 3 small 4-bit blocks beyond a multiple of four take. One token waits for their bytes,
-# (1, 2, 3); for a prompt (2, 7, 11) were measured with AVX-512. Two parts of the former to one of the latter.
-_LEFT_OVER = (0, 1.4, 3.7, 5.7)
+# Blocks of time that 0 to 3 small 4-bit blocks beyond a multiple of four take: between what AVX-512 was measured to
+# take for one token, whose bytes count, (1, 2, 3), and for a prompt of 128, (2, 7, 11).
+_LEFT_OVER = (0, 2, 5, 8)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Layout:
         """Appended blocks; the last may be partly empty."""
         return -(-self.width // self.block)
 
-    def cost(self, own: int) -> float:
+    def cost(self, own: int) -> int:
         """Time of a layer with `own` blocks beside these, in full blocks."""
         total = own + self.blocks
         return total if self.bits == 8 or self.block > 32 else total - total % 4 + _LEFT_OVER[total % 4]

@@ -4,7 +4,15 @@ import json
 
 import pytest
 import torch
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration, TrainerCallback
+from transformers import (
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainerCallback,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+)
 
 from qbl_trl import GroupQuantConfig, merge
 from qbl_trl.adapter.layer import adapter_layers
@@ -13,6 +21,7 @@ from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.trl import finish
 from qbl_trl.trl.callback import REPORT, QBLoRACallback
 from qbl_trl.trl.report import write_report
+from qbl_trl.trl.tokens import FirstTokens
 from tests.tiny import logits, tiny_gpt2, tokens
 from tests.trl import data
 from tests.trl.runs import adapter, settings, sft
@@ -33,6 +42,21 @@ def test_packed_rows_longer_than_the_model_has_positions_are_cut_for_the_compari
         tmp_path, callback, model=quantize_model_(model, GroupQuantConfig()), train_dataset=data.texts(200), **options
     ).train()
     assert callback.record.merge["parity"]["tokens"] <= 64
+
+
+def test_a_model_of_sound_keeps_no_first_tokens():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Wav2Vec2Config(
+        **sizes,
+        conv_dim=(16,),
+        conv_stride=(4,),
+        conv_kernel=(4,),
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    tokens_seen = FirstTokens(Wav2Vec2ForCTC(config))
+    tokens_seen.remove()
+    assert tokens_seen.ids is None
 
 
 def test_an_encoder_decoder_is_compared_on_what_it_reads(tmp_path):

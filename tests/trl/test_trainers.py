@@ -105,6 +105,21 @@ def test_a_reward_model_keeps_its_trained_head_in_the_merge(tmp_path):
     assert torch.equal(merged.score.weight, trained.detach())
 
 
+def test_an_export_of_what_generates_no_text_is_refused_before_the_training(tmp_path):
+    config = tiny_llama(vocab_size=32).config
+    config.num_labels, config.pad_token_id = 1, 1
+    model = quantize_model_(LlamaForSequenceClassification(config), GroupQuantConfig(modules_to_not_convert=["score"]))
+    outputs = {"merged_output_dir": tmp_path / "merged", "onnx_output_dir": tmp_path / "onnx"}
+    with pytest.raises(ConfigError, match=r"exports decoders .* LlamaForSequenceClassification is none; leave it out"):
+        RewardTrainer(
+            model,
+            args=RewardConfig(**settings(tmp_path)),
+            train_dataset=data.preferences(),
+            processing_class=data.tokenizer(),
+            callbacks=[QBLoRACallback(adapter(task_type="SEQ_CLS"), **outputs)],
+        )
+
+
 def test_a_trainer_that_would_load_a_second_reference_names_the_line_to_write(tmp_path):
     args = GRPOConfig(**settings(tmp_path, beta=0.1, num_generations=2))
     with pytest.raises(ConfigError, match=r"GRPOTrainer with beta=0.1 .* peft_config=QBLoRAConfig"):
