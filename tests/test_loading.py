@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
 from qbl_trl.cli import main
+from qbl_trl.errors import ConfigError
 from qbl_trl.loading import load_adapter
+from qbl_trl.quant.hf_quantizer import quantize_model_
 from tests.tiny import logits, tiny_llama, tokens
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -171,8 +173,8 @@ def test_a_weight_beyond_the_scales_type_is_refused(tmp_path):
     model = tiny_llama()
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = 2e6
     model.save_pretrained(tmp_path)
-    with pytest.raises(Exception, match=r"scale of .* is beyond float16; set scale_dtype"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=GroupQuantConfig())
+    with pytest.raises(ConfigError, match=r"scale of .* is beyond float16; set scale_dtype"):
+        quantize_model_(model, GroupQuantConfig())
     wide = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=GroupQuantConfig(scale_dtype="bfloat16"))
     assert logits(wide, tokens()).isfinite().all()
 

@@ -106,6 +106,7 @@ def test_a_reward_model_keeps_its_trained_head_in_the_merge(tmp_path):
 
 
 def test_an_export_of_what_generates_no_text_is_refused_before_the_training(tmp_path):
+    pytest.importorskip("optimum.onnxruntime")
     config = tiny_llama(vocab_size=32).config
     config.num_labels, config.pad_token_id = 1, 1
     model = quantize_model_(LlamaForSequenceClassification(config), GroupQuantConfig(modules_to_not_convert=["score"]))
