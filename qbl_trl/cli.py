@@ -184,14 +184,14 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _merge(args: argparse.Namespace) -> None:
     from qbl_trl.folders import check_apart, check_free
-    from qbl_trl.loading import load_adapter
+    from qbl_trl.loading import load_adapter, saved_adapter
     from qbl_trl.merging import merge
 
     check_free(args.output, args.overwrite)
-    check_apart(args.output, args.adapter, args.base)
-    model = load_adapter(args.adapter, args.base)
-    check_apart(args.output, model.peft_config["default"].base_model_name_or_path)
-    _save(merge(model, lossy=args.lossy), str(args.adapter), args.output, args.overwrite)
+    check_apart(args.output, args.adapter, args.base, saved_adapter(args.adapter).base_model_name_or_path)
+    _save(
+        merge(load_adapter(args.adapter, args.base), lossy=args.lossy), str(args.adapter), args.output, args.overwrite
+    )
     print(args.output)
 
 

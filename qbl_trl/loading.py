@@ -45,13 +45,11 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
         CheckpointError: if the file does not hold exactly the tensors that the adapter has.
     """
     import torch
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
+    from peft.utils import load_peft_weights
     from transformers import AutoConfig, AutoTokenizer
 
-    path = Path(folder)
-    if not (path / "adapter_config.json").is_file():
-        raise ConfigError(f"{path} holds no adapter (no adapter_config.json); name a folder that save_model wrote")
-    saved = PeftConfig.from_pretrained(str(path))
+    path, saved = Path(folder), saved_adapter(folder)
     named = base or saved.base_model_name_or_path
     if not named:
         raise ConfigError(f"{path} does not name its base model; add --base")
@@ -65,16 +63,30 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
                 f"{path} was trained over a calibrated base, which {named} does not hold; save the quantized "
                 "base with save_pretrained and name its folder with --base"
             )
+    held = {name: tuple(tensor.shape) for name, tensor in load_peft_weights(str(path), device="cpu").items()}
     quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
     made_for = _class_trained(saved, named, **where)
-    model = made_for.from_pretrained(named, dtype=torch.float32, **quantize, **where, **_labels(path))
+    model = made_for.from_pretrained(named, dtype=torch.float32, **quantize, **where, **_labels(held))
     if (path / "tokenizer_config.json").is_file():  # trained with tokens that the base does not have
         tokens = len(AutoTokenizer.from_pretrained(path))
         if tokens > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(tokens)
     model = PeftModel.from_pretrained(model, str(path))
-    _check_whole(model, path)
+    _check_whole(model, path, held)
     return model.eval()
+
+
+def saved_adapter(folder: str | os.PathLike[str]) -> Any:
+    """The PeftConfig of an adapter folder.
+
+    Raises:
+        ConfigError: if the folder holds no adapter.
+    """
+    from peft import PeftConfig
+
+    if not Path(folder, "adapter_config.json").is_file():
+        raise ConfigError(f"{folder} holds no adapter (no adapter_config.json); name a folder that save_model wrote")
+    return PeftConfig.from_pretrained(str(folder))
 
 
 def _class_trained(saved: Any, named: str, **where: str) -> Any:
@@ -88,12 +100,9 @@ def _class_trained(saved: Any, named: str, **where: str) -> Any:
     return model_class(named, **where)
 
 
-def _labels(folder: Path) -> dict[str, int]:
+def _labels(held: dict[str, tuple[int, ...]]) -> dict[str, int]:
     """How many labels a classifier has: its base need not say, the head beside the adapter does."""
-    from peft.utils import load_peft_weights
-
-    held = load_peft_weights(str(folder), device="cpu")
-    heads = [len(tensor) for name, tensor in held.items() if name.endswith(_LABELS)]
+    heads = [shape[0] for name, shape in held.items() if name.endswith(_LABELS)]
     return {"num_labels": heads[0]} if heads else {}
 
 
@@ -106,20 +115,19 @@ def _settings(recorded: dict[str, Any]) -> Any:
     return AutoQuantizationConfig.from_dict(dict(recorded))
 
 
-def _check_whole(model: Any, folder: Path) -> None:
+def _check_whole(model: Any, folder: Path, held: dict[str, tuple[int, ...]]) -> None:
     """PEFT only warns of tensors that the file lacks, and leaves them as they were drawn."""
-    from peft.utils import get_peft_model_state_dict, load_peft_weights
+    from peft.utils import get_peft_model_state_dict
 
-    held = set(load_peft_weights(str(folder), device="cpu"))
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    missing = sorted(wanted - held)
+    missing = sorted(wanted - held.keys())
     if missing:
         raise CheckpointError(
-            f"{folder}: the file holds {len(wanted & held)} of the adapter's {len(wanted)} tensors ({missing[0]}, ... "
-            "are missing). It is damaged, or was saved by a process that did not hold them (DeepSpeed ZeRO-3 needs "
-            "zero3_save_16bit_model: true); train and save again"
+            f"{folder}: the file holds {len(wanted) - len(missing)} of the adapter's {len(wanted)} tensors "
+            f"({missing[0]}, ... are missing). It is damaged, or was saved by a process that did not hold them "
+            "(DeepSpeed ZeRO-3 needs zero3_save_16bit_model: true); train and save again"
         )
-    surplus = sorted(name for name in held - wanted if ".lora_" in name or name.endswith(_LABELS))
+    surplus = sorted(name for name in held.keys() - wanted if ".lora_" in name or name.endswith(_LABELS))
     if surplus:
         raise CheckpointError(
             f"{folder}: the file holds {len(surplus)} tensors for layers that have no adapter ({surplus[0]}, ...): "
@@ -127,4 +135,4 @@ def _check_whole(model: Any, folder: Path) -> None:
         )
 
 
-__all__ = ["load_adapter", "model_class"]
+__all__ = ["load_adapter", "model_class", "saved_adapter"]

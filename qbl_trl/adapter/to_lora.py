@@ -53,11 +53,10 @@ def to_lora(
             adapter is not finite.
     """
     check_free(output_dir, overwrite)
-    if not isinstance(peft_model_or_dir, nn.Module):
-        check_apart(output_dir, peft_model_or_dir)
     if isinstance(peft_model_or_dir, nn.Module):
         config, state = _from_model(peft_model_or_dir, adapter_name)
     else:
+        check_apart(output_dir, peft_model_or_dir)
         config, state = _from_folder(Path(peft_model_or_dir))
     if config.layer_replication:
         raise ConfigError("to_lora: the adapter replicates layers, and plain LoRA files would name the wrong ones")

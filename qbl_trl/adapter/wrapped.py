@@ -2,6 +2,7 @@
 
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -15,3 +16,8 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def is_decoder(model: nn.Module) -> bool:
+    """Whether a transformers model, without its wrappers, writes text by itself: no classifier, no encoder-decoder."""
+    return isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder

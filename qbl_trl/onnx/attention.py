@@ -35,12 +35,12 @@ def takes_query_lengths(provider: str) -> bool:
 
 
 def fuse_attention(
-    editor: Editor, skeleton: Skeleton, kinds: tuple[str, ...], max_length: int, query_lengths: bool
+    editor: Editor, skeleton: Skeleton, kinds: tuple[str, ...], max_length: int, provider: str
 ) -> tuple[str, str]:
     """Replace every Attention placeholder by one operator, the first of `kinds` that fits all of them.
 
     Args:
-        query_lengths: tell GroupQueryAttention how many queries there are, and their positions.
+        provider: whose GroupQueryAttention it would be: it may have to be told queries and positions.
 
     Returns:
         The kind taken, and why not the first.
@@ -53,7 +53,7 @@ def fuse_attention(
         raise Unfusable("the model's attention does not go through transformers' attention interface")
     masks = Masks(editor)
     sites = [read_site(editor, node) for node in nodes]
-    kind, reason = kinds[0], ""
+    kind, reason, query_lengths = kinds[0], "", takes_query_lengths(provider)
     if kind == "gqa":
         try:
             for site in sites:

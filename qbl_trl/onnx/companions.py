@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from qbl_trl.adapter.wrapped import is_decoder
 from qbl_trl.errors import ExportError
 from qbl_trl.loading import load_adapter, model_class
 
@@ -85,7 +86,7 @@ def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     """
     unwrap = getattr(model, "get_base_model", None)
     inner = unwrap() if unwrap is not None else model
-    if not isinstance(inner, PreTrainedModel) or not inner.can_generate() or inner.config.is_encoder_decoder:
+    if not is_decoder(inner):
         raise ExportError(f"export_onnx: a {type(inner).__name__} is no decoder of transformers that generates text")
     return inner
 

@@ -115,7 +115,6 @@ def export_onnx(
             last_logits=logits == "last",
             max_length=max_length or companions.max_positions(held.config),
             spelled_out=float_type != torch.float32,
-            query_lengths=takes_query_lengths(provider),
         )
         wanted = replace(
             options,
@@ -137,7 +136,6 @@ def export_onnx(
             as_it_is = float_type == torch.float32 and not wanted.digits
             exact_folder = folder if as_it_is else Path(side)
             exact, reports = _exact(held, options, attention == "auto", gate, tolerance, exact_folder)
-            shares = exact.attention == "gqa" and gate.passes_in_a_buffer(exact_folder, tolerance)
             step(bar, "finishing the folder")
             final, lossy = exact, None
             if exact_folder is not folder:
@@ -150,7 +148,9 @@ def export_onnx(
                 lossy = gate.look_at(folder)
             companions.write(held, model_or_path, tokenizer, folder, float_type)
             text = held.config.get_text_config()
-            write_genai_config(text, held.generation_config, folder, MODEL_FILE, provider, shares, options.max_length)
+            write_genai_config(
+                text, held.generation_config, folder, MODEL_FILE, provider, exact.shares, options.max_length
+            )
             size = folder_bytes(folder)
     return ExportReport(
         path=str(target),
@@ -171,13 +171,17 @@ def export_onnx(
 
 @dataclass
 class _Built:
-    """What is kept of a graph once it is written: its weights are the model's own."""
+    """What is kept of a graph once it is written: its weights are the model's own.
+
+    `shares`: past and present of its cache may be one buffer.
+    """
 
     layers: list[LoweredLayer]
     operators: dict[str, int]
     fallbacks: tuple[str, ...]
     attention: str
     reason: str = ""
+    shares: bool = False
 
 
 def _exact(
@@ -196,7 +200,8 @@ def _exact(
     try:
         built = _build(held, options, folder)
         held.let_go()
-        return built, gate.pass_(folder, tolerance)
+        whole, cached, built.shares = gate.pass_(folder, tolerance, buffer=built.attention == "gqa")
+        return built, (whole, cached)
     except (Unfusable, Untraceable, Unrunnable, Disagreement) as refusal:
         if not options.attention:
             if (
@@ -214,10 +219,11 @@ def _exact(
             raise ExportError(
                 f'attention="{options.attention[0]}" does not fit this model: {refusal}; use "auto" or "standard"'
             ) from None
-        refusal_was, reason = refusal, getattr(refusal, "brief", str(refusal))
+        reason = getattr(refusal, "brief", str(refusal))
+        # A graph that is wrong says nothing of the next operator; one that was not written would fail there too.
+        wrong = isinstance(refusal, (Unrunnable, Disagreement))
+        left = options.attention[options.attention.index(built.attention) + 1 :] if wrong else ()
     clear(folder)
-    # A graph that was written and is wrong says nothing about the next operator; one that was not would fail there too.
-    left = options.attention[1:] if isinstance(refusal_was, (Unrunnable, Disagreement)) else ()
     built, reports = _exact(held, replace(options, attention=left), bool(left), gate, tolerance, folder)
     built.reason = "; ".join(filter(None, (reason, built.reason)))
     return built, reports

@@ -42,16 +42,16 @@ class Gate:
     def measure(self, graph: OnnxLogits) -> tuple[ParityReport, ParityReport]:
         """One pass over all tokens, and token by token over the cache."""
         whole = graph(self.ids, self.mask)
-        cached = graph.with_cache(self.ids, self.mask, min(_PREFIX, self.ids.shape[1] - 2))
-        if whole.shape[1] == 1:  # a graph that writes the last logits only
-            steps = cached.shape[1]
-            kept = slice(-steps + 1, None)
-            tail = compare(self.reference[:, kept], cached[:, 1:], self.mask[:, kept])
-            return compare(self.reference[:, -1:], whole, self.mask[:, -1:]), tail
-        return compare(self.reference, whole, self.mask), compare(self.reference, cached, self.mask)
+        kept = slice(-whole.shape[1], None)  # of a graph that writes the last logits only, these
+        return compare(self.reference[:, kept], whole, self.mask[:, kept]), self._over_cache(graph)
 
-    def pass_(self, folder: Path, tolerance: float | None) -> tuple[ParityReport, ParityReport]:
+    def pass_(
+        self, folder: Path, tolerance: float | None, buffer: bool = False
+    ) -> tuple[ParityReport, ParityReport, bool]:
         """Measure the graph of a folder.
+
+        Args:
+            buffer: look also whether it is as right over a cache that is longer than its text: the last result.
 
         Raises:
             Unrunnable: if ONNX Runtime does not run it.
@@ -59,32 +59,33 @@ class Gate:
                 with random weights, the tolerance shrinks with the largest of them.
         """
         with _run_errors():
-            reports = self.measure(OnnxLogits(folder))
-        largest, allowed = max(report.max_abs_difference for report in reports), self._allowed(tolerance)
+            graph = OnnxLogits(folder)
+            reports = self.measure(graph)
+        largest = max(report.max_abs_difference for report in reports)
+        allowed = None if tolerance is None else tolerance * min(1.0, float(self.reference.abs().max()))
         if allowed is not None and not largest <= allowed:
             raise Disagreement(
                 f"the graph's logits differ from the torch model's by up to {largest:.2e}, allowed: {allowed:.0e}; "
                 "nothing was written. Pass tolerance=None to write the graph all the same"
             )
-        return reports
+        return *reports, buffer and self._right_in_a_buffer(graph, allowed)
 
-    def passes_in_a_buffer(self, folder: Path, tolerance: float | None) -> bool:
-        """Whether the graph of a folder is as right over a cache that is longer than its text."""
-        length = self.ids.shape[1]
+    def _right_in_a_buffer(self, graph: OnnxLogits, allowed: float | None) -> bool:
         try:
             with _run_errors():
-                graph = OnnxLogits(folder)
-                found = graph.with_cache(self.ids, self.mask, min(_PREFIX, length - 2), buffer=length + _PADDED)
+                report = self._over_cache(graph, self.ids.shape[1] + _PADDED)
         except Unrunnable:
             return False
-        kept = slice(-found.shape[1], None)
-        if found.shape[1] < length:  # a graph that writes the last logits only: the prefix gave one
-            found, kept = found[:, 1:], slice(-found.shape[1] + 1, None)
-        difference = compare(self.reference[:, kept], found, self.mask[:, kept]).max_abs_difference
-        return difference <= (self._allowed(tolerance) or float("inf"))
+        return allowed is None or report.max_abs_difference <= allowed
 
-    def _allowed(self, tolerance: float | None) -> float | None:
-        return None if tolerance is None else tolerance * min(1.0, float(self.reference.abs().max()))
+    def _over_cache(self, graph: OnnxLogits, buffer: int = 0) -> ParityReport:
+        """A prefix, then token by token; `buffer` as `OnnxLogits.with_cache` has it."""
+        length = self.ids.shape[1]
+        found = graph.with_cache(self.ids, self.mask, min(_PREFIX, length - 2), buffer)
+        if found.shape[1] < length:  # a graph that writes the last logits only: the prefix gave one
+            found = found[:, 1:]
+        kept = slice(-found.shape[1], None)
+        return compare(self.reference[:, kept], found, self.mask[:, kept])
 
     def look_at(self, folder: Path) -> ParityReport | None:
         """The larger difference of the graph of a folder, or None where the CPU has no kernels for it (bfloat16).

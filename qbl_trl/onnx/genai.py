@@ -10,8 +10,6 @@ import onnx
 logger = logging.getLogger(__name__)
 
 _TYPES = ("gemma", "gemma2", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3", "granite", "olmo", "smollm3")
-
-
 _BUFFERED = 4096  # tokens of cache that are asked for at once where nobody says how many
 
 

@@ -30,13 +30,12 @@ class Options:
         dtype: float type of the graph.
         lowering: see `linears.py`.
         attention: what the placeholders become, "gqa" or "attention", the first that fits; none: there are none.
-        query_lengths: whether GroupQueryAttention is told how many queries there are.
         accuracy_level: attribute of MatMulNBits, or None.
         last_logits: write logits of the last position only, (B, 1, V).
         max_length: rows of the rotary tables.
         spelled_out: standard attention as single operators, as half precision needs it; traced so in float32 too, so
             that the graph compared with the model is the one that is written.
-        provider: whose kernels the graph is held against.
+        provider: whose kernels run the graph; it is held against them.
         digits: whether block deltas may be written in 8 bits, see `digits.py`.
     """
 
@@ -49,7 +48,6 @@ class Options:
     spelled_out: bool = False
     provider: str = "cpu"
     digits: bool = False
-    query_lengths: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,7 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> Rewritten:
     answer_shapes(editor, skeleton)
     attention = "standard", ""
     if options.attention:
-        length = options.max_length
-        attention = fuse_attention(editor, skeleton, options.attention, length, options.query_lengths)
+        attention = fuse_attention(editor, skeleton, options.attention, options.max_length, options.provider)
     else:
         lower_rotary_tables(editor, skeleton.rotary, options.max_length)
     if options.last_logits:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qbl_trl.adapter.layer import adapter_layers
+from qbl_trl.adapter.wrapped import is_decoder
 from qbl_trl.errors import ConfigError, ExportError, MergeError
 from qbl_trl.folders import new_folder
 from qbl_trl.merging import merge, unwrap
@@ -105,8 +106,8 @@ def check_decoder(model: nn.Module) -> None:
     Raises:
         ConfigError: naming the model's class.
     """
-    inner: Any = unwrap(model)
-    if not inner.can_generate() or inner.config.is_encoder_decoder:
+    inner = unwrap(model)
+    if not is_decoder(inner):
         raise ConfigError(
             f"QBLoRACallback: onnx_output_dir exports decoders that generate text, a {type(inner).__name__} is none; "
             "leave it out: merged_output_dir holds what was trained"
