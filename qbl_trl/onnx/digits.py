@@ -35,6 +35,7 @@ _LARGEST_REST = 0.01  # of a step, root mean square: what one digit of 4 bits ma
 # Blocks of time that 0 to 3 small 4-bit blocks beyond a multiple of four take: between what AVX-512 was measured to
 # take for one token, whose bytes count, (1, 2, 3), and for a prompt of 128, (2, 7, 11).
 _LEFT_OVER = (0, 2, 5, 8)
+_LEFT_OVER_OF_STEPS = (0, 1, 2, 3)  # where prompts are read in float, for which the number of blocks is no matter
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,10 @@ class Layout:
         """Appended blocks; the last may be partly empty."""
         return -(-self.width // self.block)
 
-    def cost(self, own: int) -> int:
-        """Time of a layer with `own` blocks beside these, in full blocks."""
-        total = own + self.blocks
-        return total if self.bits == 8 or self.block > 32 else total - total % 4 + _LEFT_OVER[total % 4]
+    def cost(self, own: int, prompts: bool = True) -> int:
+        """Time of a layer with `own` blocks beside these, in full blocks; `prompts`: of prompts too."""
+        total, left_over = own + self.blocks, _LEFT_OVER if prompts else _LEFT_OVER_OF_STEPS
+        return total if self.bits == 8 or self.block > 32 else total - total % 4 + left_over[total % 4]
 
     def longer(self, own: int) -> Iterator["Layout"]:
         """This one and all with more copies, as long as they take no more than their share of the layer."""
@@ -84,12 +85,15 @@ class Layout:
             layout = replace(layout, copies=layout.copies + 1)
 
 
-def layout_for(source: LinearSource) -> Layout | None:
+def layout_for(source: LinearSource, prompts: bool = True) -> Layout | None:
     """How the layer's block deltas become digits, or None where they are better multiplied in float.
 
     That is where digits would take more columns than they are worth, and where the delta is so large that 8 bits of
     what it multiplies would be felt. Not for fractional zero points of the base itself either, whose correction is as
     large as the weights.
+
+    Args:
+        prompts: whether prompts are read with 8-bit activations too.
     """
     base, branches = source.base, source.branches
     if not isinstance(base, GroupBase) or base.bits not in (4, 8) or not branches:
@@ -110,7 +114,7 @@ def layout_for(source: LinearSource) -> Layout | None:
     one, two = (Layout.of(base.bits, base.group_size, columns, digits) for digits in (1, 2))
     enough = all(_size(_rest(delta, one)) <= _LARGEST_REST * step for delta, step in parts)
     layouts = [layout for fewest in ((two, one) if enough else (two,)) for layout in fewest.longer(own)]
-    return min(layouts, key=lambda layout: layout.cost(own), default=None)
+    return min(layouts, key=lambda layout: layout.cost(own, prompts), default=None)
 
 
 def _rest(delta: Tensor, layout: Layout) -> Tensor:

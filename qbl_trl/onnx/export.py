@@ -8,7 +8,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
@@ -25,6 +24,7 @@ from qbl_trl.onnx.genai import write_genai_config
 from qbl_trl.onnx.kernels import cuda_fallbacks
 from qbl_trl.onnx.linears import LoweredLayer
 from qbl_trl.onnx.options import check_choices
+from qbl_trl.onnx.prompts import set_levels
 from qbl_trl.onnx.reference import float32_reference
 from qbl_trl.onnx.report import ExportReport
 from qbl_trl.onnx.retype import float16_to_bfloat16
@@ -49,6 +49,7 @@ def export_onnx(
     lowering: str = "auto",
     attention: str = "auto",
     accuracy_level: int | None = None,
+    prompt_accuracy_level: int | None = None,
     logits: str = "all",
     max_length: int | None = None,
     tolerance: float | None = TOLERANCE,
@@ -68,13 +69,18 @@ def export_onnx(
         dtype: "float32" (default on cpu) or "float16"; on cuda "float16" (default) or "bfloat16".
         lowering: "auto" or "factored": codes and integer zero points as they are, the adapter beside them;
             "float_zero_point": the adapter inside fractional zero points; "low_rank": the adapter's own two factors.
-        attention: "gqa" (GroupQueryAttention: fastest, and with one buffer for the cache in GenAI), "attention" (the
-            ONNX operator, for heads that GroupQueryAttention does not take), "standard" (as traced), or "auto": the
-            first that fits. On CPU, GroupQueryAttention continues batches since ONNX Runtime 1.32: where that is
-            installed, it is the first choice, and the graph needs it; before, "attention" is.
+        attention: "gqa" (GroupQueryAttention: one buffer for the cache in GenAI), "attention" (the ONNX operator, for
+            heads that GroupQueryAttention does not take), "standard" (as traced), or "auto": the first that fits.
+            Where query heads share keys, "auto" on CPU in float32 also writes a step over a growing cache as standard
+            operators, which copy the cache once instead of once per head; an If chooses at every step. On CPU,
+            GroupQueryAttention continues batches since ONNX Runtime 1.32: where that is installed, it is the first
+            choice, and the graph needs it; before, "attention" is.
         accuracy_level: 4 lets MatMulNBits quantize activations to 8 bits on CPU: faster, not exact; reported. With
             lowering="auto" an adapter's block delta then lies beside the codes, in 8 bits; "factored" keeps it in
             float.
+        prompt_accuracy_level: the same where 32 tokens or more are read at once; by default no other. 0 beside
+            accuracy_level=4 reads prompts in float32: exactly, and faster where the processor multiplies floats well,
+            with the weights twice in memory.
         logits: "all" positions, or the "last" one only, as `generate` needs: the head and the end of the last layer
             then see one position.
         max_length: positions of the rotary tables; the model's own maximum by default.
@@ -99,6 +105,7 @@ def export_onnx(
         lowering=lowering,
         attention=attention,
         accuracy_level=accuracy_level,
+        prompt_accuracy_level=prompt_accuracy_level,
         logits=logits,
     )
     float_type: torch.dtype = getattr(torch, named)
@@ -115,11 +122,13 @@ def export_onnx(
             last_logits=logits == "last",
             max_length=max_length or companions.max_positions(held.config),
             spelled_out=float_type != torch.float32,
+            grouped_steps=attention == "auto" and provider == "cpu" and float_type == torch.float32,
         )
         wanted = replace(
             options,
             dtype=float_type,
             accuracy_level=accuracy_level,
+            prompt_level=prompt_accuracy_level,
             digits=accuracy_level == 4 and lowering == "auto" and provider == "cpu" and _has_digits(held.decoder()),
         )
         step(bar, "computing its logits")
@@ -142,9 +151,8 @@ def export_onnx(
                 final, lossy = _as_wanted(
                     held, replace(wanted, attention=_kinds(exact.attention, provider)), gate, folder, exact_folder
                 )
-            elif wanted != options:
-                if accuracy_level:
-                    set_accuracy_level(folder / MODEL_FILE, accuracy_level)
+            elif wanted.levels != options.levels:
+                set_levels(folder / MODEL_FILE, *wanted.levels)
                 lossy = gate.look_at(folder)
             companions.write(held, model_or_path, tokenizer, folder, float_type)
             text = held.config.get_text_config()
@@ -232,7 +240,7 @@ def _exact(
 def _build(held: companions.Held, options: Options, folder: Path) -> _Built:
     graph, made = _trace_and_rewrite(held.decoder(), options)
     save(graph, folder)
-    operators = dict(Counter(node.op_type for node in graph.graph))
+    operators = dict(Counter(node.op_type for node in graph.graph.all_nodes()))
     fallbacks = cuda_fallbacks(graph) if options.provider == "cuda" else ()
     return _Built(made.layers, operators, fallbacks, made.attention, made.reason)
 
@@ -268,10 +276,13 @@ def _as_wanted(
     """
     built = _build(held, wanted, folder)
     held.let_go()
+    steps, prompts = wanted.levels
+    if prompts != steps:
+        set_levels(folder / MODEL_FILE, steps, prompts)
     found = gate.look_at(folder)
     if not wanted.digits:
         return built, found
-    set_accuracy_level(exact_folder / MODEL_FILE, 4)
+    set_levels(exact_folder / MODEL_FILE, steps, prompts)
     factored = gate.look_at(exact_folder)
     if found and factored and found.mean_abs_difference <= _DIGITS_SHARE * factored.mean_abs_difference:
         return built, found
@@ -281,12 +292,3 @@ def _as_wanted(
 
 def _has_digits(decoder: PreTrainedModel) -> bool:
     return any(layout_for(source) for source in choose_branches(linear_sources(decoder), "auto").values())
-
-
-def set_accuracy_level(path: Path, level: int) -> None:
-    """Set `accuracy_level` on every MatMulNBits of a graph file, in place; its weights are not touched."""
-    model = onnx.load(path, load_external_data=False)
-    for node in model.graph.node:
-        if node.op_type == "MatMulNBits":
-            node.attribute.append(onnx.helper.make_attribute("accuracy_level", level))
-    onnx.save(model, path)

@@ -40,6 +40,7 @@ class LinearLowering:
         accuracy_level: attribute of MatMulNBits; 4 quantizes activations to 8 bits on CPU, None and 0 do not.
         digits: write block deltas as digits beside the codes where they fit there.
         provider: whose kernels will run the graph.
+        prompts: whether prompts are read with 8-bit activations too, for the layout of the digits.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class LinearLowering:
         shared: dict[tuple[int, ...], str],
         digits: bool = False,
         provider: str = "cpu",
+        prompts: bool = True,
     ) -> None:
-        self.provider = provider
+        self.provider, self.prompts = provider, prompts
         self.editor, self.lowering, self.accuracy_level, self.digits = editor, lowering, accuracy_level, digits
         self.shared = shared
         self.layers: list[LoweredLayer] = []
@@ -73,7 +75,7 @@ class LinearLowering:
             x.type = node.outputs[0].type = ir.TensorType(editor.float_type)
         branches: tuple[Branch, ...] = source.branches
         corrections: list[str] = []
-        layout = layout_for(source) if self.digits and not self._is_shared(source) else None
+        layout = layout_for(source, self.prompts) if self.digits and not self._is_shared(source) else None
         if layout is not None:
             x, source, branches = *self._append_digits(node, x, source, layout), ()
             corrections.append("block delta in 8 bits")

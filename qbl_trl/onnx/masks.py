@@ -4,6 +4,9 @@ padding         (B, 1, S, T): a large negative number on padded keys
 causal(window)  padding, and the same on keys after the query, or `window` and more before it
 lengths         seqlens_k (B,) = T - 1 and total_sequence_length = T, both int32
 query_lengths   (B,) = S, int32
+step(window)    (B, 1, 1, T): padding for the last query alone, and keys `window` and more before it
+grows_by_one    (1,): one new token over a past that is shorter than the text by that token
+last_place      (B, 1) = T - 1: where the last token stands in the cache
 """
 
 import numpy as np
@@ -62,7 +65,7 @@ class Masks:
         key = f"causal {window}"
         if key not in self._made:
             constant, zero, one = self.editor.constant, self.editor.constant(0), self.editor.constant(1)
-            total = self._add("Squeeze", [self._add("Shape", [self.mask], start=1, end=2)])
+            total = self._total()
             past = self._add("Sub", [total, self._add("Squeeze", [self._steps()])])
             keys = self._add("Range", [zero, total, one])
             queries = self._add("Unsqueeze", [self._add("Range", [past, total, one]), constant([1])])
@@ -72,6 +75,35 @@ class Masks:
                 hidden = self._add("Or", [hidden, far])
             self._made[key] = self._hide(self._add("Or", [hidden, self._padded()]))
         return self._made[key]
+
+    def step(self, window: int) -> ir.Value:
+        """Additive mask of the keys that a single new token does not see, (B, 1, 1, T)."""
+        key = f"step {window}"
+        if key not in self._made:
+            hidden = self._padded()
+            if window:
+                total = self._total()
+                keys = self._add("Range", [self.editor.constant(0), total, self.editor.constant(1)])
+                last = self._add("Sub", [total, self.editor.constant(1 + window)])
+                hidden = self._add("Or", [self._add("LessOrEqual", [keys, last]), hidden])
+            self._made[key] = self._hide(hidden)
+        return self._made[key]
+
+    def grows_by_one(self, past: ir.Value) -> ir.Value:
+        """Whether one token comes to a cache that holds just the text before it, (1,)."""
+        length = self._add("Shape", [past], start=2, end=3)
+        whole = self._add("Shape", [self.mask], start=1, end=2)
+        grows = self._add("Equal", [self._add("Sub", [whole, length]), self._steps()])
+        return self._add("And", [self._add("Equal", [self._steps(), self.editor.constant([1])]), grows])
+
+    def last_place(self) -> ir.Value:
+        """Place of the last token in the cache, for every row, (B, 1)."""
+        if "last place" not in self._made:
+            last = self._add("Sub", [self._total(), self.editor.constant(1)])
+            one = self.editor.constant([1])
+            rows = self._add("Concat", [self._add("Shape", [self.ids], start=0, end=1), one], axis=0)
+            self._made["last place"] = self._add("Expand", [last, rows])
+        return self._made["last place"]
 
     def positions(self, value: ir.Value | None) -> ir.Value:
         """Positions as (B, S): as they are where they are an input, repeated for every row where they are not."""
@@ -106,6 +138,12 @@ class Masks:
         depth = editor.weight("mask.hidden", (), editor.dtype, lambda: torch.tensor(_HIDDEN[editor.dtype]))
         seen = editor.weight("mask.seen", (), editor.dtype, lambda: torch.tensor(0.0))
         return self._add("Where", [hidden, depth, seen])
+
+    def _total(self) -> ir.Value:
+        """T, a scalar."""
+        if "whole" not in self._made:
+            self._made["whole"] = self._add("Squeeze", [self._add("Shape", [self.mask], start=1, end=2)])
+        return self._made["whole"]
 
     def _steps(self) -> ir.Value:
         if "steps" not in self._made:

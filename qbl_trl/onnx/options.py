@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lowering", default="auto", choices=LOWERINGS)
     parser.add_argument("--attention", default="auto", choices=ATTENTIONS)
     parser.add_argument("--accuracy-level", type=int, choices=LEVELS, help="4: 8-bit activations on CPU")
+    parser.add_argument(
+        "--prompt-accuracy-level", type=int, choices=LEVELS, help="0 beside --accuracy-level 4: prompts in float32"
+    )
     parser.add_argument("--logits", default="all", choices=LOGITS, help="positions the graph answers for")
     parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
 
@@ -34,6 +37,7 @@ def check_choices(
     lowering: str = "auto",
     attention: str = "auto",
     accuracy_level: int | None = None,
+    prompt_accuracy_level: int | None = None,
     logits: str = "all",
     **others: Any,
 ) -> str:
@@ -47,6 +51,7 @@ def check_choices(
         ("lowering", lowering, LOWERINGS),
         ("attention", attention, ATTENTIONS),
         ("accuracy_level", accuracy_level, (None, *LEVELS)),
+        ("prompt_accuracy_level", prompt_accuracy_level, (None, *LEVELS)),
         ("logits", logits, LOGITS),
     ):
         if given not in allowed:
@@ -72,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
             lowering=args.lowering,
             attention=args.attention,
             accuracy_level=args.accuracy_level,
+            prompt_accuracy_level=args.prompt_accuracy_level,
             logits=args.logits,
             overwrite=args.overwrite,
         )

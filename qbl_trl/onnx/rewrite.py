@@ -12,6 +12,7 @@ from qbl_trl.onnx.branches import choose_branches
 from qbl_trl.onnx.caches import accept_guessed_caches
 from qbl_trl.onnx.embeddings import lower_embeddings
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute
+from qbl_trl.onnx.grouped import add_grouped_steps
 from qbl_trl.onnx.last import keep_last
 from qbl_trl.onnx.linears import LinearLowering, LoweredLayer
 from qbl_trl.onnx.markers import TRACE_DOMAIN
@@ -37,6 +38,8 @@ class Options:
             that the graph compared with the model is the one that is written.
         provider: whose kernels run the graph; it is held against them.
         digits: whether block deltas may be written in 8 bits, see `digits.py`.
+        prompt_level: accuracy level of prompts, see `prompts.py`; None: the same as `accuracy_level`.
+        grouped_steps: let GroupQueryAttention give way where `grouped.py` is faster.
     """
 
     dtype: torch.dtype
@@ -48,6 +51,14 @@ class Options:
     spelled_out: bool = False
     provider: str = "cpu"
     digits: bool = False
+    prompt_level: int | None = None
+    grouped_steps: bool = False
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        """Accuracy levels of steps and of prompts; float32 is 0."""
+        steps = self.accuracy_level or 0
+        return steps, steps if self.prompt_level is None else self.prompt_level
 
 
 @dataclass(frozen=True)
@@ -80,10 +91,18 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> Rewritten:
     linears = pack_projections(editor, choose_branches(skeleton.linears, options.lowering))
     accept_guessed_caches(editor, skeleton.model.config)
     lowering = LinearLowering(
-        editor, options.lowering, options.accuracy_level, shared, options.digits, options.provider
+        editor,
+        options.lowering,
+        options.accuracy_level,
+        shared,
+        options.digits,
+        options.provider,
+        options.levels[1] == 4,
     )
     for node in [node for node in editor.graph if node.domain == TRACE_DOMAIN and node.op_type == "Linear"]:
         lowering.lower(node, linears[attribute(node, "name")])
+    if options.grouped_steps:
+        add_grouped_steps(editor)
     _finish(model)
     return Rewritten(lowering.layers, *attention)
 

@@ -46,8 +46,10 @@ def padded_batch(vocabulary: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def operators(folder: Path) -> list[str]:
-    """Operators of the graph of a folder."""
+def operators(folder: Path, inner: bool = False) -> list[str]:
+    """Operators of the graph of a folder; `inner`: those of its subgraphs too."""
     import onnx
+    import onnx_ir as ir
 
-    return [node.op_type for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node]
+    graph = ir.from_proto(onnx.load(folder / "model.onnx", load_external_data=False)).graph
+    return [node.op_type for node in (graph.all_nodes() if inner else graph)]

@@ -1,0 +1,137 @@
+"""One token over a growing cache: query heads that share keys are rows of one product.
+
+GroupQueryAttention copies the cache once for every query head wherever past and present are two buffers, as in
+ORTModelForCausalLM. For a single token the H query heads are G = H / KV rows to each of the KV key heads, with nothing
+between them to hide, so that standard operators do the same with one copy:
+
+    K = [past_K, k]    V = [past_V, v]                       (B, KV, T, D)
+    y = softmax(scale * q K' + mask) V                       q, y (B, KV, G, D),  mask (B, 1, 1, T)
+
+An If chooses at every step, by lengths alone: one new token, and a past that is shorter than the text by just that
+token. Prompts, and buffers that past and present share, as in ONNX Runtime GenAI, stay with GroupQueryAttention.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute
+from qbl_trl.onnx.masks import Masks
+
+_ROTARY = slice(7, 9)  # cos and sin among GroupQueryAttention's inputs
+_POSITIONS = 9
+
+
+def add_grouped_steps(editor: Editor) -> int:
+    """Give every GroupQueryAttention whose heads share keys the choice, in place; returns how many have it."""
+    found = [node for node in editor.graph if node.op_type == "GroupQueryAttention" and node.domain == MS_DOMAIN]
+    shared = [node for node in found if attribute(node, "num_heads") > attribute(node, "kv_num_heads")]
+    if not shared:
+        return 0
+    masks = Masks(editor)
+    past = shared[0].inputs[3]
+    if past is None:
+        raise TypeError(f"{shared[0].name}: attention without a cache")
+    grows = masks.grows_by_one(past)
+    for node in shared:
+        _choose(editor, node, grows, _grouped(editor, node, masks))
+    return len(shared)
+
+
+class _Body:
+    """Nodes of a subgraph, which read the values of the graph around it."""
+
+    def __init__(self, node: ir.Node) -> None:
+        self.node, self.nodes = node, list[ir.Node]()
+
+    def add(
+        self,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any] | None = None,
+        domain: str = "",
+        outputs: int = 1,
+    ) -> Sequence[ir.Value]:
+        label = f"{self.node.name}/step/{op}_{len(self.nodes)}"
+        made = ir.node(op, inputs, attributes or {}, domain=domain, num_outputs=outputs, name=label)
+        for index, value in enumerate(made.outputs):
+            value.name, value.type = f"{label}/out_{index}", self.node.outputs[0].type
+        self.nodes.append(made)
+        return made.outputs
+
+    def graph(self, name: str, outputs: Sequence[ir.Value]) -> ir.Graph:
+        return ir.Graph([], list(outputs), nodes=self.nodes, name=f"{self.node.name}/{name}")
+
+
+def _grouped(editor: Editor, node: ir.Node, masks: Masks) -> ir.Graph:
+    """The branch for one token: output, present keys, present values."""
+    body, constant = _Body(node), editor.constant
+    past_key, past_value = node.inputs[3], node.inputs[4]
+    if past_key is None or past_value is None or past_key.shape is None:
+        raise TypeError(f"{node.name}: attention without a cache")
+    heads, kv_heads, size = attribute(node, "num_heads"), attribute(node, "kv_num_heads"), int(past_key.shape[3])  # type: ignore[arg-type]
+    query, key, value = _heads(editor, body, masks, heads, kv_heads, size)
+    query = body.add("Reshape", [query, constant([0, kv_heads, heads // kv_heads, size])])[0]
+    keys = body.add("Concat", [past_key, key], {"axis": 2})[0]
+    values = body.add("Concat", [past_value, value], {"axis": 2})[0]
+    scale, cap = attribute(node, "scale"), _optional(node, "softcap")
+    scores = body.add("FusedMatMul", [query, keys], {"transB": 1, "alpha": scale / (cap or 1.0)}, MS_DOMAIN)[0]
+    if cap:
+        depth = editor.weight(f"attention.softcap.{cap}", (), editor.dtype, lambda: torch.tensor(cap))
+        scores = body.add("Mul", [body.add("Tanh", [scores])[0], depth])[0]
+    scores = body.add("Add", [scores, masks.step(int(_optional(node, "local_window_size")))])[0]
+    attended = body.add("MatMul", [body.add("Softmax", [scores], {"axis": -1})[0], values])[0]
+    flat = body.add("Reshape", [attended, constant([0, 1, heads * size])])[0]
+    return body.graph("grouped", [flat, keys, values])
+
+
+def _heads(
+    editor: Editor, body: _Body, masks: Masks, heads: int, kv_heads: int, size: int
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Rotated query and key, and value, (B, heads of each, 1, D)."""
+    node, constant = body.node, editor.constant
+    query, key, value = node.inputs[:3]
+    if key is None:  # packed
+        query = body.add("Reshape", [query, constant([0, heads + 2 * kv_heads, 1, size])])[0]
+        if node.inputs[_ROTARY.start] is None:
+            parts = constant([heads, kv_heads, kv_heads])
+            query, key, value = body.add("Split", [query, parts], {"axis": 1}, outputs=3)
+            return query, key, value
+        rotated, value = body.add("Split", [query, constant([heads + kv_heads, kv_heads])], {"axis": 1}, outputs=2)
+        rotated = _rotate(body, masks, rotated, size)
+        query, key = body.add("Split", [rotated, constant([heads, kv_heads])], {"axis": 1}, outputs=2)
+        return query, key, value
+    query = body.add("Reshape", [query, constant([0, heads, 1, size])])[0]
+    key = body.add("Reshape", [key, constant([0, kv_heads, 1, size])])[0]
+    value = body.add("Reshape", [value, constant([0, kv_heads, 1, size])])[0]
+    return _rotate(body, masks, query, size), _rotate(body, masks, key, size), value
+
+
+def _rotate(body: _Body, masks: Masks, value: ir.Value, size: int) -> ir.Value:
+    cos, sin = body.node.inputs[_ROTARY]
+    if cos is None or cos.shape is None:
+        return value
+    told = body.node.inputs[_POSITIONS]
+    positions = masks.last_place() if told is None else told  # untold, the operator counts the cache
+    width = 2 * int(cos.shape[-1])  # type: ignore[arg-type]
+    partial = {} if width == size else {"rotary_embedding_dim": width}
+    return body.add("RotaryEmbedding", [value, cos, sin, positions], partial)[0]
+
+
+def _choose(editor: Editor, node: ir.Node, condition: ir.Value, then: ir.Graph) -> None:
+    """If(condition): `then`, else the node as it is."""
+    body = _Body(node)
+    same = body.add(node.op_type, list(node.inputs), dict(node.attributes), node.domain, outputs=3)
+    branches = {"then_branch": then, "else_branch": body.graph("whole", same)}
+    chosen = editor.add(node, "If", [condition], branches, name=node.name, outputs=3, like=node.outputs[0])
+    for old, new in zip(node.outputs, chosen.outputs, strict=True):
+        new.shape = old.shape
+        editor.replace(old, new)
+    editor.remove(node)
+
+
+def _optional(node: ir.Node, name: str) -> float:
+    held = node.attributes.get(name)
+    return 0.0 if held is None else float(held.value)
