@@ -32,12 +32,15 @@ def build(source: Path, work: Path, genai_python: str | None, seconds: dict[str,
     if genai_python:
         once("genai int4", lambda out: genai_build(genai_python, source, out))
         once("genai int4, last logits", lambda out: genai_build(genai_python, source, out, "prune_lm_head=true"))
-    once("ours int8 activations", lambda out: ours(source, out, merged=True, accuracy_level=4))
-    once("ours int8 activations, last logits", lambda out: ours(source, out, True, accuracy_level=4, logits="last"))
+    quick = {"accuracy_level": 4, "merged": True}
+    prompts = {**quick, "logits": "last", "prompt_accuracy_level": 0}
+    once("ours int8 activations", lambda out: ours(source, out, **quick))
+    once("ours int8 activations, last logits", lambda out: ours(source, out, **quick, logits="last"))
+    once("ours, float prompts, last logits", lambda out: ours(source, out, **prompts))
+    once("the same, attention=gqa", lambda out: ours(source, out, **prompts, attention="gqa"))
     once("base int8 activations", lambda out: ours(source, out, merged=False, accuracy_level=4))
     once("ours exact, last logits", lambda out: ours(source, out, merged=True, logits="last"))
-    onnx_operator = {"accuracy_level": 4, "attention": "attention"}
-    once("ours int8 activations, Attention", lambda out: ours(source, out, merged=True, **onnx_operator))
+    once("ours int8 activations, Attention", lambda out: ours(source, out, **quick, attention="attention"))
     once("optimum fp32", lambda out: optimum_fp32(source, out))
     return folders
 
