@@ -17,7 +17,7 @@ class ExportReport:
         provider, dtype: what the graph is for.
         attention: "gqa", "attention" or "standard"; attention_reason: why "auto" did not choose the first.
         layers: how each linear layer was written.
-        operators: number of nodes by operator.
+        operators: number of nodes by operator, those inside an If too; where prompts have a level, of one branch.
         bytes: size of the folder.
         parity: graph against the torch model in float32, all tokens in one pass.
         parity_cached: the same over the cache, one token at a time.
