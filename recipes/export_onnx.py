@@ -26,6 +26,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--accuracy_level", type=int, choices=(0, 4), help="4: 8-bit activations on CPU, faster and not exact"
     )
+    parser.add_argument(
+        "--prompt_accuracy_level", type=int, choices=(0, 4), help="of 32 tokens or more; 0 beside 4: float32, faster"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
     parser.add_argument("--prompt", help="generate an answer with the exported folder")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="length of the answer")
@@ -41,6 +44,7 @@ def main(args: argparse.Namespace) -> None:
         provider=args.provider,
         dtype=args.dtype,
         accuracy_level=args.accuracy_level,
+        prompt_accuracy_level=args.prompt_accuracy_level,
         overwrite=args.overwrite,
     )
     print(report)
