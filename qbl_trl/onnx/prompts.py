@@ -22,6 +22,8 @@ PROMPT = 32  # tokens of all rows together
 def set_levels(path: Path, steps: int, prompts: int) -> None:
     """Give every MatMulNBits of a graph file its `accuracy_level`, in place; its weights are not touched."""
     model = onnx.load(path, load_external_data=False)
+    if not any(node.op_type == "MatMulNBits" for node in model.graph.node):
+        return
     if steps == prompts:
         _set_level(model.graph.node, steps)
     else:

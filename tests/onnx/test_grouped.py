@@ -12,6 +12,7 @@ from qbl_trl.onnx.prompts import PROMPT
 from qbl_trl.onnx.session import OnnxLogits
 from tests.onnx.models import merged_llama, operators, padded_batch
 from tests.onnx.test_runtimes import ARCHITECTURES, build
+from tests.tiny import tiny_llama
 
 FP32 = 5e-6  # sums are taken in different orders; logits of the tiny models are below 1
 SHARING = ["llama", "mistral with a window", "gemma2 with capped scores", "gpt_bigcode with one key head"]
@@ -70,6 +71,11 @@ def test_both_levels_read_the_same_weights(tmp_path):
     assert data[1] <= data[0]
     assert two.bytes < one + 200_000  # the nodes of the other branch
     assert two.parity_as_written is not None
+
+
+def test_a_float_model_has_no_levels_to_choose_from(tmp_path):
+    export_onnx(tiny_llama(), tmp_path / "out", attention="gqa", accuracy_level=4, prompt_accuracy_level=0)
+    assert "If" not in operators(tmp_path / "out")
 
 
 def test_an_unknown_level_of_prompts_is_refused(tmp_path):
