@@ -12,7 +12,7 @@ inputs of 8 bits are off by 0.006 of their size (32 normal ones to a block), whi
 codes make as much as 0.02 steps in D would; half of that raises the rounding of the sum by sqrt(1 + 1/4) = 1.12.
 
 What D itself costs is that h has 8 bits like x: a D of 2 steps raises the rounding by sqrt(1 + (2/3.5)^2) = 1.15. A
-larger one, and every graph without 8-bit activations, keeps the product in float (`linears.py`).
+larger one, and every graph whose steps have no 8-bit activations, keeps the product in float (`linears.py`).
 
 A block has one scale, so no block may hold both digits: h is appended often enough that one copy starts where the
 first digit's blocks have ended. Copies between have codes that stand for zero, and so have copies behind, which round

@@ -79,8 +79,8 @@ def export_onnx(
             lowering="auto" an adapter's block delta then lies beside the codes, in 8 bits; "factored" keeps it in
             float.
         prompt_accuracy_level: the same where 32 tokens or more are read at once; by default no other. 0 beside
-            accuracy_level=4 reads prompts in float32: exactly, and faster where the processor multiplies floats well,
-            with the weights twice in memory.
+            accuracy_level=4 reads prompts with float32 activations (an adapter's digits stay): faster where the
+            processor multiplies floats well, with the weights twice in memory.
         logits: "all" positions, or the "last" one only, as `generate` needs: the head and the end of the last layer
             then see one position.
         max_length: positions of the rotary tables; the model's own maximum by default.
