@@ -5,6 +5,7 @@ package is one line on standard error and exit status 1; nothing half-written is
 """
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -68,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("reference", help="folder of a torch or ONNX model")
     verify.add_argument("candidate", help="folder of a torch or ONNX model")
     verify.add_argument("--text", default="The quick brown fox jumps over the lazy dog.")
-    verify.add_argument("--tolerance", type=float, default=1e-3, help="largest logit difference (%(default)s)")
+    verify.add_argument("--tolerance", type=_tolerance, default=1e-3, help="largest logit difference (%(default)s)")
     verify.set_defaults(run=_verify)
 
     report = commands.add_parser("report", help="one HTML page about a training run")
@@ -87,6 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"qbl-trl {args.command}: {_explained(error)}", file=sys.stderr)
         return 1
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no tolerance; give a number of at least 0")
+    return value
 
 
 _LONGEST = 300  # characters of another library's message

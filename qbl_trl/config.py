@@ -146,6 +146,7 @@ class QBLoRAConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
+        self.completed = False  # whether this very object was completed for a base; no field, so never saved
         self._check_start()  # before PEFT asks for packages and settings this start would need
         for name in ("rank_pattern", "alpha_pattern", "in_factor_pattern", "out_factor_pattern"):
             if not isinstance(getattr(self, name), dict):
@@ -295,6 +296,12 @@ class GroupQuantConfig(QuantizationConfigMixin):
     def to_diff_dict(self) -> dict[str, Any]:
         """Everything: a checkpoint states its format in full."""
         return self.to_dict()
+
+
+def holds_merged(recorded: dict[str, Any]) -> bool:
+    """Whether the base of a recorded configuration holds a merged adapter, which quantizing again does not give."""
+    formats = [recorded, *recorded.get("layers", {}).values()]
+    return any(stored.get("in_factor") is not None for stored in formats)
 
 
 def _whole_number(name: str, value: Any) -> None:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qbl_trl.config import QUANT_METHOD, GroupQuantConfig, QBLoRAConfig
+from qbl_trl.config import QUANT_METHOD, GroupQuantConfig, QBLoRAConfig, holds_merged
 from qbl_trl.errors import CheckpointError, ConfigError
 
 _LABELS = (".score.weight", ".classifier.weight")
@@ -58,11 +58,13 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
     if isinstance(saved, QBLoRAConfig) and saved.base_quantization:
         if getattr(AutoConfig.from_pretrained(named, **where), "quantization_config", None) is None:
             settings = _settings(saved.base_quantization)
-        if isinstance(settings, GroupQuantConfig) and settings.algorithm == "gptq":
-            raise ConfigError(
-                f"{path} was trained over a calibrated base, which {named} does not hold; save the quantized "
-                "base with save_pretrained and name its folder with --base"
-            )
+        if isinstance(settings, GroupQuantConfig):
+            calibrated, merged = settings.algorithm == "gptq", holds_merged(saved.base_quantization)
+            if calibrated or merged:
+                raise ConfigError(
+                    f"{path} was trained over a {'calibrated' if calibrated else 'merged'} base, which {named} is not; "
+                    "save that base with save_pretrained and name its folder with --base"
+                )
     held = {name: tuple(tensor.shape) for name, tensor in load_peft_weights(str(path), device="cpu").items()}
     quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
     made_for = _class_trained(saved, named, **where)

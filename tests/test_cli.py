@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, verify
 from qbl_trl.cli import main, make_parser
+from qbl_trl.quant.summary import summarize
 from tests.quant import foreign
 from tests.quant.test_importers import AWQ, affines
-from tests.tiny import logits, tiny_llama, tokens
+from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
 
 
 @pytest.fixture
@@ -201,6 +202,32 @@ def test_an_error_of_another_library_is_one_line_and_its_traceback_one_variable_
     with pytest.raises(SafetensorError):
         main(command)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["nan", "-1", "inf"])
+def test_verify_takes_no_tolerance_that_lets_nothing_or_everything_through(value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["verify", "A", "B", "--tolerance", value])
+    assert stop.value.code == 2
+    assert f"{value} is no tolerance" in capsys.readouterr().err
+
+
+def test_inspect_measures_errors_against_float_weights_only(float_folder, tmp_path, capsys):
+    packed = str(tmp_path / "q")
+    main(["quantize", str(float_folder), packed])
+    assert main(["inspect", packed, "--against", packed]) == 1
+    assert "holds codes in 'model.layers.0.self_attn.q_proj.weight', not float weights" in capsys.readouterr().err
+    tiny_llama(hidden_size=32).save_pretrained(tmp_path / "other")
+    assert main(["inspect", packed, "--against", str(tmp_path / "other")]) == 1
+    assert "it is of another model" in capsys.readouterr().err
+
+
+def test_inspect_turns_transposed_weights_round_square_ones_too(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path / "float")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=GroupQuantConfig())
+    errors = {layer.name: layer.error for layer in summarize(model, tmp_path / "float")}
+    assert len(errors) == 8
+    assert max(errors.values()) < 0.1  # 15 steps over the range of 32 normal values: a step of 0.27, its noise 0.08
 
 
 @pytest.mark.parametrize(

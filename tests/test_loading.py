@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import constants
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
@@ -193,3 +193,18 @@ def test_quantizing_again_adds_an_adapter_that_is_merged_already_only_once(tmp_p
     torch.testing.assert_close(
         merged, expected, rtol=0, atol=float(expected.abs().max()) / 127
     )  # half a step of 8 bits
+
+
+def test_an_adapter_over_a_merged_base_needs_that_base(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "float")
+    settings = {"r": 1, "quantization_aware": True, "init_lora_weights": False}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=GroupQuantConfig())
+    merge(get_peft_model(base, QBLoRAConfig(**settings))).save_pretrained(tmp_path / "merged")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), QBLoRAConfig(**settings))
+    model.save_pretrained(tmp_path / "second")
+    assert torch.equal(logits(load_adapter(tmp_path / "second"), tokens()), logits(model.eval(), tokens()))
+    with pytest.raises(ConfigError, match=r"trained over a merged base, which .*float is not"):
+        load_adapter(tmp_path / "second", str(tmp_path / "float"))
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=GroupQuantConfig())
+    with pytest.warns(UserWarning, match=r"merged_adapter=True, and this one has group_quant merged_adapter=False"):
+        PeftModel.from_pretrained(fresh, tmp_path / "second")

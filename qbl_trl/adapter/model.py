@@ -20,7 +20,7 @@ from qbl_trl.adapter.balance import largest_useful_r, matched_rank
 from qbl_trl.adapter.factors import recorded_factors
 from qbl_trl.adapter.layer import BalancedLinear, record_placed_
 from qbl_trl.adapter.targets import resolve_all_linear
-from qbl_trl.config import QUANT_METHOD, GroupQuantConfig, QBLoRAConfig
+from qbl_trl.config import QUANT_METHOD, GroupQuantConfig, QBLoRAConfig, holds_merged
 from qbl_trl.errors import ConfigError, MergeError
 from qbl_trl.peft_type import NAME, QBLORA
 from qbl_trl.quant.head import set_apart_, untie_changed_head_
@@ -45,11 +45,9 @@ class QBLoRAModel(LoraModel):
         if chosen is not None:
             prepared.target_modules = chosen  # type: ignore[assignment]  # a set, as PEFT's own
         stored = _quantization(self.model)
-        _warn_of_another_base(prepared, stored)
+        _record_base_(prepared, stored)
         if isinstance(stored, GroupQuantConfig) and prepared.in_factor is None:
             prepared.in_factor = stored.group_size
-        if prepared.base_quantization is None:
-            prepared.base_quantization = _recordable(stored)
         return prepared
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -220,6 +218,7 @@ _SAME = {  # what makes the same base of the same float model, by quantization m
     "bitsandbytes": ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "llm_int8_skip_modules"),
     "hqq": ("quant_config", "skip_modules"),
 }
+_MERGED = "merged_adapter"
 
 
 def _quantization(model: nn.Module) -> Any:
@@ -236,21 +235,49 @@ def _recordable(stored: Any) -> dict[str, Any] | None:
     return {key: value for key, value in stored.to_dict().items() if key[0] != "_"} | {"quant_method": name}
 
 
-def _warn_of_another_base(config: QBLoRAConfig, stored: Any) -> None:
-    """A saved adapter says what it was trained over; on anything else it computes something else."""
-    trained = config.base_quantization
-    if trained is None:
+def _record_base_(config: QBLoRAConfig, stored: Any) -> None:
+    """Write down what the adapter is placed over; one that was trained over anything else computes something else.
+
+    Raises:
+        ConfigError: if this very configuration, not one like it from a file, was completed for another base.
+    """
+    here = _recordable(stored)
+    if config.base_quantization is None:
+        config.base_quantization, config.completed = here, here is not None
         return
-    method, here = trained.get("quant_method", QUANT_METHOD), _recordable(stored)
-    same = _SAME.get(method, ())
-    if here is None or here["quant_method"] != method or any(trained.get(n, here.get(n)) != here.get(n) for n in same):
-        told = {name: trained[name] for name in same if name in trained}
-        held = "none" if here is None else {name: here[name] for name in _SAME[here["quant_method"]]}
-        warnings.warn(
-            f"the adapter was trained over a base with {method} {told}, and this one has {held}: its outputs will "
-            "differ from what was trained. Load the base as config.base_quantization says",
-            stacklevel=2,
+    told, held = _identity(config.base_quantization), _identity(here or {"quant_method": None})
+    other = [name for name in told if name not in held or told[name] != held[name]]
+    if config.completed and other == [_MERGED]:  # a round of adapters more, over what the last one was merged into
+        config.base_quantization = here
+        return
+    if not other:
+        return
+    first, second = (_described(base, other) for base in (told, held))
+    if config.completed:
+        raise ConfigError(
+            f"this QBLoRAConfig was completed for a base with {first} when it was first placed, and this one has "
+            f"{second}; make a QBLoRAConfig for each base"
         )
+    warnings.warn(
+        f"the adapter was trained over a base with {first}, and this one has {second}: its outputs will differ from "
+        "what was trained. Load the base as config.base_quantization says",
+        stacklevel=2,
+    )
+
+
+def _identity(recorded: dict[str, Any]) -> dict[str, Any]:
+    """What a recorded base is compared by, as far as it says."""
+    method = recorded.get("quant_method", QUANT_METHOD)
+    found = {"quant_method": method} | {name: recorded[name] for name in _SAME.get(method, ()) if name in recorded}
+    return found | ({_MERGED: holds_merged(recorded)} if method == QUANT_METHOD else {})
+
+
+def _described(base: dict[str, Any], other: list[str]) -> str:
+    """The settings of a base that another one does not have: all of them where the methods differ."""
+    shown = [name for name in base if name != "quant_method" and (name in other or "quant_method" in other)]
+    return " ".join(
+        [base["quant_method"] or "none", *(f"{name}={base[name]}" for name in shown if base["quant_method"])]
+    )
 
 
 def _refuse_packed(config: QBLoRAConfig, model: nn.Module) -> None:

@@ -61,6 +61,7 @@ class GroupQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        _refuse_disk(kwargs.get("device_map"))
         self.targets = target_layers(model, self.quantization_config)
         if not self.targets:
             raise ConfigError(
@@ -226,6 +227,21 @@ def finish_(model: nn.Module, config: GroupQuantConfig, targets: list[str]) -> N
     kinds = {layer.format.zeros for _, layer in stored if isinstance(layer, GroupQuantLinear)}
     if len(kinds) == 1:
         config.zeros = kinds.pop()
+
+
+def _refuse_disk(device_map: Any) -> None:
+    """Offloaded to disk, a layer would stay in float, or lose its scales.
+
+    Raises:
+        ConfigError: naming a module.
+    """
+    places = device_map.items() if isinstance(device_map, dict) else ()
+    found = next((name for name, place in places if str(place) == "disk"), None)
+    if found is not None:
+        raise ConfigError(
+            f"device_map puts {found or 'the whole model'!r} on disk, where group-quantized layers cannot be kept; "
+            "give the devices more room (max_memory, device_map) or take fewer bits"
+        )
 
 
 def _folder_of(config: Any) -> Path | None:

@@ -77,10 +77,22 @@ def _error(name: str, layer: GroupQuantLinear, stored: dict) -> float:
     if key not in stored:
         raise CheckpointError(f"the float checkpoint has no tensor {key!r}; it is of another model")
     with safe_open(stored[key].file, framework="pt") as file:  # type: ignore[no-untyped-call]
-        weight = file.get_tensor(key).float()
-    if weight.shape != (layer.out_features, layer.in_features):
-        weight = weight.T  # GPT-2's Conv1D stores (in, out)
-    return float((layer.dequantize() - weight).norm() / weight.norm())
+        weight = file.get_tensor(key)
+    if not weight.is_floating_point():
+        raise CheckpointError(
+            f"{stored[key].file.parent} holds codes in {key!r}, not float weights; name the float model"
+        )
+    found = layer.dequantize()
+    # GPT-2's Conv1D stores (in, out); of a square one the nearer way round is meant.
+    errors = [
+        float((found - w).norm() / w.norm()) for w in (weight.float(), weight.float().T) if w.shape == found.shape
+    ]
+    if not errors:
+        raise CheckpointError(
+            f"{key!r} has shape {tuple(weight.shape)} in the float checkpoint and {tuple(found.shape)} here; it is of "
+            "another model"
+        )
+    return min(errors)
 
 
 __all__ = ["LayerSummary", "summarize"]

@@ -297,3 +297,19 @@ def test_reentrant_checkpointing_trains_over_a_4_bit_base_as_over_a_float_one():
     model = get_peft_model(base, QBLoRAConfig(r=2, quantization_aware=True)).train()
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_one_configuration_serves_round_after_round_of_merged_adapters_but_no_other_base():
+    adapter, model = config(quantization_aware=True), groups()
+    for _ in range(3):
+        adapted = get_peft_model(model, adapter).eval()
+        expected = logits(adapted, IDS)
+        model = adapted.merge_and_unload()
+        torch.testing.assert_close(logits(model, IDS), expected, rtol=0, atol=1e-5)  # float32, two layers
+    smaller = quantize_model_(tiny_llama(), GroupQuantConfig(group_size=16))
+    with pytest.raises(
+        ConfigError, match=r"group_size=32 .*when it was first placed, and this one has .*group_size=16"
+    ):
+        get_peft_model(smaller, adapter)
+    with pytest.raises(ConfigError, match="this one has none; make a QBLoRAConfig for each base"):
+        get_peft_model(tiny_llama(), adapter)

@@ -210,3 +210,13 @@ def test_a_model_without_a_layer_to_quantize_is_refused(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="no linear layer to quantize"):
         load(tmp_path, quantization_config=GroupQuantConfig(modules_to_not_convert=["model"]))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_layers_on_disk_are_refused_by_name(tmp_path, packed):
+    model = quantize_model_(tiny_llama(), GroupQuantConfig()) if packed else tiny_llama()
+    model.save_pretrained(tmp_path)
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb"), "cpu")
+    quantize = {} if packed else {"quantization_config": GroupQuantConfig()}
+    with pytest.raises(ConfigError, match=r"'model\.layers\.1' on disk"):
+        load(tmp_path, device_map={**places, "lm_head": "cpu", "model.layers.1": "disk"}, **quantize)
