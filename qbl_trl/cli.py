@@ -13,8 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qbl_trl.config import ALLOWED_GROUP_SIZES, SCALE_DTYPES
 from qbl_trl.errors import ConfigError, QblError
 from qbl_trl.onnx import options
+
+_NEW = "a new or empty folder"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -22,58 +25,89 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qbl-trl", description=(__doc__ or "").split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    quantize = commands.add_parser("quantize", help="quantize a float model, or convert a 4-bit checkpoint untouched")
+    def add(name: str, summary: str, *examples: str) -> argparse.ArgumentParser:
+        text = "\n".join(["examples:", *(f"  qbl-trl {name} {example}" for example in examples)])
+        raw = argparse.RawDescriptionHelpFormatter
+        return commands.add_parser(name, help=summary, description=summary, epilog=text, formatter_class=raw)
+
+    quantize = add(
+        "quantize",
+        "quantize a float model, or convert a 4-bit checkpoint untouched",
+        "MODEL base --algorithm hqq",
+        "--from GPTQ_FOLDER base",
+    )
     quantize.add_argument("model", help="model id or folder (with --from: the GPTQ, AWQ, HQQ or GGUF checkpoint)")
-    quantize.add_argument("output", type=Path)
+    quantize.add_argument("output", type=Path, help=_NEW)
     quantize.add_argument("--from", dest="convert", action="store_true", help="keep the codes the checkpoint holds")
-    quantize.add_argument("--bits", type=int, default=4, choices=(2, 4, 8))
-    quantize.add_argument("--group-size", type=int, default=32)
-    quantize.add_argument("--symmetric", action="store_true")
-    quantize.add_argument("--algorithm", default="rtn", choices=("rtn", "mse", "hqq"))
-    quantize.add_argument("--scale-dtype", default="float16", choices=("float16", "bfloat16", "float32"))
+    quantize.add_argument("--bits", type=int, default=4, choices=(2, 4, 8), help="of a code (default: %(default)s)")
+    sizes = ", ".join(map(str, ALLOWED_GROUP_SIZES))
+    quantize.add_argument(
+        "--group-size", type=int, default=32, help=f"weights that share a scale: {sizes} (default: %(default)s)"
+    )
+    quantize.add_argument("--symmetric", action="store_true", help="no zero points")
+    quantize.add_argument(
+        "--algorithm",
+        default="rtn",
+        choices=("rtn", "mse", "hqq"),
+        help="how scales are chosen: by range, clip search, half-quadratic (default: %(default)s)",
+    )
+    quantize.add_argument(
+        "--scale-dtype", default="float16", choices=tuple(SCALE_DTYPES), help="(default: %(default)s)"
+    )
     quantize.add_argument("--dtype", default="float32", help="of what stays in float (default: %(default)s)")
     quantize.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
     quantize.set_defaults(run=_quantize)
 
-    inspect = commands.add_parser("inspect", help="layers, bits, bytes, quantization error, fitting factors")
+    inspect = add("inspect", "layers, bits, bytes, quantization error, fitting factors", "base --against MODEL")
     inspect.add_argument("model", help="a quantized or merged folder, or an adapter: its base")
     inspect.add_argument("--against", type=Path, help="folder of the float weights, for the error of each layer")
     inspect.set_defaults(run=_inspect)
 
-    merge = commands.add_parser("merge", help="adapter folder -> plain 4-bit model, exactly")
+    merge = add("merge", "adapter folder -> plain 4-bit model, exactly", "run/adapter merged")
     merge.add_argument("adapter", type=Path, help="a saved adapter")
-    merge.add_argument("output", type=Path)
+    merge.add_argument("output", type=Path, help=_NEW)
     merge.add_argument("--base", help="model id or folder of the base, if not the one the adapter names")
     merge.add_argument("--lossy", choices=("requantize",), help="dequantize, add, quantize again; reports the loss")
     merge.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
     merge.set_defaults(run=_merge)
 
-    to_lora = commands.add_parser("to-lora", help="the same adapter as plain LoRA files")
-    to_lora.add_argument("adapter", type=Path)
-    to_lora.add_argument("output", type=Path)
+    to_lora = add("to-lora", "the same adapter as plain LoRA files", "run/adapter lora")
+    to_lora.add_argument("adapter", type=Path, help="a saved adapter")
+    to_lora.add_argument("output", type=Path, help=_NEW)
     to_lora.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
     to_lora.set_defaults(run=_to_lora)
 
-    export = commands.add_parser("export", help="model folder -> ONNX graph at 4 bits")
+    export = add(
+        "export",
+        "model folder -> ONNX graph at 4 bits",
+        "merged onnx",
+        "merged onnx --accuracy-level 4 --prompt-accuracy-level 0 --logits last",
+        "merged onnx --provider cuda",
+    )
     options.add_arguments(export)
     export.set_defaults(run=options.run)
 
-    convert = commands.add_parser("convert", help="4-bit folder, merged or not -> GGUF (llama.cpp) or HQQ")
+    convert = add(
+        "convert",
+        "4-bit folder, merged or not -> GGUF (llama.cpp) or HQQ",
+        "merged merged.gguf --to gguf --template BASE.gguf",
+        "merged hqq --to hqq",
+    )
     convert.add_argument("model", help="a quantized or merged folder")
     convert.add_argument("output", type=Path, help="a new file (gguf) or folder (hqq)")
     convert.add_argument("--to", required=True, metavar="{gguf,hqq}", help="formats that hold a merged adapter")
     convert.add_argument("--template", type=Path, help="gguf: a GGUF file of the same model, for its metadata")
     convert.set_defaults(run=_convert)
 
-    verify = commands.add_parser("verify", help="compare two models on the same text")
+    verify = add("verify", "compare two models on the same text", "merged onnx --text 'Once upon a time'")
     verify.add_argument("reference", help="folder of a torch or ONNX model")
     verify.add_argument("candidate", help="folder of a torch or ONNX model")
-    verify.add_argument("--text", default="The quick brown fox jumps over the lazy dog.")
+    verify.add_argument("--text", default="The quick brown fox jumps over the lazy dog.", help="what both read")
     verify.add_argument("--tolerance", type=_tolerance, default=1e-3, help="largest logit difference (%(default)s)")
     verify.set_defaults(run=_verify)
 
-    report = commands.add_parser("report", help="one HTML page about a training run")
-    report.add_argument("run_dir", type=Path)
+    report = add("report", "one HTML page about a training run", "run")
+    report.add_argument("run_dir", type=Path, help="output_dir of a run with QBLoRACallback")
     report.set_defaults(run=_report)
     return parser
 

@@ -16,17 +16,37 @@ LOGITS = ("all", "last")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything `export_onnx` can be told from a shell."""
-    parser.add_argument("model", help="folder of a merged model, or of a trained adapter")
+    parser.add_argument("model", help="folder of a quantized or merged model, or of a trained adapter")
     parser.add_argument("output", type=Path, help="a new or empty folder")
-    parser.add_argument("--provider", default="cpu", choices=tuple(DTYPES))
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--lowering", default="auto", choices=LOWERINGS)
-    parser.add_argument("--attention", default="auto", choices=ATTENTIONS)
-    parser.add_argument("--accuracy-level", type=int, choices=LEVELS, help="4: 8-bit activations on CPU")
+    parser.add_argument("--provider", default="cpu", choices=tuple(DTYPES), help="whose kernels (default: %(default)s)")
     parser.add_argument(
-        "--prompt-accuracy-level", type=int, choices=LEVELS, help="0 beside --accuracy-level 4: prompts in float32"
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the graph (default: float32; cuda: float16)"
     )
-    parser.add_argument("--logits", default="all", choices=LOGITS, help="positions the graph answers for")
+    parser.add_argument(
+        "--lowering",
+        default="auto",
+        choices=LOWERINGS,
+        help="where a merged adapter is written: beside the codes (auto, factored), into fractional zero points, or as "
+        "its own two factors",
+    )
+    parser.add_argument(
+        "--attention",
+        default="auto",
+        choices=ATTENTIONS,
+        help="operator: ONNX's, GroupQueryAttention, as traced, or the first that fits (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--accuracy-level", type=int, choices=LEVELS, help="4: 8-bit activations on CPU, faster and not exact"
+    )
+    parser.add_argument(
+        "--prompt-accuracy-level",
+        type=int,
+        choices=LEVELS,
+        help="of 32 tokens and more; 0 beside --accuracy-level 4: float32, the weights twice in memory",
+    )
+    parser.add_argument(
+        "--logits", default="all", choices=LOGITS, help="positions the graph answers for; generating needs the last"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
 
 
