@@ -209,6 +209,21 @@ def test_layers_that_differ_are_named_with_their_difference(tmp_path):
     assert GroupQuantConfig(**described).layer_format("model.layers.0.self_attn.o_proj").bits == 8
 
 
+def test_layers_that_gptqmodel_names_have_their_own_symmetry(tmp_path):
+    def mixed(rows, columns, seed):  # the fourth and eighth layer
+        return foreign.random_affine(rows, columns, 4, seed, **({} if seed in (3, 7) else {"zeros": "half"}))
+
+    rules = {"-:.*lm_head": {}, r"+:model\.layers\.0\..*o_proj": {"sym": False}, ".*1.*q_proj": {"sym": False}}
+    quantization = GPTQ | {"sym": True, "dynamic": rules}
+    _, written = foreign.write_folder(tmp_path / "in", partial(foreign.gptq_tensors, bits=4), quantization, mixed)
+    described = describe_checkpoint(tmp_path / "in")
+    assert described["zeros"] == "none"
+    asymmetric = {"model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.q_proj"}
+    assert described["layers"] == {name: {"zeros": "packed"} for name in asymmetric}
+    found = dict(read_layers(tmp_path / "in"))
+    assert all(torch.equal(found[name].dequantize(), dequantize(*written[name], 32)) for name in written)
+
+
 @pytest.mark.parametrize(
     ("tensors", "quantization", "affine_of", "message"),
     [

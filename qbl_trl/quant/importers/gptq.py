@@ -11,8 +11,10 @@ Version 1 subtracted one from every packed word, borrows and all; adding the sam
 each zero point. Groups permuted by act order are not contiguous along K, so no group-wise kernel or fold applies:
 such a file is refused.
 
-Source: GPTQModel, gptqmodel/utils/model.py (convert_gptq_v1_to_v2_format), and its TorchLinear.
+Source: GPTQModel, gptqmodel/utils/model.py (convert_gptq_v1_to_v2_format), its TorchLinear, and dynamic_get.
 """
+
+import re
 
 import torch
 
@@ -51,7 +53,7 @@ class GPTQReader(FolderReader):
         return bits, self.shards.shape(f"{name}.qweight")[0] * 32 // max(bits, 1), groups
 
     def zeros_kind(self, name: str) -> str:
-        return "none" if self._symmetric() else "packed"
+        return "none" if self._symmetric(name) else "packed"
 
     def read_layer(self, name: str) -> GroupQuantLinear:
         bits, own_size, size = self.sizes(name)
@@ -62,7 +64,7 @@ class GPTQReader(FolderReader):
             words = words + _ones_word(bits)
         scales = self.part(name, "scales").T
         zeros = split_words(words, bits, 1).T[: codes.shape[0]]
-        symmetric = self._symmetric()
+        symmetric = self._symmetric(name)
         if symmetric and not bool((zeros == 1 << (bits - 1)).all()):
             raise CheckpointError(
                 f"{self.folder}: the configuration says sym=true, but {name} has zero points other than "
@@ -93,7 +95,11 @@ class GPTQReader(FolderReader):
             return "gptq" if "auto_gptq" in packing else "gptq_v2"
         return str(self.quantization.get("checkpoint_format") or "gptq")
 
-    def _symmetric(self) -> bool:
+    def _symmetric(self, name: str) -> bool:
+        """By the first of GPTQModel's `dynamic` patterns that the layer's name begins with, or for all."""
+        for pattern, own in (self.quantization.get("dynamic") or {}).items():
+            if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
+                return bool(own.get("sym", self.quantization.get("sym", False)))
         return bool(self.quantization.get("sym", False))
 
 
