@@ -3,17 +3,20 @@
 import copy
 import gc
 import importlib
+import logging
 import shutil
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from qbl_trl.adapter.wrapped import is_decoder
 from qbl_trl.errors import ExportError
 from qbl_trl.loading import load_adapter, model_class
+
+logger = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
@@ -91,6 +94,30 @@ def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     return inner
 
 
+def open_tokenizer(given: Any) -> Any:
+    """A tokenizer or a folder as it is; a model id is opened.
+
+    Raises:
+        ExportError: if it is neither.
+    """
+    if not isinstance(given, (str, PathLike)) or Path(given).is_dir():
+        return given
+    try:
+        return AutoTokenizer.from_pretrained(given)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ExportError(f"export_onnx: tokenizer={str(given)!r} is no folder, nor a model id: {reason}") from error
+
+
+def _tokenizer_or_none(name: Any) -> Any:
+    """The tokenizer of a model id, if it can be had."""
+    try:
+        return open_tokenizer(name)
+    except ExportError as error:
+        logger.warning("the folder is written without a tokenizer: %s", error)
+        return None
+
+
 def max_positions(config: Any) -> int:
     """Longest text the model was made for."""
     config = config.get_text_config()
@@ -109,10 +136,12 @@ def write(held: Held, source: Any, tokenizer: Any, folder: Path, dtype: torch.dt
     config.save_pretrained(folder)
     if held.generation_config is not None:
         held.generation_config.save_pretrained(folder)
-    if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
-        tokenizer.save_pretrained(folder)
-        return
     origin = tokenizer or (source if isinstance(source, (str, PathLike)) else held.config._name_or_path)
+    if isinstance(origin, (str, PathLike)) and origin and not Path(origin).is_dir():  # of a model from a hub
+        origin = _tokenizer_or_none(origin)
+    if hasattr(origin, "save_pretrained"):
+        origin.save_pretrained(folder)
+        return
     for name in _TOKENIZER_FILES:
         path = Path(origin or "", name)
         if origin and path.is_file():

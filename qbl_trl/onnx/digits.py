@@ -35,7 +35,6 @@ _LARGEST_REST = 0.01  # of a step, root mean square: what one digit of 4 bits ma
 # Blocks of time that 0 to 3 small 4-bit blocks beyond a multiple of four take: between what AVX-512 was measured to
 # take for one token, whose bytes count, (1, 2, 3), and for a prompt of 128, (2, 7, 11).
 _LEFT_OVER = (0, 2, 5, 8)
-_LEFT_OVER_OF_STEPS = (0, 1, 2, 3)  # where prompts are read in float, for which the number of blocks is no matter
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,14 @@ class Layout:
         return -(-self.width // self.block)
 
     def cost(self, own: int, prompts: bool = True) -> int:
-        """Time of a layer with `own` blocks beside these, in full blocks; `prompts`: of prompts too."""
-        total, left_over = own + self.blocks, _LEFT_OVER if prompts else _LEFT_OVER_OF_STEPS
-        return total if self.bits == 8 or self.block > 32 else total - total % 4 + left_over[total % 4]
+        """Time of a layer with `own` blocks beside these, in full blocks.
+
+        Args:
+            prompts: of prompts with 8-bit activations too; steps alone take as long as there are blocks.
+        """
+        total = own + self.blocks
+        in_fours = prompts and self.bits == 4 and self.block <= 32
+        return total - total % 4 + _LEFT_OVER[total % 4] if in_fours else total
 
     def longer(self, own: int) -> Iterator["Layout"]:
         """This one and all with more copies, as long as they take no more than their share of the layer."""

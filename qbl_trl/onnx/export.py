@@ -107,7 +107,11 @@ def export_onnx(
         accuracy_level=accuracy_level,
         prompt_accuracy_level=prompt_accuracy_level,
         logits=logits,
+        max_length=max_length,
+        tolerance=tolerance,
+        tokenizer=tokenizer,
     )
+    tokenizer = companions.open_tokenizer(tokenizer)
     float_type: torch.dtype = getattr(torch, named)
     with progress(4, "reading the model", "step") as bar:
         held = companions.Held(model_or_path)
@@ -151,7 +155,7 @@ def export_onnx(
                 final, lossy = _as_wanted(
                     held, replace(wanted, attention=_kinds(exact.attention, provider)), gate, folder, exact_folder
                 )
-            elif wanted.levels != options.levels:
+            elif any(wanted.levels):
                 set_levels(folder / MODEL_FILE, *wanted.levels)
                 lossy = gate.look_at(folder)
             companions.write(held, model_or_path, tokenizer, folder, float_type)
@@ -223,11 +227,11 @@ def _exact(
                     "is the two that differ"
                 ) from None
             raise
+        reason = getattr(refusal, "brief", str(refusal))
         if not may_fall_back:
             raise ExportError(
-                f'attention="{options.attention[0]}" does not fit this model: {refusal}; use "auto" or "standard"'
+                f'attention="{options.attention[0]}" does not fit this model: {reason}; "auto" tries the others'
             ) from None
-        reason = getattr(refusal, "brief", str(refusal))
         # A graph that is wrong says nothing of the next operator; one that was not written would fail there too.
         wrong = isinstance(refusal, (Unrunnable, Disagreement))
         left = options.attention[options.attention.index(built.attention) + 1 :] if wrong else ()
@@ -276,13 +280,12 @@ def _as_wanted(
     """
     built = _build(held, wanted, folder)
     held.let_go()
-    steps, prompts = wanted.levels
-    if prompts != steps:
-        set_levels(folder / MODEL_FILE, steps, prompts)
+    if any(wanted.levels):
+        set_levels(folder / MODEL_FILE, *wanted.levels)
     found = gate.look_at(folder)
     if not wanted.digits:
         return built, found
-    set_levels(exact_folder / MODEL_FILE, steps, prompts)
+    set_levels(exact_folder / MODEL_FILE, *wanted.levels)
     factored = gate.look_at(exact_folder)
     if found and factored and found.mean_abs_difference <= _DIGITS_SHARE * factored.mean_abs_difference:
         return built, found

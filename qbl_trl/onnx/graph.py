@@ -55,15 +55,18 @@ class Editor:
         self.graph.register_initializer(value)
         return value
 
-    def widened(self, at: ir.Node, name: str, stored: Stored) -> ir.Value:
-        """A weight in the graph's type. One stored in 16 bits stays so in the file: sessions widen it while loading."""
-        narrow = stored.parts[0].dtype
-        if self.dtype != torch.float32 or narrow not in (torch.float16, torch.bfloat16):
-            return self.weight(name, stored.shape, self.dtype, stored.read)
+    def widened(self, at: ir.Node, name: str, stored: Stored, dtype: torch.dtype | None = None) -> ir.Value:
+        """A weight in the graph's type, or another. One stored in 16 bits stays so in the file: sessions widen it while
+        loading."""
+        wanted, narrow = dtype or self.dtype, stored.parts[0].dtype
+        short = wanted == torch.float32 and narrow in (torch.float16, torch.bfloat16)
+        value = self.weight(name, stored.shape, narrow if short else wanted, stored.read)
+        kind = ir.TensorType(TORCH_TO_IR[wanted])
+        if value.type == kind:
+            return value
         if name not in self._widened:
-            value = self.weight(name, stored.shape, narrow, stored.read)
-            cast = self.add(at, "Cast", [value], {"to": int(ir.DataType.FLOAT)}, name=name)
-            cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), value.shape
+            cast = self.add(at, "Cast", [value], {"to": int(kind.dtype)}, name=name)
+            cast.outputs[0].type, cast.outputs[0].shape = kind, value.shape
             self._widened[name] = cast.outputs[0]
         return self._widened[name]
 

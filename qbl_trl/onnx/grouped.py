@@ -31,13 +31,18 @@ def add_grouped_steps(editor: Editor) -> int:
     if not shared:
         return 0
     masks = Masks(editor)
-    past = shared[0].inputs[3]
-    if past is None:
-        raise TypeError(f"{shared[0].name}: attention without a cache")
-    grows = masks.grows_by_one(past)
+    grows = masks.grows_by_one(_past(shared[0])[0])
     for node in shared:
         _choose(editor, node, grows, _grouped(editor, node, masks))
     return len(shared)
+
+
+def _past(node: ir.Node) -> tuple[ir.Value, ir.Value]:
+    """Keys and values of the cache."""
+    key, value = node.inputs[3:5]
+    if key is None or value is None:
+        raise TypeError(f"{node.name}: attention without a cache")
+    return key, value
 
 
 class _Body:
@@ -68,10 +73,8 @@ class _Body:
 def _grouped(editor: Editor, node: ir.Node, masks: Masks) -> ir.Graph:
     """The branch for one token: output, present keys, present values."""
     body, constant = _Body(node), editor.constant
-    past_key, past_value = node.inputs[3], node.inputs[4]
-    if past_key is None or past_value is None or past_key.shape is None:
-        raise TypeError(f"{node.name}: attention without a cache")
-    heads, kv_heads, size = attribute(node, "num_heads"), attribute(node, "kv_num_heads"), int(past_key.shape[3])  # type: ignore[arg-type]
+    past_key, past_value = _past(node)
+    heads, kv_heads, size = attribute(node, "num_heads"), attribute(node, "kv_num_heads"), int(past_key.shape[3])  # type: ignore[index, arg-type]
     query, key, value = _heads(editor, body, masks, heads, kv_heads, size)
     query = body.add("Reshape", [query, constant([0, kv_heads, heads // kv_heads, size])])[0]
     keys = body.add("Concat", [past_key, key], {"axis": 2})[0]

@@ -16,7 +16,7 @@ import torch
 
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.digits import Layout, extended, layout_for
-from qbl_trl.onnx.graph import MS_DOMAIN, Editor
+from qbl_trl.onnx.graph import MS_DOMAIN, TORCH_TO_IR, Editor
 from qbl_trl.onnx.layers import BlockDelta, Bnb4Base, Branch, DenseBase, GroupBase, LinearSource, Stored
 from qbl_trl.onnx.weights import Reader, folded_zeros, give, transposed, zero_shift
 
@@ -37,25 +37,22 @@ class LinearLowering:
     Args:
         lowering: "auto", "factored", "float_zero_point" or "low_rank".
         shared: names of weights that other layers use too, by data pointer (a tied embedding).
-        accuracy_level: attribute of MatMulNBits; 4 quantizes activations to 8 bits on CPU, None and 0 do not.
+        levels: accuracy levels of steps and of prompts, see `prompts.py`.
         digits: write block deltas as digits beside the codes where they fit there.
         provider: whose kernels will run the graph.
-        prompts: whether prompts are read with 8-bit activations too, for the layout of the digits.
     """
 
     def __init__(
         self,
         editor: Editor,
         lowering: str,
-        accuracy_level: int | None,
         shared: dict[tuple[int, ...], str],
+        levels: tuple[int, int] = (0, 0),
         digits: bool = False,
         provider: str = "cpu",
-        prompts: bool = True,
     ) -> None:
-        self.provider, self.prompts = provider, prompts
-        self.editor, self.lowering, self.accuracy_level, self.digits = editor, lowering, accuracy_level, digits
-        self.shared = shared
+        self.editor, self.lowering, self.shared = editor, lowering, shared
+        self.levels, self.digits, self.provider = levels, digits, provider
         self.layers: list[LoweredLayer] = []
         self._pooled: dict[tuple[ir.Value, int], ir.Value] = {}
         self._appended: dict[tuple[ir.Value, int, int], ir.Value] = {}
@@ -75,7 +72,7 @@ class LinearLowering:
             x.type = node.outputs[0].type = ir.TensorType(editor.float_type)
         branches: tuple[Branch, ...] = source.branches
         corrections: list[str] = []
-        layout = layout_for(source, self.prompts) if self.digits and not self._is_shared(source) else None
+        layout = layout_for(source, self.levels[1] == 4) if self.digits and not self._is_shared(source) else None
         if layout is not None:
             x, source, branches = *self._append_digits(node, x, source, layout), ()
             corrections.append("block delta in 8 bits")
@@ -104,8 +101,18 @@ class LinearLowering:
     def _group(
         self, node: ir.Node, x: ir.Value, source: LinearSource, base: GroupBase
     ) -> tuple[ir.Value, tuple[Branch, ...]]:
-        """MatMulNBits, and the branches that are left for a correction."""
+        """MatMulNBits, and the branches that are left for a correction.
+
+        Where activations get 8 bits, ONNX Runtime packs scales with the codes while it loads, and computes something
+        else if it finds no constant ones. Of half precision on CPU it makes float32 by itself, with scales that it
+        casts too late for that: there the operator is written in float32.
+        """
         editor, name, branches = self.editor, source.name, source.branches
+        dtype = torch.float32 if self.provider == "cpu" and 4 in self.levels else editor.dtype
+        out = ir.TensorType(TORCH_TO_IR[dtype])
+        if dtype != editor.dtype:
+            x = editor.add(node, "Cast", [x], {"to": int(out.dtype)}, name=name).outputs[0]
+            x.type = out
         rows, groups = base.scales.shape
         fractional = base.zeros is not None and base.zeros.floating
         read_zeros: Reader | None = None if base.zeros is None else give(base.zeros)
@@ -117,7 +124,7 @@ class LinearLowering:
                     'lowering="factored"'
                 )
             read_zeros, branches = folded_zeros(name, base, branches), ()
-            zero_dtype, zero_width = editor.dtype, groups
+            zero_dtype, zero_width = dtype, groups
         elif fractional:
             # Written symmetric; the fractional rest of the base's own zero points goes into a correction.
             read_zeros, branches = None, (BlockDelta(Stored.of(zero_shift(base)), base.group_size, 1), *branches)
@@ -126,7 +133,7 @@ class LinearLowering:
         inputs: list[ir.Value | None] = [
             x,
             editor.weight(f"{stem}.weight", (rows, groups, blob), torch.uint8, give(base.weight)),
-            editor.widened(node, f"{stem}.scales", base.scales),
+            editor.widened(node, f"{stem}.scales", base.scales, dtype),
             None,
             None,
             None,
@@ -134,14 +141,16 @@ class LinearLowering:
         if read_zeros is not None:
             inputs[3] = editor.weight(f"{stem}.zeros", (rows, zero_width), zero_dtype, read_zeros)
         if source.bias is not None:
-            inputs[5] = editor.weight(f"{name}.bias", (rows,), editor.dtype, give(source.bias))
+            inputs[5] = editor.weight(f"{name}.bias", (rows,), dtype, give(source.bias))
         while inputs[-1] is None:
             inputs.pop()
         attributes = {"K": source.in_features, "N": rows, "bits": base.bits, "block_size": base.group_size}
-        if self.accuracy_level:
-            attributes["accuracy_level"] = self.accuracy_level
-        made = editor.add(node, "MatMulNBits", inputs, attributes, domain=MS_DOMAIN, name=name, like=node.outputs[0])
-        return made.outputs[0], branches
+        y = editor.add(node, "MatMulNBits", inputs, attributes, domain=MS_DOMAIN, name=name).outputs[0]
+        y.type = out
+        if dtype != editor.dtype:
+            to = {"to": int(editor.float_type)}
+            y = editor.add(node, "Cast", [y], to, name=name, like=node.outputs[0]).outputs[0]
+        return y, branches
 
     def _is_shared(self, source: LinearSource) -> bool:
         return isinstance(source.base, GroupBase) and source.base.weight.pointers in self.shared

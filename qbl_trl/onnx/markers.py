@@ -10,7 +10,7 @@ nodes afterwards, with weights read from the real model. No node of this domain 
 | Linear | x (..., K) | (..., N) | name |
 | Embedding | ids (...) | (..., N) | name |
 | Norm | x (..., K) | (..., K) | name |
-| RotaryTable | x, position_ids (B, S) | cos, sin (B, S, R) | name |
+| RotaryTable | x, position_ids (B, S) | cos or sin (B, S, R) | name, part (0: cos, 1: sin) |
 | Rotary | x (B, H, S, D), cos, sin | (B, H, S, D) | |
 | Attention | query (B, H, S, D), key, value (B, KV, T, D) | (B, S, H, D) | heads, scale, window, softcap |
 
@@ -87,15 +87,16 @@ class _Embedding(torch.autograd.Function):
 
 
 class _RotaryTable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, position_ids: Tensor, name: str, width: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return x.new_zeros(*position_ids.shape, width), x.new_zeros(*position_ids.shape, width)
+    """One output, because the tracer fails over one with several that nobody reads."""
 
     @staticmethod
-    def symbolic(g: Any, x: Any, position_ids: Any, name: str, width: int) -> Any:
-        cos, sin = g.op(f"{TRACE_DOMAIN}::RotaryTable", x, position_ids, name_s=name, outputs=2)
-        sizes = _sizes(position_ids)
-        return tuple(_typed(value, x, [*sizes, width]) for value in (cos, sin))
+    def forward(ctx: Any, x: Tensor, position_ids: Tensor, name: str, width: int, part: int) -> Tensor:  # type: ignore[override]
+        return x.new_zeros(*position_ids.shape, width)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, position_ids: Any, name: str, width: int, part: int) -> Any:
+        table = g.op(f"{TRACE_DOMAIN}::RotaryTable", x, position_ids, name_s=name, part_i=part)
+        return _typed(table, x, [*_sizes(position_ids), width])
 
 
 class _Rotary(torch.autograd.Function):
@@ -173,8 +174,8 @@ class RotaryTableMarker(nn.Module):
         self.name, self.width = name, width
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        tables: tuple[Tensor, Tensor] = _emit(_RotaryTable, x, position_ids, self.name, self.width)
-        return tables
+        cos, sin = (_emit(_RotaryTable, x, position_ids, self.name, self.width, part) for part in (0, 1))
+        return cos, sin
 
 
 def mark_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

@@ -39,8 +39,7 @@ class Masks:
     def lengths(self) -> tuple[ir.Value, ir.Value]:
         """seqlens_k and total_sequence_length of GroupQueryAttention."""
         if "seqlens" not in self._made:
-            whole = self._add("Shape", [self.mask], start=1, end=2)
-            total = self._add("Squeeze", [self._add("Cast", [whole], to=ir.DataType.INT32)])
+            total = self._add("Cast", [self._total()], to=ir.DataType.INT32)
             last = self._add("Sub", [total, self.editor.constant(1, np.int32)])
             self._made["seqlens"] = self._for_every_row(last)
             self._made["total"] = total
@@ -92,8 +91,7 @@ class Masks:
     def grows_by_one(self, past: ir.Value) -> ir.Value:
         """Whether one token comes to a cache that holds just the text before it, (1,)."""
         length = self._add("Shape", [past], start=2, end=3)
-        whole = self._add("Shape", [self.mask], start=1, end=2)
-        grows = self._add("Equal", [self._add("Sub", [whole, length]), self._steps()])
+        grows = self._add("Equal", [self._add("Sub", [self._total(), length]), self._steps()])
         return self._add("And", [self._add("Equal", [self._steps(), self.editor.constant([1])]), grows])
 
     def last_place(self) -> ir.Value:

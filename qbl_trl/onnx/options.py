@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import math
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ LOWERINGS = ("auto", "factored", "float_zero_point", "low_rank")
 ATTENTIONS = ("auto", "attention", "gqa", "standard")
 LEVELS = (0, 1, 2, 3, 4)
 LOGITS = ("all", "last")
+SHORTEST = 4  # tokens: what the parity gate reads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +62,9 @@ def check_choices(
     accuracy_level: int | None = None,
     prompt_accuracy_level: int | None = None,
     logits: str = "all",
+    max_length: int | None = None,
+    tolerance: float | None = None,
+    tokenizer: Any = None,
     **others: Any,
 ) -> str:
     """The name of the graph's float type, if an export takes these values; other options are looked at later.
@@ -74,8 +80,17 @@ def check_choices(
         ("prompt_accuracy_level", prompt_accuracy_level, (None, *LEVELS)),
         ("logits", logits, LOGITS),
     ):
-        if given not in allowed:
+        if given not in allowed or isinstance(given, (bool, float)):
             raise ExportError(f"export_onnx: {name}={given!r} is not known; allowed: {', '.join(map(str, allowed))}")
+    if prompt_accuracy_level is not None and provider != "cpu":
+        raise ExportError("export_onnx: prompt_accuracy_level chooses between kernels that only provider='cpu' has")
+    if max_length is not None and not (type(max_length) is int and max_length >= SHORTEST):
+        raise ExportError(f"export_onnx: max_length={max_length!r} must be a whole number of at least {SHORTEST}")
+    numbers = (int, float)
+    if tolerance is not None and not (isinstance(tolerance, numbers) and 0 <= tolerance < math.inf):
+        raise ExportError(f"export_onnx: tolerance={tolerance!r} must be a number of at least 0, or None")
+    if not (tokenizer is None or hasattr(tokenizer, "save_pretrained") or isinstance(tokenizer, (str, PathLike))):
+        raise ExportError(f"export_onnx: tokenizer takes a tokenizer, a folder or a model id, not {tokenizer!r}")
     named = DTYPES[provider][0] if dtype is None else str(dtype).removeprefix("torch.")
     if named not in DTYPES[provider]:
         raise ExportError(

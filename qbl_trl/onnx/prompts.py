@@ -62,7 +62,7 @@ def _branch(graph: GraphProto, prefix: str, level: int, outer: set[str]) -> Grap
 
 def _rename(graph: GraphProto, prefix: str, outer: set[str]) -> None:
     """A prefix for every value but those of the graph around both branches."""
-    for value in graph.output:
+    for value in (*graph.input, *graph.initializer, *graph.value_info, *graph.output):
         value.name = prefix + value.name
     for node in graph.node:
         node.name = prefix + node.name

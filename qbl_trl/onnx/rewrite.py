@@ -93,11 +93,10 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> Rewritten:
     lowering = LinearLowering(
         editor,
         options.lowering,
-        options.accuracy_level,
         shared,
+        options.levels,
         options.digits,
         options.provider,
-        options.levels[1] == 4,
     )
     for node in [node for node in editor.graph if node.domain == TRACE_DOMAIN and node.op_type == "Linear"]:
         lowering.lower(node, linears[attribute(node, "name")])

@@ -86,21 +86,24 @@ def steady_length(model: nn.Module) -> float:
 
 
 def lower_rotary_tables(editor: Editor, rotary: dict[str, Rotary], max_length: int) -> None:
-    """Replace RotaryTable placeholders that no fused operator has taken by two look-ups."""
+    """Replace RotaryTable placeholders that no fused operator has taken by look-ups."""
     for node in [node for node in editor.graph if node.domain == TRACE_DOMAIN and node.op_type == "RotaryTable"]:
-        name, positions = attribute(node, "name"), node.inputs[1]
+        name, which, positions, output = (
+            attribute(node, "name"),
+            attribute(node, "part"),
+            node.inputs[1],
+            node.outputs[0],
+        )
         embedding = rotary[name]
         if positions is None:
             continue
         shape = (embedding.rows(max_length), embedding.width)
         rows = table_rows(editor, node, positions, embedding)
-        for which, output in enumerate(node.outputs):
-            table = editor.weight(
-                f"{name}.{('cos', 'sin')[which]}", shape, editor.dtype, _reader(embedding, max_length, which)
-            )
-            found = editor.add(node, "Gather", [table, rows], {"axis": 0}, name=name, like=output).outputs[0]
-            found.shape = output.shape
-            editor.replace(output, found)
+        read = _reader(embedding, max_length, which)
+        table = editor.weight(f"{name}.{('cos', 'sin')[which]}", shape, editor.dtype, read)
+        found = editor.add(node, "Gather", [table, rows], {"axis": 0}, name=name, like=output).outputs[0]
+        found.shape = output.shape
+        editor.replace(output, found)
         editor.remove(node)
 
 

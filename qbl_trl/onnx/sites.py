@@ -17,7 +17,7 @@ class Site:
     Attributes:
         query, key, value: before rotation, (B, S, heads * head_size).
         past_key, past_value: graph inputs (B, kv_heads, P, head_size); present_*: the graph outputs to replace.
-        table: the RotaryTable placeholder, or None.
+        table: the RotaryTable placeholder of its cosines, or None.
         window: keys a query sees, itself included; 0 for all.
         softcap: 0 for none.
     """

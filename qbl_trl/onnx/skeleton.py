@@ -87,10 +87,11 @@ def build_skeleton(
             memo[id(module)] = marker
     skeleton = plain_forward_(copy.deepcopy(model, memo), placed=False)
     skeleton.eval()
-    for parameter in skeleton.parameters():
-        parameter.requires_grad_(False)
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+    tables = [buffer for buffer in skeleton.buffers() if buffer.dim() > 1]  # of positions; others (frequencies) stay
+    for tensor in (*skeleton.parameters(), *tables):
+        tensor.requires_grad_(False)
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
     own = str(model.config._attn_implementation)
     # The tracer writes torch's attention with float32 constants: half precision takes the spelled-out one.
     standard = "eager" if own == "eager" or spelled_out else "sdpa"

@@ -65,10 +65,8 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
         except Unfusable:
             raise
         except Exception as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise Untraceable(
-                f"a {type(skeleton.model).__name__} could not be traced: {type(error).__name__}: {reason}"
-            ) from error
+            reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+            raise Untraceable(f"a {type(skeleton.model).__name__} could not be traced: {reason}") from error
         model = ir.load(path)
         ir.external_data.load_to_model(model)
     _state_caches(model, sizes)

@@ -184,7 +184,16 @@ def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch):
         ({"dtype": "bfloat16"}, "dtype=bfloat16 has no kernels on provider='cpu'; allowed there: float32, float16"),
         ({"provider": "cuda", "dtype": torch.float32}, "dtype=float32 has no kernels on provider='cuda'"),
         ({"accuracy_level": 7}, "accuracy_level=7 is not known"),
+        ({"accuracy_level": 4.0}, "accuracy_level=4.0 is not known"),
+        ({"prompt_accuracy_level": True}, "prompt_accuracy_level=True is not known"),
+        ({"provider": "cuda", "prompt_accuracy_level": 0}, "only provider='cpu' has"),
         ({"logits": "first"}, "logits='first' is not known"),
+        ({"max_length": 0}, "max_length=0 must be a whole number of at least 4"),
+        ({"max_length": 12.5}, "max_length=12.5 must be a whole number"),
+        ({"tolerance": "x"}, "tolerance='x' must be a number"),
+        ({"tolerance": float("nan")}, "tolerance=nan must be a number"),
+        ({"tokenizer": 5}, "tokenizer takes a tokenizer, a folder or a model id, not 5"),
+        ({"tokenizer": "/nowhere"}, "tokenizer='/nowhere' is no folder, nor a model id"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_before_any_work(tmp_path, wrong, message):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -61,6 +62,37 @@ def test_prompts_have_an_accuracy_level_of_their_own(tmp_path, steps, prompts):
         mask = torch.ones_like(ids)
         expected = OnnxLogits(tmp_path / name)(ids, mask)
         assert torch.equal(OnnxLogits(tmp_path / "both")(ids, mask), expected)  # the same kernels
+
+
+@pytest.mark.parametrize("lowering", ["auto", "factored", "float_zero_point"])
+@pytest.mark.parametrize("levels", [(4, None), (4, 0), (None, 4)])
+def test_levels_change_half_precision_no_more_than_float32(tmp_path, levels, lowering):
+    options = dict(zip(("accuracy_level", "prompt_accuracy_level"), levels, strict=True), lowering=lowering)
+    found = {}
+    for dtype in ("float32", "float16"):
+        export_onnx(merged_llama(), tmp_path / dtype, dtype=dtype, **options)
+        for level in ("ORT_ENABLE_ALL", "ORT_ENABLE_BASIC"):
+            found[dtype, level] = run_at(tmp_path / dtype, getattr(onnxruntime.GraphOptimizationLevel, level))
+    for made in found.values():
+        # Weights and activations of 11 bits, and codes of activations that fall to the other side by them.
+        torch.testing.assert_close(made, found["float32", "ORT_ENABLE_ALL"], rtol=0, atol=2e-2)
+
+
+def run_at(folder, level):
+    """Logits of a prompt of PROMPT tokens, optimized as told."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = level
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options)
+    ids = np.arange(PROMPT)[None] % 90 + 3
+    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(PROMPT)[None]}
+    feed |= {i.name: np.zeros((1, 2, 0, 16), kinds[i.type]) for i in session.get_inputs() if "past" in i.name}
+    return torch.from_numpy(session.run(["logits"], feed)[0]).float()
+
+
+def test_the_report_looks_at_prompts_of_short_models_too(tmp_path):
+    report = export_onnx(merged_llama(), tmp_path / "out", max_length=12, prompt_accuracy_level=4)
+    assert report.parity_as_written.max_abs_difference > 1e-3
 
 
 def test_both_levels_read_the_same_weights(tmp_path):

@@ -46,7 +46,7 @@ def test_longrope_changes_its_factors_where_the_model_does(tmp_path, attention):
 
 def test_longrope_is_refused_where_the_operator_counts_positions_itself(tmp_path):
     scaling = {"rope_type": "longrope", "factor": 4.0, **FACTORS}
-    with pytest.raises(ExportError, match=r"longrope change once a text is longer than 64; use \"auto\" or"):
+    with pytest.raises(ExportError, match=r"longrope change once a text is longer than 64; \"auto\" tries the others"):
         export_onnx(merged_llama(rope_scaling=scaling), tmp_path / "out", attention="gqa", provider="cuda")
     assert not list(tmp_path.iterdir())
 
@@ -120,7 +120,29 @@ def test_a_model_that_the_tracer_cannot_follow_is_refused_with_its_reason(tmp_pa
     model = decoder("Apertus", **GATED)
     with pytest.raises(ExportError, match=r"a ApertusForCausalLM could not be traced: .*'aten::expm1'"):
         export_onnx(model, tmp_path / "out")
+    with pytest.raises(ExportError, match=r'"gqa" does not fit this model: .*expm1.*; "auto" tries the others$'):
+        export_onnx(model, tmp_path / "out", attention="gqa")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("SmolLM3", {"no_rope_layers": [0, 0]}),
+        ("Gemma3Text", {"head_dim": 16, "layer_types": ["sliding_attention"] * 2, "sliding_window": 6}),
+    ],
+)
+def test_a_rotary_table_that_no_layer_reads_costs_nothing(tmp_path, kind, settings):
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**GATED, **settings))
+    report = export_onnx(model.eval(), tmp_path / "out")
+    assert report.attention == "gqa"
+    assert report.parity_cached.max_abs_difference < 5e-6
+
+
+def test_a_table_of_positions_takes_the_type_of_the_graph(tmp_path):
+    sizes = {"d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96, "vocab_size": 100}
+    report = export_onnx(decoder("XGLM", **sizes, max_position_embeddings=64), tmp_path / "out", dtype="float16")
+    assert report.parity_as_written.max_abs_difference < 5e-3  # fp16 keeps 11 bits
 
 
 def test_the_gate_is_no_wider_than_the_logits(tmp_path):
