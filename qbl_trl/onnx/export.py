@@ -37,6 +37,7 @@ from qbl_trl.parity import ParityReport
 from qbl_trl.progress import progress, step
 
 TOLERANCE = 1e-3
+_USELESS = 1.0  # nats per token: a graph that types and 8-bit activations took this far from the model is broken
 _DIGITS_SHARE = 2.0  # times what 8-bit activations cost: beyond, a delta stays in float
 
 
@@ -84,8 +85,8 @@ def export_onnx(
         logits: "all" positions, or the "last" one only, as `generate` needs: the head and the end of the last layer
             then see one position.
         max_length: positions of the rotary tables; the model's own maximum by default.
-        tolerance: largest logit difference allowed in float32 (less where all logits are below 1); None reports
-            without refusing.
+        tolerance: largest logit difference allowed in float32 (less where all logits are below 1); beyond float32, a
+            graph is refused once it is one nat per token away. None reports without refusing.
         overwrite: replace a folder that is not empty.
         tokenizer: a tokenizer or a folder of one; by default what lies beside the model.
 
@@ -158,6 +159,11 @@ def export_onnx(
             elif any(wanted.levels):
                 set_levels(folder / MODEL_FILE, *wanted.levels)
                 lossy = gate.look_at(folder)
+            if tolerance is not None and lossy is not None and lossy.kl_per_token > _USELESS:
+                raise ExportError(
+                    f"as it was to be written ({named}, accuracy levels {wanted.levels}), the graph is no longer the "
+                    f"model: {lossy}; nothing was written. Pass tolerance=None to write it all the same"
+                )
             companions.write(held, model_or_path, tokenizer, folder, float_type)
             text = held.config.get_text_config()
             write_genai_config(

@@ -12,9 +12,11 @@ from peft import get_peft_model
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, export_onnx, merge, verify
 from qbl_trl.errors import ExportError
+from qbl_trl.onnx.gate import Gate
 from qbl_trl.onnx.kernels import cuda_fallbacks, cuda_table
 from qbl_trl.onnx.linears import LinearLowering
 from qbl_trl.onnx.session import OnnxLogits
+from qbl_trl.parity import ParityReport
 from qbl_trl.quant.affine import Affine
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
@@ -124,6 +126,16 @@ def test_int8_activations_are_reported_beside_the_exact_figures(tmp_path):
     nodes = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.node
     levels = [a.i for n in nodes if n.op_type == "MatMulNBits" for a in n.attribute if a.name == "accuracy_level"]
     assert levels == [4] * 8
+
+
+def test_a_graph_that_its_types_spoil_is_not_written(tmp_path, monkeypatch):
+    spoilt = ParityReport(48, 50.0, 5.0, 2.0, 0.1, 0)
+    monkeypatch.setattr(Gate, "look_at", lambda *_: spoilt)
+    with pytest.raises(ExportError, match=r"float16, accuracy levels \(4, 4\)\), the graph is no longer the model"):
+        export_onnx(merged_llama(), tmp_path / "out", dtype="float16", accuracy_level=4)
+    assert not list(tmp_path.iterdir())
+    report = export_onnx(merged_llama(), tmp_path / "out", dtype="float16", accuracy_level=4, tolerance=None)
+    assert report.parity_as_written == spoilt
 
 
 def test_half_precision_is_reported_beside_the_exact_figures(tmp_path):
