@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qbl_trl.adapter import model as _adapter
 from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
+from qbl_trl.errors import explain_missing
 from qbl_trl.quant import hf_quantizer as _quantizer
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ _LAZY = {
     "to_lora": "qbl_trl.adapter.to_lora",
     "verify": "qbl_trl.parity",
 }
-_EXPORT_PACKAGES = {"onnx", "onnx_ir", "onnxruntime", "optimum"}
 
 _adapter.register()
 _quantizer.register()
@@ -40,10 +40,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(_LAZY[name]), name)
     except ModuleNotFoundError as error:
-        if error.name is not None and error.name.partition(".")[0] in _EXPORT_PACKAGES:
-            raise ImportError(
-                f'qbl_trl.{name} needs {error.name}: pip install "qbl-trl[onnx]" (or "qbl-trl[onnx-gpu]")'
-            ) from error
+        explain_missing(f"qbl_trl.{name}", error)
         raise
 
 

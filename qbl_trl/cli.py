@@ -7,12 +7,12 @@ package is one line on standard error and exit status 1; nothing half-written is
 import argparse
 import math
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import qbl_trl
 from qbl_trl.config import ALLOWED_GROUP_SIZES, SCALE_DTYPES
 from qbl_trl.errors import ConfigError, QblError
 from qbl_trl.onnx import options
@@ -23,6 +23,7 @@ _NEW = "a new or empty folder"
 def make_parser() -> argparse.ArgumentParser:
     """The command line, without running anything."""
     parser = argparse.ArgumentParser(prog="qbl-trl", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--version", action="version", version=f"qbl-trl {qbl_trl.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, summary: str, *examples: str) -> argparse.ArgumentParser:
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("QBL_TRL_TRACEBACK"):
             raise
-        print(f"qbl-trl {args.command}: {_explained(error)}", file=sys.stderr)
+        print(f"qbl-trl {args.command}: {_explained(error).removeprefix(f'{args.command}: ')}", file=sys.stderr)
         return 1
 
 
@@ -131,13 +132,17 @@ def _tolerance(text: str) -> float:
     return value
 
 
+_FLAGS = {"set overwrite": "pass --overwrite", 'merge(model, lossy="requantize")': "--lossy requantize"}
 _LONGEST = 300  # characters of another library's message
 
 
 def _explained(error: Exception) -> str:
     """One of our messages as it is; another library's with its type, and how to see where it came from."""
     if isinstance(error, QblError | OSError):
-        return str(error)
+        text = str(error)
+        for called, flag in _FLAGS.items():
+            text = text.replace(called, flag)
+        return text
     first = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first[:_LONGEST]} (QBL_TRL_TRACEBACK=1 shows where)"
 
@@ -201,6 +206,15 @@ def _check_exists(name: str) -> None:
         raise ConfigError(f"{name}: no such file or folder")
 
 
+def _check_holds_model(name: str) -> None:
+    """A folder is opened for its weights."""
+    folder = Path(name)
+    if folder.is_dir() and any(folder.glob("*.onnx")):
+        raise ConfigError(f"{name} holds an ONNX graph; name the folder of the model that it was exported from")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(f"{name} holds no model (no config.json)")
+
+
 def _inspect(args: argparse.Namespace) -> None:
     from qbl_trl.loading import load_adapter
     from qbl_trl.quant.summary import summarize
@@ -213,7 +227,7 @@ def _inspect(args: argparse.Namespace) -> None:
     for layer in layers:
         shape = f"{layer.out_features} x {layer.in_features}"
         error = "-" if layer.error is None else f"{layer.error:.4f}"
-        factors = ", ".join(map(str, layer.in_factors[:6])) or "none"
+        factors = ", ".join([*map(str, layer.in_factors[:6]), *["..."] * (len(layer.in_factors) > 6)]) or "none"
         print(
             f"{layer.name:<44} {shape:>14} {layer.bits:>4} {layer.group_size:>5} {layer.bytes_per_weight:>8.3f} "
             f"{error:>8}  {factors}"
@@ -246,23 +260,23 @@ def _to_lora(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     from qbl_trl.folders import new_folder
     from qbl_trl.quant.writers import check_request, write_checkpoint
+    from qbl_trl.tokenizers import save_tokenizer
 
     check_request(args.output, args.to, args.template)
     if args.to == "hqq":
         with new_folder(args.output) as draft:
             report = write_checkpoint(_load(args.model), draft, args.to)
-            _copy_tokenizer(args.model, draft)
+            save_tokenizer(args.model, draft)
     else:
         report = write_checkpoint(_load(args.model), args.output, args.to, template=args.template)
     print(f"{args.output}: {report.layers} layers; weights off by {report.largest_rounding:.1e} at most")
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from transformers import AutoTokenizer
-
     from qbl_trl.parity import verify
+    from qbl_trl.tokenizers import open_tokenizer
 
-    tokens = AutoTokenizer.from_pretrained(args.reference)(args.text, return_tensors="pt").input_ids
+    tokens = open_tokenizer(args.reference)(args.text, return_tensors="pt").input_ids
     if not tokens.numel():
         raise ConfigError("verify: --text holds no token")
     report = verify(args.reference, args.candidate, tokens)
@@ -285,6 +299,7 @@ def _load(name: str, dtype: str = "float32", settings: Any = None) -> Any:
     from qbl_trl.loading import model_class
 
     _check_exists(name)
+    _check_holds_model(name)
     wanted = getattr(torch, dtype, None)
     if wanted not in (torch.float32, torch.float16, torch.bfloat16):
         raise ConfigError(f"--dtype {dtype} is not known; allowed: float32, float16, bfloat16")
@@ -292,30 +307,14 @@ def _load(name: str, dtype: str = "float32", settings: Any = None) -> Any:
     return model_class(name).from_pretrained(name, dtype=wanted, **quantize)
 
 
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
-)
-
-
 def _save(model: Any, tokenizer_of: str, output: Path, overwrite: bool) -> None:
     """The model and the tokenizer beside it; a folder's tokenizer files are copied as they are."""
     from qbl_trl.folders import new_folder
+    from qbl_trl.tokenizers import save_tokenizer
 
     with new_folder(output, overwrite) as draft:
         model.save_pretrained(draft)
-        _copy_tokenizer(tokenizer_of, draft)
-
-
-def _copy_tokenizer(source: str, output: Path) -> None:
-    from transformers import AutoTokenizer
-
-    if Path(source).is_dir():
-        for name in _TOKENIZER_FILES:
-            if Path(source, name).is_file():
-                shutil.copy(Path(source, name), output)
-    else:
-        AutoTokenizer.from_pretrained(source).save_pretrained(output)
+        save_tokenizer(tokenizer_of, draft)
 
 
 if __name__ == "__main__":

@@ -23,3 +23,12 @@ class CheckpointError(QblError, ValueError):
 
 class ExportError(QblError, RuntimeError):
     """A model cannot be written as an ONNX graph that computes the same function."""
+
+
+_EXPORT_PACKAGES = {"onnx", "onnx_ir", "onnxruntime", "optimum"}
+
+
+def explain_missing(what: str, error: ModuleNotFoundError) -> None:
+    """Raise ImportError with what to install, if the module that is missing comes with the onnx extra."""
+    if error.name is not None and error.name.partition(".")[0] in _EXPORT_PACKAGES:
+        raise ImportError(f'{what} needs {error.name}: pip install "qbl-trl[onnx]" (or "qbl-trl[onnx-gpu]")') from error

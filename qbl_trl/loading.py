@@ -5,6 +5,7 @@ A float base is quantized again, the way it was for training.
 
 import importlib
 import os
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
     import torch
     from peft import PeftModel
     from peft.utils import load_peft_weights
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
+
+    from qbl_trl.tokenizers import open_tokenizer
 
     path, saved = Path(folder), saved_adapter(folder)
     named = base or saved.base_model_name_or_path
@@ -70,7 +73,7 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
     made_for = _class_trained(saved, named, **where)
     model = made_for.from_pretrained(named, dtype=torch.float32, **quantize, **where, **_labels(held))
     if (path / "tokenizer_config.json").is_file():  # trained with tokens that the base does not have
-        tokens = len(AutoTokenizer.from_pretrained(path))
+        tokens = len(open_tokenizer(path))
         if tokens > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(tokens)
     model = PeftModel.from_pretrained(model, str(path))
@@ -87,7 +90,9 @@ def saved_adapter(folder: str | os.PathLike[str]) -> Any:
     from peft import PeftConfig
 
     if not Path(folder, "adapter_config.json").is_file():
-        raise ConfigError(f"{folder} holds no adapter (no adapter_config.json); name a folder that save_model wrote")
+        saved = sorted(Path(folder).glob("checkpoint-*/adapter_config.json"), key=lambda file: file.stat().st_mtime)
+        instead = f"its checkpoint does: {saved[-1].parent}" if saved else "name a folder that save_model wrote"
+        raise ConfigError(f"{folder} holds no adapter (no adapter_config.json); {instead}")
     return PeftConfig.from_pretrained(str(folder))
 
 
@@ -114,7 +119,13 @@ def _settings(recorded: dict[str, Any]) -> Any:
         return GroupQuantConfig(**recorded)
     from transformers.quantizers import AutoQuantizationConfig
 
-    return AutoQuantizationConfig.from_dict(dict(recorded))
+    try:
+        return AutoQuantizationConfig.from_dict(dict(recorded))
+    except PackageNotFoundError as error:
+        raise ConfigError(
+            f"the adapter was trained over a base of {recorded['quant_method']}, which is not installed here: pip "
+            f"install {error.name}"
+        ) from error
 
 
 def _check_whole(model: Any, folder: Path, held: dict[str, tuple[int, ...]]) -> None:

@@ -62,6 +62,11 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
     """
     if lossy not in (None, "requantize"):
         raise ConfigError(f'merge: lossy={lossy!r} is not known; allowed: None, "requantize"')
+    if not isinstance(peft_model, nn.Module):
+        raise ConfigError(
+            f"merge takes a model with adapters, not {peft_model!r}; of a saved adapter: `qbl-trl merge ADAPTER "
+            "OUTPUT`, or PeftModel.from_pretrained(base, ADAPTER) first"
+        )
     source = unwrap(peft_model)
     layers = adapter_layers(source)
     ours = (BalancedLinear, TrainableTokensLayer)  # the second belongs to trainable_token_indices

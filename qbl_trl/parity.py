@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbl_trl.errors import ConfigError
+from qbl_trl.errors import ConfigError, explain_missing
 from qbl_trl.loading import load_adapter, model_class
 
 Logits = Callable[[Tensor, Tensor], Tensor]
@@ -178,7 +178,12 @@ def _open(folder: Path) -> Any:
     if not folder.is_dir():
         raise ConfigError(f"verify: {folder} is no folder")
     if any(folder.glob("*.onnx")):
-        return importlib.import_module("qbl_trl.onnx.session").OnnxLogits(folder)
+        try:
+            session = importlib.import_module("qbl_trl.onnx.session")
+        except ModuleNotFoundError as error:
+            explain_missing(f"verify: {folder}", error)
+            raise
+        return session.OnnxLogits(folder)
     importlib.import_module("qbl_trl")  # registers our quantization config and adapter type
     if (folder / "adapter_config.json").is_file():
         return load_adapter(folder)

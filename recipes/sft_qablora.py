@@ -1,6 +1,7 @@
 """Fine-tune a 4-bit model with balanced adapters (QA-BLoRA), merge it exactly, and export it to ONNX at 4 bits.
 
     accelerate launch recipes/sft_qablora.py                                  # the embedded default, a few minutes
+    accelerate launch recipes/sft_qablora.py --max_steps 20 --r 2             # the same, changed
     accelerate launch recipes/sft_qablora.py --config recipes/configs/sft_qablora.yaml
     accelerate launch recipes/sft_qablora.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name trl-lib/Capybara \
@@ -53,6 +54,13 @@ class QABLoRAArguments:
 def make_parser() -> TrlParser:
     """Every flag of TRL's scripts and trainer, and those of QABLoRAArguments."""
     return TrlParser((ScriptArguments, SFTConfig, QABLoRAArguments))
+
+
+def with_default(arguments: list[str]) -> list[str]:
+    """The embedded configuration where no other one, and neither a model nor a dataset, is named; flags change it."""
+    chosen = {"--config", "--model_name_or_path", "--dataset_name"}
+    named = any(argument.partition("=")[0] in chosen for argument in arguments)
+    return arguments if named else ["--config", str(DEMO_CONFIG), *arguments]
 
 
 def load_base(args: QABLoRAArguments, name: str) -> Any:
@@ -123,6 +131,4 @@ def main(script: ScriptArguments, training: SFTConfig, args: QABLoRAArguments) -
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        sys.argv += ["--config", str(DEMO_CONFIG)]
-    main(*make_parser().parse_args_and_config())
+    main(*make_parser().parse_args_and_config(with_default(sys.argv[1:])))

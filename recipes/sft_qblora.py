@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
 from trl import ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
 from qbl_trl import QBLoRACallback, QBLoRAConfig
@@ -44,6 +45,8 @@ def main(script: ScriptArguments, training: SFTConfig, args: QBLoRAArguments) ->
     """Load, train, save the adapter."""
     if not args.model_name_or_path or not script.dataset_name:
         raise SystemExit("--model_name_or_path and --dataset_name are needed (or --config with both)")
+    if not is_bitsandbytes_available():
+        raise SystemExit('this recipe trains over bitsandbytes: pip install "qbl-trl[bnb]"')
     dtype = getattr(torch, args.dtype)
     model = AutoModelForCausalLM.from_pretrained(
         args.model_name_or_path,

@@ -204,6 +204,25 @@ def test_an_error_of_another_library_is_one_line_and_its_traceback_one_variable_
     assert not (tmp_path / "out").exists()
 
 
+def test_what_a_folder_does_not_hold_is_said_with_what_it_holds(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-2" / "adapter_config.json").write_text("{}")
+    (tmp_path / "graph").mkdir()
+    (tmp_path / "graph" / "model.onnx").write_bytes(b"")
+    for command, message in (
+        (
+            ["merge", "run", "merged"],
+            "holds no adapter (no adapter_config.json); its checkpoint does: run/checkpoint-2",
+        ),
+        (["inspect", "run"], "run holds no model (no config.json)"),
+        (["inspect", "graph"], "graph holds an ONNX graph"),
+        (["quantize", "run", "run"], "run is not empty; choose another folder, or pass --overwrite"),
+    ):
+        assert main(command) == 1
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", ["nan", "-1", "inf"])
 def test_verify_takes_no_tolerance_that_lets_nothing_or_everything_through(value, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -302,3 +302,8 @@ def test_a_model_that_ties_more_than_head_and_embedding_is_refused():
         merge(model)
     same = get_peft_model(T5ForConditionalGeneration(config), QBLoRAConfig(r=2, target_modules=["q"]))
     merge(same)
+
+
+def test_a_folder_is_no_model_to_merge():
+    with pytest.raises(ConfigError, match=r"merge takes a model with adapters, not 'run'; .*`qbl-trl merge ADAPTER"):
+        merge("run")

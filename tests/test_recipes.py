@@ -46,3 +46,11 @@ def test_every_recipe_says_how_to_run_it(recipe):
 def test_the_accelerate_configurations_are_readable():
     for file in (RECIPES / "accelerate").glob("*.yaml"):
         assert "distributed_type" in yaml.safe_load(file.read_text()), file
+
+
+def test_flags_change_the_embedded_default_of_the_recipe():
+    recipe = load("sft_qablora")
+    _, training, own = recipe.make_parser().parse_args_and_config(recipe.with_default(["--max_steps", "3", "--r", "2"]))
+    assert (training.max_steps, training.max_length, own.r, own.lora_alpha) == (3, 128, 2, 8)
+    for arguments in (["--model_name_or_path", "m"], ["--dataset_name=d"], ["--config", "c.yaml"]):
+        assert recipe.with_default(arguments) == arguments

@@ -8,7 +8,7 @@ from peft.utils.other import get_pattern_key
 
 from qbl_trl.adapter.balance import default_out_factor, fitting_factors
 from qbl_trl.adapter.bases import Base, quantize_hint
-from qbl_trl.config import QBLoRAConfig
+from qbl_trl.config import QUANT_METHOD, QBLoRAConfig
 from qbl_trl.errors import ConfigError
 
 
@@ -27,9 +27,13 @@ def choose_factors(base: Base, config: QBLoRAConfig, name: str) -> tuple[int, in
     unit = 1
     if config.quantization_aware:
         if base.group_size is None:
+            grouped = (config.base_quantization or {}).get("quant_method") == QUANT_METHOD
+            advice = (
+                "Leave this layer of it out of target_modules" if grouped else f"Load the model with {quantize_hint()}"
+            )
             raise ConfigError(
                 f"{name}: quantization_aware=True needs a base with affine quantization groups, this one is "
-                f"{base.kind}. Load the model with {quantize_hint()}, or set quantization_aware=False"
+                f"{base.kind}. {advice}, or set quantization_aware=False"
             )
         unit = base.group_size
     p = _of_side(

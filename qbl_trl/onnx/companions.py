@@ -4,24 +4,19 @@ import copy
 import gc
 import importlib
 import logging
-import shutil
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qbl_trl.adapter.wrapped import is_decoder
 from qbl_trl.errors import ExportError
 from qbl_trl.loading import load_adapter, model_class
+from qbl_trl.tokenizers import open_tokenizer, save_tokenizer
 
 logger = logging.getLogger(__name__)
-
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
-)
 
 
 class Held:
@@ -77,7 +72,7 @@ def load_model(model_or_path: Any) -> torch.nn.Module:
         return adapted
     if not (folder / "config.json").is_file():
         raise ExportError(f"{folder} holds no model: neither config.json nor adapter_config.json is there")
-    model: torch.nn.Module = model_class(folder).from_pretrained(folder, torch_dtype="auto")
+    model: torch.nn.Module = model_class(folder).from_pretrained(folder, dtype="auto")
     return model
 
 
@@ -94,7 +89,7 @@ def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     return inner
 
 
-def open_tokenizer(given: Any) -> Any:
+def check_tokenizer(given: Any) -> Any:
     """A tokenizer or a folder as it is; a model id is opened.
 
     Raises:
@@ -103,19 +98,10 @@ def open_tokenizer(given: Any) -> Any:
     if not isinstance(given, (str, PathLike)) or Path(given).is_dir():
         return given
     try:
-        return AutoTokenizer.from_pretrained(given)
+        return open_tokenizer(given)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ExportError(f"export_onnx: tokenizer={str(given)!r} is no folder, nor a model id: {reason}") from error
-
-
-def _tokenizer_or_none(name: Any) -> Any:
-    """The tokenizer of a model id, if it can be had."""
-    try:
-        return open_tokenizer(name)
-    except ExportError as error:
-        logger.warning("the folder is written without a tokenizer: %s", error)
-        return None
 
 
 def max_positions(config: Any) -> int:
@@ -137,12 +123,8 @@ def write(held: Held, source: Any, tokenizer: Any, folder: Path, dtype: torch.dt
     if held.generation_config is not None:
         held.generation_config.save_pretrained(folder)
     origin = tokenizer or (source if isinstance(source, (str, PathLike)) else held.config._name_or_path)
-    if isinstance(origin, (str, PathLike)) and origin and not Path(origin).is_dir():  # of a model from a hub
-        origin = _tokenizer_or_none(origin)
-    if hasattr(origin, "save_pretrained"):
-        origin.save_pretrained(folder)
-        return
-    for name in _TOKENIZER_FILES:
-        path = Path(origin or "", name)
-        if origin and path.is_file():
-            shutil.copyfile(path, folder / name)
+    try:
+        if origin:
+            save_tokenizer(origin, folder)
+    except Exception as error:  # the model id that a model was loaded from; what was asked for is known to open
+        logger.warning("the folder is written without a tokenizer: %s", next(iter(str(error).splitlines()), error))

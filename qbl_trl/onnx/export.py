@@ -112,7 +112,7 @@ def export_onnx(
         tolerance=tolerance,
         tokenizer=tokenizer,
     )
-    tokenizer = companions.open_tokenizer(tokenizer)
+    tokenizer = companions.check_tokenizer(tokenizer)
     float_type: torch.dtype = getattr(torch, named)
     with progress(4, "reading the model", "step") as bar:
         held = companions.Held(model_or_path)

@@ -118,14 +118,8 @@ class QBLoRACallback(TrainerCallback):
             finish.check_decoder(model)
         if self.config is not None:
             model = place_(trainer, model, self.config)
-        layers = adapter_layers(model)
-        self._check(trainer, layers)
-        probed = probe(layers)
-        self.record = run_record.RunRecord.start(model, layers, probed)
-        self._trainer, self._layers = trainer, layers
+        self._meet(trainer, model)
         if trainer is not None:
-            callbacks = trainer.callback_handler.callbacks
-            callbacks.insert(0, callbacks.pop(callbacks.index(self)))  # what is added to a log reaches every reporter
             if trainer.is_fsdp_enabled:
                 self._gatherer = gather.Gatherer(model)
             if state.is_world_process_zero:
@@ -143,9 +137,10 @@ class QBLoRACallback(TrainerCallback):
             )
         if args.should_save:
             self.outputs.check(args.output_dir)  # training again would find the first run's outputs
+        trainer = find_trainer(model)
+        if not self.record.layers or trainer not in (None, self._trainer):  # added after the trainer was built
+            self._meet(trainer, model)
         self._layers = adapter_layers(model)  # sharding may have replaced modules
-        if not self.record.layers:
-            self.record = run_record.RunRecord.start(model, self._layers, probe(self._layers))
         self._let_go()
         self._tokens = FirstTokens(unwrap(model))
         if self.outputs.stored_delta is not None:
@@ -210,7 +205,7 @@ class QBLoRACallback(TrainerCallback):
                 with self._unrounded():
                     merged, _ = finish.merge_and_verify(whole, self._input_ids(whole), self.outputs.stored_delta)
                 if merged is not None:
-                    finish.write_merged(merged, kwargs.get("processing_class"), folder / "merged", overwrite=True)
+                    finish.write_merged(merged, self._tokenizer(kwargs), folder / "merged", overwrite=True)
             if folder.is_dir():
                 checkpoints.mark_whole(folder)
             self.record.write(args, state, finished=False)
@@ -233,8 +228,8 @@ class QBLoRACallback(TrainerCallback):
             if partitioned:
                 self.record.merge = {"exact": False, "reason": gather.PARTITIONED}
             else:
-                tokenizer = kwargs.get("processing_class")
-                self.outputs.finish(self.record, args, state, whole, self._input_ids(whole), tokenizer)
+                ids, tokenizer = self._input_ids(whole), self._tokenizer(kwargs)
+                self.outputs.finish(self.record, args, state, whole, ids, tokenizer)
             if "parity" in self.record.merge and self._trainer is not None:
                 difference = self.record.merge["parity"]["max_abs_difference"]
                 Trainer.log(self._trainer, {"qbl/merged_max_logit_difference": difference})
@@ -243,6 +238,17 @@ class QBLoRACallback(TrainerCallback):
         self._wait()
 
     # -- small parts ----------------------------------------------------------------------------------------------
+
+    def _meet(self, trainer: Trainer | None, model: Any) -> None:
+        """Check the adapters of a model, and come first among the trainer's callbacks: what is added to a log reaches
+        every reporter."""
+        layers = adapter_layers(model)
+        self._check(trainer, layers)
+        self.record = run_record.RunRecord.start(model, layers, probe(layers))
+        self._trainer, self._layers = trainer, layers
+        if trainer is not None:
+            callbacks = trainer.callback_handler.callbacks
+            callbacks.insert(0, callbacks.pop(callbacks.index(self)))
 
     def _check(self, trainer: Trainer | None, layers: dict[str, BalancedLinear]) -> None:
         options = {"merged_output_dir": self.outputs.merged, "save_merged": self.save_merged}
@@ -263,6 +269,12 @@ class QBLoRACallback(TrainerCallback):
             return self._tokens.ids
         vocabulary = getattr(input_table(unwrap(model)), "num_embeddings", None)
         return None if vocabulary is None else random_tokens(vocabulary)
+
+    def _tokenizer(self, event: Mapping[str, Any]) -> Any:
+        """The trainer's, or that of its collator, as the trainer saves it into checkpoints."""
+        return event.get("processing_class") or getattr(
+            getattr(self._trainer, "data_collator", None), "tokenizer", None
+        )
 
     def _run_folder(self, args: TrainingArguments) -> Path:
         """Where the trainer's checkpoints are: a hyperparameter search has a folder for each trial."""

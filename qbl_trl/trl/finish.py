@@ -21,6 +21,7 @@ from qbl_trl.parity import compare, logits_of
 from qbl_trl.quant.head import input_table
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import PATCHES
+from qbl_trl.tokenizers import save_tokenizer
 from qbl_trl.trl.rounding import round_deltas_, rounded
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def write_merged(model: nn.Module, tokenizer: Any, folder: Path, overwrite: bool
     with new_folder(folder, overwrite) as draft:
         model.save_pretrained(draft)  # type: ignore[operator]
         if tokenizer is not None:
-            tokenizer.save_pretrained(draft)
+            save_tokenizer(tokenizer, draft)
 
 
 def check_export(options: Mapping[str, Any]) -> None:
@@ -96,7 +97,9 @@ def check_export(options: Mapping[str, Any]) -> None:
         call = inspect.signature(export_onnx).bind(None, None, **options)
         call.apply_defaults()
         importlib.import_module("qbl_trl.onnx.options").check_choices(**call.arguments)
-    except (ImportError, TypeError, ExportError) as error:
+    except ImportError as error:
+        raise ConfigError(f"QBLoRACallback: onnx_output_dir: {error}") from error
+    except (TypeError, ExportError) as error:
         raise ConfigError(f"QBLoRACallback: onnx_options: {error}") from error
 
 

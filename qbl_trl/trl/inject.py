@@ -109,9 +109,9 @@ def check_merges(layers: dict[str, BalancedLinear], wanted: list[str]) -> None:
     layer = layers[name]
     group = "" if layer.base.group_size is None else f" in groups of {layer.base.group_size}"
     raise ConfigError(
-        f"{name}: {' and '.join(wanted)} need an exact merge, and there is none into a {layer.base.kind} base{group} "
-        f"with in_factor={layer.in_factor[active(layer)[0]]}. Train with quantization_aware=True over a "
-        "GroupQuantConfig base, or leave them out and export the adapter beside its base"
+        f"{name}: {' and '.join(wanted)}: outputs that need an exact merge, and there is none into a "
+        f"{layer.base.kind} base{group} with in_factor={layer.in_factor[active(layer)[0]]}. Train with "
+        "quantization_aware=True over a GroupQuantConfig base, or leave them out and export the adapter beside its base"
     )
 
 

@@ -6,7 +6,13 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import qbl_trl
 from qbl_trl.config import GroupQuantConfig
@@ -111,6 +117,15 @@ def test_a_plain_trainer_takes_the_callback(tmp_path):
     assert json.loads((tmp_path / REPORT).read_text())["merge"]["exact"]
 
 
+def test_the_collators_tokenizer_lies_beside_the_merged_model_where_the_trainer_has_none(tmp_path):
+    rows = [{"input_ids": row} for row in tokens(8, 6, vocabulary=32).tolist()]
+    collator = DataCollatorForLanguageModeling(data.tokenizer(), mlm=False)
+    callback = QBLoRACallback(adapter(), merged_output_dir=tmp_path / "merged")
+    args = TrainingArguments(**settings(tmp_path / "run"))
+    Trainer(base(), args, train_dataset=rows, data_collator=collator, callbacks=[callback]).train()
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+
+
 def test_one_callback_serves_one_trainer_after_another(tmp_path):
     callback = QBLoRACallback(adapter())
     for name in "ab":
@@ -191,6 +206,8 @@ def test_a_callback_without_config_may_be_added_later(tmp_path):
     trainer.add_callback(QBLoRACallback())
     trainer.train()
     assert json.loads((tmp_path / REPORT).read_text())["merge"]["exact"]
+    assert all("qbl/adapter_norm" in entry for entry in trainer.state.log_history if "loss" in entry)
+    assert "qbl/merged_max_logit_difference" in trainer.state.log_history[-1]
 
 
 def test_model_init_is_refused(tmp_path):

@@ -5,6 +5,7 @@ it is complete.
 """
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from qbl_trl.folders import check_free, new_folder
 from qbl_trl.progress import progress
 from qbl_trl.quant.importers.open import describe, open_reader
 from qbl_trl.quant.importers.reader import Reader
+
+logger = logging.getLogger(__name__)
 
 _SHARD_BYTES = 1 << 29
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
@@ -59,7 +62,10 @@ def convert_checkpoint(
             config |= {"torch_dtype": str(dtype).removeprefix("torch.")}
         config |= {"quantization_config": GroupQuantConfig(**describe(reader)).to_dict()}
         (built / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _copy_files(Path(tokenizer) if tokenizer else path if path.is_dir() else path.parent, built)
+        beside = Path(tokenizer) if tokenizer else path if path.is_dir() else path.parent
+        _copy_files(beside, built)
+        if not any(built.glob("tokenizer*")):
+            logger.warning("%s has no tokenizer beside it; copy that of the original model into %s", beside, output_dir)
     return Path(output_dir)
 
 
