@@ -296,7 +296,7 @@ def _report(args: argparse.Namespace) -> None:
 def _load(name: str, dtype: str = "float32", settings: Any = None) -> Any:
     import torch
 
-    from qbl_trl.loading import model_class
+    from qbl_trl.loading import open_model
 
     _check_exists(name)
     _check_holds_model(name)
@@ -304,7 +304,7 @@ def _load(name: str, dtype: str = "float32", settings: Any = None) -> Any:
     if wanted not in (torch.float32, torch.float16, torch.bfloat16):
         raise ConfigError(f"--dtype {dtype} is not known; allowed: float32, float16, bfloat16")
     quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
-    return model_class(name).from_pretrained(name, dtype=wanted, **quantize)
+    return open_model(name, dtype=wanted, **quantize)
 
 
 def _save(model: Any, tokenizer_of: str, output: Path, overwrite: bool) -> None:

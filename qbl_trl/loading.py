@@ -11,6 +11,7 @@ from typing import Any
 
 from qbl_trl.config import QUANT_METHOD, GroupQuantConfig, QBLoRAConfig, holds_merged
 from qbl_trl.errors import CheckpointError, ConfigError
+from qbl_trl.rope import restore_rope_
 
 _LABELS = (".score.weight", ".classifier.weight")
 _TASKS = {
@@ -30,6 +31,33 @@ def model_class(source: str | os.PathLike[str], revision: str | None = None) -> 
     config = transformers.AutoConfig.from_pretrained(source, revision=revision)
     named = (getattr(transformers, name, None) for name in config.architectures or ())
     return next((found for found in named if found is not None), transformers.AutoModelForCausalLM)
+
+
+def open_model(
+    source: str | os.PathLike[str],
+    made_for: Any = None,
+    *,
+    revision: str | None = None,
+    num_labels: int | None = None,
+    **options: Any,
+) -> Any:
+    """A checkpoint, in the class it was saved from, whichever generation of transformers wrote it.
+
+    Args:
+        made_for: the class to open it in, if it is another.
+        num_labels: of a classifier whose configuration does not say.
+        options: of `from_pretrained`.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+    if restore_rope_(config):
+        options["config"] = config
+        if num_labels is not None:
+            config.num_labels = num_labels
+    elif num_labels is not None:
+        options["num_labels"] = num_labels
+    return (made_for or model_class(source, revision)).from_pretrained(source, revision=revision, **options)
 
 
 def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any:
@@ -71,7 +99,7 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
     held = {name: tuple(tensor.shape) for name, tensor in load_peft_weights(str(path), device="cpu").items()}
     quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
     made_for = _class_trained(saved, named, **where)
-    model = made_for.from_pretrained(named, dtype=torch.float32, **quantize, **where, **_labels(held))
+    model = open_model(named, made_for, dtype=torch.float32, **quantize, num_labels=_labels(held), **where)
     if (path / "tokenizer_config.json").is_file():  # trained with tokens that the base does not have
         tokens = len(open_tokenizer(path))
         if tokens > model.get_input_embeddings().weight.shape[0]:
@@ -107,10 +135,9 @@ def _class_trained(saved: Any, named: str, **where: str) -> Any:
     return model_class(named, **where)
 
 
-def _labels(held: dict[str, tuple[int, ...]]) -> dict[str, int]:
+def _labels(held: dict[str, tuple[int, ...]]) -> int | None:
     """How many labels a classifier has: its base need not say, the head beside the adapter does."""
-    heads = [shape[0] for name, shape in held.items() if name.endswith(_LABELS)]
-    return {"num_labels": heads[0]} if heads else {}
+    return next((shape[0] for name, shape in held.items() if name.endswith(_LABELS)), None)
 
 
 def _settings(recorded: dict[str, Any]) -> Any:
@@ -148,4 +175,4 @@ def _check_whole(model: Any, folder: Path, held: dict[str, tuple[int, ...]]) -> 
         )
 
 
-__all__ = ["load_adapter", "model_class", "saved_adapter"]
+__all__ = ["load_adapter", "open_model", "saved_adapter"]

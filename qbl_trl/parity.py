@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qbl_trl.errors import ConfigError, explain_missing
-from qbl_trl.loading import load_adapter, model_class
+from qbl_trl.loading import load_adapter, open_model
 
 Logits = Callable[[Tensor, Tensor], Tensor]
 
@@ -188,7 +188,7 @@ def _open(folder: Path) -> Any:
     if (folder / "adapter_config.json").is_file():
         return load_adapter(folder)
     if (folder / "config.json").is_file():
-        return model_class(folder).from_pretrained(folder)
+        return open_model(folder)
     raise ConfigError(
         f"verify: {folder} holds neither an ONNX graph (*.onnx), nor an adapter (adapter_config.json), nor a model "
         "(config.json)"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from qbl_trl.adapter.wrapped import is_decoder
 from qbl_trl.errors import ExportError
-from qbl_trl.loading import load_adapter, model_class
+from qbl_trl.loading import load_adapter, open_model
 from qbl_trl.tokenizers import open_tokenizer, save_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def load_model(model_or_path: Any) -> torch.nn.Module:
         return adapted
     if not (folder / "config.json").is_file():
         raise ExportError(f"{folder} holds no model: neither config.json nor adapter_config.json is there")
-    model: torch.nn.Module = model_class(folder).from_pretrained(folder, dtype="auto")
+    model: torch.nn.Module = open_model(folder, dtype="auto")
     return model
 
 

@@ -30,6 +30,7 @@ from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import BESIDE_CODES, PackedWeight
 from qbl_trl.quant.renaming import names_in_model
 from qbl_trl.quant.targets import target_layers
+from qbl_trl.rope import restore_rope_
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class GroupQuantizer(HfQuantizer):
         return self._check_files(config)
 
     def _check_files(self, config: Any) -> Any:
+        restore_rope_(config)
         folder = _folder_of(config) if self.pre_quantized else None
         if folder is not None:
             read_headers(folder)
