@@ -107,10 +107,9 @@ def _losses(record: dict[str, Any], history: Any) -> str:
         Line("merged", "--merged", _series(history, "eval_merged_loss"), marks=True, dashed=True),
     ]
     chart = charts.line_chart(lines, x_label="step", y_label="loss")
+    merged = "The merged curve is the loss of the 4-bit model that deploys; it should lie on the evaluation's."
     return section(
-        "Loss",
-        "The merged curve is the loss of the 4-bit model that deploys; it should lie on the evaluation's.",
-        scroll(chart),
+        "Loss", merged if lines[-1].points else "Of the training batches, and of the evaluation.", scroll(chart)
     )
 
 
@@ -222,7 +221,11 @@ def _layers(record: dict[str, Any], history: Any) -> str:
     rows = [[_number(layer.get(column)) for column in columns] for layer in record["layers"]]
     head = ("layer", "N", "K", "p", "e", "rank", "shift, max", "mean", "stable rank", "norm")
     listing = f"<details><summary>{len(rows)} layers</summary>{scroll(table(head, rows))}</details>"
-    return section("Layers", "Shapes, factors and the last measurement of each.", listing)
+    return section(
+        "Layers",
+        "Shapes (N outputs, K inputs), factors (p inputs pooled, e outputs shared) and the last measurement of each.",
+        listing,
+    )
 
 
 def _block(name: str) -> str:
