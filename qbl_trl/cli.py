@@ -126,13 +126,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tolerance(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is no tolerance; give a number of at least 0")
     return value
 
 
-_FLAGS = {"set overwrite": "pass --overwrite", 'merge(model, lossy="requantize")': "--lossy requantize"}
+_FLAGS = {
+    "set overwrite": "pass --overwrite",
+    "Pass tolerance=None": "Pass --tolerance none",
+    'merge(model, lossy="requantize")': "--lossy requantize",
+}
 _LONGEST = 300  # characters of another library's message
 
 
@@ -276,6 +283,8 @@ def _verify(args: argparse.Namespace) -> int:
     from qbl_trl.parity import verify
     from qbl_trl.tokenizers import open_tokenizer
 
+    if not any(Path(args.reference).glob("tokenizer*")) and Path(args.reference).is_dir():
+        raise ConfigError(f"{args.reference} holds no tokenizer, and --text needs one")
     tokens = open_tokenizer(args.reference)(args.text, return_tensors="pt").input_ids
     if not tokens.numel():
         raise ConfigError("verify: --text holds no token")

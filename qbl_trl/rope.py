@@ -6,52 +6,82 @@ there: it takes its defaults, and the model that it loads computes something els
 | transformers 5 | transformers 4.57 |
 | --- | --- |
 | rope_theta | rope_theta (GPT-NeoX: rotary_emb_base) |
-| rope_type and its settings | rope_scaling; None for "default" |
+| rope_type and its settings | rope_scaling; None for "default" without any |
 | partial_rotary_factor | partial_rotary_factor (GPT-NeoX: rotary_pct) |
+| original_max_position_embeddings of longrope | the same, beside rope_scaling |
 | those of sliding layers, where they differ | rope_local_base_freq (Gemma 3) |
+
+What somebody has set since under the older names is left as it is.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import transformers
 
-_NAMES = {
-    "rope_theta": ("rope_theta", "rotary_emb_base"),
-    "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
-    "original_max_position_embeddings": ("original_max_position_embeddings",),
-}
+_OUTSIDE = ("rope_theta", "partial_rotary_factor")
+_LENGTH = "original_max_position_embeddings"
 
 
 def restore_rope_(config: Any) -> bool:
     """Give a configuration the settings under the names this transformers reads, in place; whether any was another."""
     if int(transformers.__version__.split(".")[0]) >= 5:
         return False
-    parts = {id(part): part for part in (config, config.get_text_config())}.values()
-    changed = [_restore_(part) for part in parts]
+    changed = [_restore_(part) for part in _parts(config)]
     return any(changed)
 
 
+def _parts(config: Any) -> Iterator[Any]:
+    """The configuration and those inside it: of text, of images, of an encoder."""
+    yield config
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, transformers.PretrainedConfig):
+            yield from _parts(part)
+
+
 def _restore_(config: Any) -> bool:
-    stored = getattr(config, "rope_parameters", None)
+    stored = vars(config).pop("rope_parameters", None)  # what is saved from here has the older names alone
     if not isinstance(stored, dict) or not stored:
         return False
-    kinds = {name: kind for name, kind in stored.items() if isinstance(kind, dict)}
-    whole = kinds.get("full_attention") or next(iter(kinds.values()), stored)
-    sliding = kinds.get("sliding_attention", {})
-    wanted = {
-        name: whole[setting]
-        for setting, names in _NAMES.items()
-        for name in names
-        if setting in whole and (hasattr(config, name) or setting == "rope_theta" == name)
+    try:
+        defaults = type(config)()
+    except (TypeError, ValueError):  # a class without defaults has none that nobody chose
+        defaults = config
+    other = {
+        name: value
+        for name, value in _older_names(config, stored).items()
+        if getattr(config, name, None) == getattr(defaults, name, None) != value
     }
-    scaling = {name: value for name, value in whole.items() if name not in ("rope_theta", "partial_rotary_factor")}
-    wanted["rope_scaling"] = None if whole.get("rope_type", "default") == "default" else scaling
-    if hasattr(config, "rope_local_base_freq") and "rope_theta" in sliding:
-        wanted["rope_local_base_freq"] = sliding["rope_theta"]
-    other = {name: value for name, value in wanted.items() if getattr(config, name, None) != value}
     for name, value in other.items():
         setattr(config, name, value)
     return bool(other)
+
+
+def _older_names(config: Any, stored: dict[str, Any]) -> dict[str, Any]:
+    kinds = {name: kind for name, kind in stored.items() if isinstance(kind, dict)}
+    whole = kinds.get("full_attention") or next(iter(kinds.values()), stored)
+    longrope = whole.get("rope_type") == "longrope"
+    scaling = {
+        name: value for name, value in whole.items() if name not in _OUTSIDE and not (longrope and name == _LENGTH)
+    }
+    if longrope:
+        scaling["type"] = scaling.pop("rope_type")  # the only spelling that Phi-3's configuration takes
+    named = {"rope_scaling": None if scaling in ({}, {"rope_type": "default"}) else scaling}
+    if "rope_theta" in whole:
+        named |= dict.fromkeys(("rope_theta", *_known(config, "rotary_emb_base")), whole["rope_theta"])
+    if "partial_rotary_factor" in whole:
+        names = _known(config, "partial_rotary_factor", "rotary_pct")
+        named |= dict.fromkeys(names, whole["partial_rotary_factor"])
+    if _LENGTH in whole and longrope:
+        named[_LENGTH] = whole[_LENGTH]
+    if "rope_theta" in kinds.get("sliding_attention", {}):
+        named |= dict.fromkeys(_known(config, "rope_local_base_freq"), kinds["sliding_attention"]["rope_theta"])
+    return named
+
+
+def _known(config: Any, *names: str) -> tuple[str, ...]:
+    return tuple(name for name in names if hasattr(config, name))
 
 
 __all__ = ["restore_rope_"]

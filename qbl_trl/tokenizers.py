@@ -1,7 +1,7 @@
 """The tokenizer beside a model: opened, and written so that transformers 4.57 and 5 both open it.
 
-transformers 5 writes the name of a class that 4.57 does not know. What it holds is the same file, `tokenizer.json`, and
-the older name is known to both.
+transformers 5 writes the name of a class that 4.57 does not know, and special tokens under another name. What they
+stand for is the same file, `tokenizer.json`, and the older names are known to both.
 """
 
 import json
@@ -10,8 +10,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+_OLDER = int(transformers.__version__.split(".")[0]) < 5
 _NEWER, _KNOWN = "TokenizersBackend", "PreTrainedTokenizerFast"
 _CONFIG = "tokenizer_config.json"
 _FILES = (
@@ -26,9 +28,11 @@ def open_tokenizer(source: str | PathLike[str]) -> Any:
     Raises:
         ValueError, OSError: as `AutoTokenizer` does, if there is none.
     """
-    file = Path(source, _CONFIG)
-    newer = file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") == _NEWER
-    return (PreTrainedTokenizerFast if newer else AutoTokenizer).from_pretrained(source)
+    stored = _settings(Path(source, _CONFIG))
+    settings = _known_to_both(stored)
+    changed = {name: value for name, value in settings.items() if stored.get(name) != value} if _OLDER else {}
+    newer = changed.pop("tokenizer_class", None)
+    return (PreTrainedTokenizerFast if newer else AutoTokenizer).from_pretrained(source, **changed)
 
 
 def save_tokenizer(source: Any, folder: Path) -> None:
@@ -46,10 +50,26 @@ def save_tokenizer(source: Any, folder: Path) -> None:
                 shutil.copyfile(Path(source, name), folder / name)
     else:
         open_tokenizer(source).save_pretrained(folder)
-    file = folder / _CONFIG
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if settings.get("tokenizer_class") == _NEWER:
-        file.write_text(json.dumps({**settings, "tokenizer_class": _KNOWN}, indent=2) + "\n", encoding="utf-8")
+    stored = _settings(folder / _CONFIG)
+    settings = _known_to_both(stored)
+    if settings != stored:
+        (folder / _CONFIG).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
+
+
+def _known_to_both(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a tokenizer, in the words that both generations know."""
+    known = dict(settings)
+    if known.get("tokenizer_class") == _NEWER:
+        known["tokenizer_class"] = _KNOWN
+    if isinstance(known.get("extra_special_tokens"), list):  # a dictionary of named ones in 4.57
+        known["additional_special_tokens"] = known.pop("extra_special_tokens")
+        known["extra_special_tokens"] = {}
+    return known
 
 
 __all__ = ["open_tokenizer", "save_tokenizer"]

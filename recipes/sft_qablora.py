@@ -58,8 +58,9 @@ def make_parser() -> TrlParser:
 
 def with_default(arguments: list[str]) -> list[str]:
     """The embedded configuration where no other one, and neither a model nor a dataset, is named; flags change it."""
-    chosen = {"--config", "--model_name_or_path", "--dataset_name"}
-    named = any(argument.partition("=")[0] in chosen for argument in arguments)
+    chosen = ("--config", "--model_name_or_path", "--dataset_name")
+    flags = [argument.partition("=")[0].replace("-", "_").replace("__", "--", 1) for argument in arguments]
+    named = any(name.startswith(flag) for name in chosen for flag in flags if flag.startswith("--") and len(flag) > 4)
     return arguments if named else ["--config", str(DEMO_CONFIG), *arguments]
 
 

@@ -52,5 +52,10 @@ def test_flags_change_the_embedded_default_of_the_recipe():
     recipe = load("sft_qablora")
     _, training, own = recipe.make_parser().parse_args_and_config(recipe.with_default(["--max_steps", "3", "--r", "2"]))
     assert (training.max_steps, training.max_length, own.r, own.lora_alpha) == (3, 128, 2, 8)
-    for arguments in (["--model_name_or_path", "m"], ["--dataset_name=d"], ["--config", "c.yaml"]):
+    for arguments in (
+        ["--model_name_or_path", "m"],
+        ["--dataset_name=d"],
+        ["--config", "c.yaml"],
+        ["--model-name-or-path", "m"],
+    ):
         assert recipe.with_default(arguments) == arguments

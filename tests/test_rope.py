@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from qbl_trl import GroupQuantConfig
 from qbl_trl.loading import open_model
 from qbl_trl.quant.hf_quantizer import quantize_model_
+from qbl_trl.rope import restore_rope_
 from tests.tiny import logits, tokens
 
 pytestmark = pytest.mark.skipif(
@@ -22,6 +23,7 @@ LINEAR = {"rope_type": "linear", "factor": 8.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 32}
 PLAIN = {"rope_type": "default"}
+LONG = {"short_factor": [1.0 + i / 20 for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 # model type: the settings as 4.57 has them, and as 5 has them
 CASES = {
@@ -34,6 +36,10 @@ CASES = {
     "gpt_neox": (
         {"rotary_emb_base": 500, "rotary_pct": 0.5},
         {**PLAIN, "rope_theta": 500, "partial_rotary_factor": 0.5},
+    ),
+    "phi3": (
+        {"rope_theta": 500.0, "rope_scaling": {"type": "longrope", **LONG}, "original_max_position_embeddings": 32},
+        {"rope_type": "longrope", **LONG, "rope_theta": 500.0, "original_max_position_embeddings": 32},
     ),
     "gemma3_text": (
         {**LAYERS, "head_dim": 16, "rope_theta": 500.0, "rope_scaling": LINEAR, "rope_local_base_freq": 70.0},
@@ -68,6 +74,9 @@ def test_rotary_settings_that_transformers_5_wrote_are_read(tmp_path, case):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), IDS), logits(packed, IDS))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=GroupQuantConfig())
     assert torch.equal(logits(again, IDS), logits(packed, IDS))
+    again.save_pretrained(tmp_path / "again")
+    assert "rope_parameters" not in (tmp_path / "again" / "config.json").read_text()
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), IDS), logits(packed, IDS))
 
 
 def test_a_float_folder_is_opened_with_them_too(tmp_path):
@@ -76,3 +85,17 @@ def test_a_float_folder_is_opened_with_them_too(tmp_path):
     found = open_model(tmp_path / "float").eval()
     assert found.config.rope_theta == 500.0
     assert (logits(found, IDS) - logits(plain, IDS)).abs().max() > 1e-2
+
+
+def test_what_a_user_sets_is_left_as_it_is(tmp_path):
+    folders("llama", tmp_path)
+    scaled = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", rope_scaling=LINEAR)
+    assert (scaled.config.rope_scaling, scaled.config.rope_theta) == (LINEAR, 500.0)
+
+
+def test_settings_inside_a_configuration_are_found():
+    config = transformers.Qwen2VLConfig()
+    sections = {"mrope_section": [2, 3, 3], "rope_type": "default"}
+    config.text_config.rope_parameters = {**sections, "rope_theta": 500.0}
+    assert restore_rope_(config)
+    assert (config.text_config.rope_scaling, config.text_config.rope_theta) == (sections, 500.0)

@@ -33,6 +33,17 @@ def test_a_tokenizer_of_either_generation_is_opened_and_copied_for_both(tmp_path
         assert AutoTokenizer.from_pretrained(copy)(TEXT).input_ids == expected
 
 
+def test_special_tokens_in_the_words_of_transformers_5_are_kept(tmp_path):
+    source = written_by(5, tmp_path / "source")
+    file = source / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "extra_special_tokens": ["<user>", "<assistant>"]}))
+    (tmp_path / "copy").mkdir()
+    save_tokenizer(source, tmp_path / "copy")
+    for tokenizer in (open_tokenizer(source), open_tokenizer(tmp_path / "copy")):
+        assert {"<user>", "<assistant>"} <= set(tokenizer.all_special_tokens)
+    assert {"<user>", "<assistant>"} <= set(AutoTokenizer.from_pretrained(tmp_path / "copy").all_special_tokens)
+
+
 def test_a_folder_without_a_tokenizer_gives_none(tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "copy").mkdir()

@@ -27,7 +27,8 @@ def choose_factors(base: Base, config: QBLoRAConfig, name: str) -> tuple[int, in
     unit = 1
     if config.quantization_aware:
         if base.group_size is None:
-            grouped = (config.base_quantization or {}).get("quant_method") == QUANT_METHOD
+            recorded = config.base_quantization if config.completed else None  # of the base at hand, not of a file's
+            grouped = (recorded or {}).get("quant_method") == QUANT_METHOD
             advice = (
                 "Leave this layer of it out of target_modules" if grouped else f"Load the model with {quantize_hint()}"
             )

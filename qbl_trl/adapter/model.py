@@ -242,10 +242,10 @@ def _record_base_(config: QBLoRAConfig, stored: Any) -> None:
         ConfigError: if this very configuration, not one like it from a file, was completed for another base.
     """
     here = _recordable(stored)
-    if config.base_quantization is None:
-        config.base_quantization, config.completed = here, here is not None
+    if config.base_quantization is None and (here is None or not config.completed):
+        config.base_quantization, config.completed = here, True
         return
-    told, held = _identity(config.base_quantization), _identity(here or {"quant_method": None})
+    told, held = (_identity(base or {"quant_method": None}) for base in (config.base_quantization, here))
     other = [name for name in told if name not in held or told[name] != held[name]]
     if config.completed and other == [_MERGED]:  # a round of adapters more, over what the last one was merged into
         config.base_quantization = here

@@ -23,7 +23,7 @@ from qbl_trl.onnx.gate import Disagreement, Gate, Unrunnable
 from qbl_trl.onnx.genai import write_genai_config
 from qbl_trl.onnx.kernels import cuda_fallbacks
 from qbl_trl.onnx.linears import LoweredLayer
-from qbl_trl.onnx.options import check_choices
+from qbl_trl.onnx.options import TOLERANCE, check_choices
 from qbl_trl.onnx.prompts import set_levels
 from qbl_trl.onnx.reference import float32_reference
 from qbl_trl.onnx.report import ExportReport
@@ -36,7 +36,6 @@ from qbl_trl.onnx.trace import Untraceable, check_supported, trace
 from qbl_trl.parity import ParityReport
 from qbl_trl.progress import progress, step
 
-TOLERANCE = 1e-3
 _USELESS = 1.0  # nats per token: a graph that types and 8-bit activations took this far from the model is broken
 _DIGITS_SHARE = 2.0  # times what 8-bit activations cost: beyond, a delta stays in float
 

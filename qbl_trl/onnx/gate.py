@@ -1,5 +1,6 @@
 """The parity gate: a graph is kept only if it computes what the torch model computes."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from qbl_trl.errors import ExportError
+from qbl_trl.errors import ConfigError, ExportError
 from qbl_trl.onnx.prompts import PROMPT
 from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.parity import ParityReport, compare, logits_of
@@ -90,7 +91,8 @@ class Gate:
         return compare(self.reference[:, kept], found, self.mask[:, kept])
 
     def look_at(self, folder: Path) -> ParityReport | None:
-        """The larger difference of the graph of a folder, or None where the CPU has no kernels for it (bfloat16).
+        """The larger difference of the graph of a folder: infinite where it overflows, None where the CPU lacks kernels
+        for it (bfloat16).
 
         Raises:
             Unrunnable: if ONNX Runtime does not run it for another reason.
@@ -100,6 +102,8 @@ class Gate:
                 return max(self.measure(OnnxLogits(folder)), key=lambda report: report.max_abs_difference)
         except (onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented, KeyError):
             return None
+        except ConfigError:  # logits that are no numbers
+            return ParityReport(int(self.mask.sum()), math.inf, math.inf, math.inf, 0.0, 0)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ LOWERINGS = ("auto", "factored", "float_zero_point", "low_rank")
 ATTENTIONS = ("auto", "attention", "gqa", "standard")
 LEVELS = (0, 1, 2, 3, 4)
 LOGITS = ("all", "last")
+TOLERANCE = 1e-3
 SHORTEST = 4  # tokens: what the parity gate reads
 
 
@@ -50,7 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--logits", default="all", choices=LOGITS, help="positions the graph answers for; generating needs the last"
     )
+    parser.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        default=TOLERANCE,
+        help="largest logit difference, or none (default: %(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
+
+
+def _tolerance(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
 
 
 def check_choices(
@@ -114,6 +125,7 @@ def run(args: argparse.Namespace) -> None:
             accuracy_level=args.accuracy_level,
             prompt_accuracy_level=args.prompt_accuracy_level,
             logits=args.logits,
+            tolerance=args.tolerance,
             overwrite=args.overwrite,
         )
     )

@@ -50,6 +50,8 @@ def summarize(model: nn.Module, float_folder: str | Path | None = None) -> list[
     if not layers:
         raise CheckpointError(f"{type(model).__name__} holds no group-quantized layer")
     stored = read_headers(Path(float_folder)) if float_folder else {}
+    if float_folder and not stored:
+        raise CheckpointError(f"{float_folder} holds no safetensors file with float weights")
     return [_summary(name, layer, _error(name, layer, stored) if stored else None) for name, layer in layers.items()]
 
 

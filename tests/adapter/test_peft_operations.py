@@ -313,3 +313,22 @@ def test_one_configuration_serves_round_after_round_of_merged_adapters_but_no_ot
         get_peft_model(smaller, adapter)
     with pytest.raises(ConfigError, match="this one has none; make a QBLoRAConfig for each base"):
         get_peft_model(tiny_llama(), adapter)
+
+
+def test_a_configuration_completed_for_a_float_base_serves_no_quantized_one():
+    adapter = config()
+    get_peft_model(tiny_llama(), adapter)
+    get_peft_model(tiny_llama(), adapter)
+    with pytest.raises(ConfigError, match="completed for a base with none when it was first placed"):
+        get_peft_model(groups(), adapter)
+
+
+def test_a_layer_that_a_quantized_base_keeps_in_float_is_to_be_left_out_and_a_float_base_to_be_quantized(tmp_path):
+    with pytest.raises(ConfigError, match=r"lm_head: .* this one is float\. Leave this layer of it out"):
+        get_peft_model(groups(), config(quantization_aware=True, target_modules=["q_proj", "lm_head"]))
+    get_peft_model(groups(), config(quantization_aware=True)).save_pretrained(tmp_path)
+    with (
+        pytest.raises(ConfigError, match=r"this one is float\. Load the model with"),
+        pytest.warns(UserWarning, match="this one has none"),
+    ):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)

@@ -138,6 +138,16 @@ def test_a_graph_that_its_types_spoil_is_not_written(tmp_path, monkeypatch):
     assert report.parity_as_written == spoilt
 
 
+def test_a_graph_that_overflows_in_half_precision_is_not_written(tmp_path):
+    model = merged_llama()
+    model.model.norm.weight.data *= 1e6
+    with pytest.raises(
+        ExportError, match=r"float16, accuracy levels \(0, 0\)\), the graph is no longer the model: max .*inf"
+    ):
+        export_onnx(model, tmp_path / "out", dtype="float16", tolerance=1e4)
+    assert not list(tmp_path.iterdir())
+
+
 def test_half_precision_is_reported_beside_the_exact_figures(tmp_path):
     report = export_onnx(merged_llama(), tmp_path / "out", dtype="float16")
     assert report.parity.max_abs_difference < FP32
