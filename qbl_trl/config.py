@@ -108,6 +108,8 @@ class QBLoRAConfig(LoraConfig):
             group size chose, so that a saved adapter states every factor.
         base_quantization: the GroupQuantConfig, BitsAndBytesConfig or HqqConfig of the base as a dictionary, recorded
             when the adapter is placed, so that the same base can be made again from its float checkpoint.
+        quantized_layers: how many of its layers were in groups, recorded likewise: transformers 4.57 and 5 hold the
+            experts of a mixture differently, and quantize other layers of it.
 
     Raises:
         ConfigError: on a value outside its range or a LoraConfig feature that has no balanced form.
@@ -143,6 +145,9 @@ class QBLoRAConfig(LoraConfig):
     )
     base_quantization: dict[str, Any] | None = field(
         default=None, metadata={"help": "How the base was quantized; recorded when the adapter is placed."}
+    )
+    quantized_layers: int | None = field(
+        default=None, metadata={"help": "Layers that the base held in groups; recorded when the adapter is placed."}
     )
 
     def __post_init__(self) -> None:

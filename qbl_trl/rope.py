@@ -34,8 +34,7 @@ def restore_rope_(config: Any) -> bool:
 def _parts(config: Any) -> Iterator[Any]:
     """The configuration and those inside it: of text, of images, of an encoder."""
     yield config
-    for name in config.sub_configs:
-        part = getattr(config, name, None)
+    for part in list(vars(config).values()):
         if isinstance(part, transformers.PretrainedConfig):
             yield from _parts(part)
 
@@ -50,7 +49,7 @@ def _restore_(config: Any) -> bool:
         defaults = config
     other = {
         name: value
-        for name, value in _older_names(config, stored).items()
+        for name, value in _older_names(config, defaults, stored).items()
         if getattr(config, name, None) == getattr(defaults, name, None) != value
     }
     for name, value in other.items():
@@ -58,13 +57,12 @@ def _restore_(config: Any) -> bool:
     return bool(other)
 
 
-def _older_names(config: Any, stored: dict[str, Any]) -> dict[str, Any]:
+def _older_names(config: Any, defaults: Any, stored: dict[str, Any]) -> dict[str, Any]:
     kinds = {name: kind for name, kind in stored.items() if isinstance(kind, dict)}
     whole = kinds.get("full_attention") or next(iter(kinds.values()), stored)
     longrope = whole.get("rope_type") == "longrope"
-    scaling = {
-        name: value for name, value in whole.items() if name not in _OUTSIDE and not (longrope and name == _LENGTH)
-    }
+    outside = (*_OUTSIDE, *(_known(defaults, _LENGTH) if longrope else ()))
+    scaling = {name: value for name, value in whole.items() if name not in outside}
     if longrope:
         scaling["type"] = scaling.pop("rope_type")  # the only spelling that Phi-3's configuration takes
     named = {"rope_scaling": None if scaling in ({}, {"rope_type": "default"}) else scaling}

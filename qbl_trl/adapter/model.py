@@ -46,8 +46,9 @@ class QBLoRAModel(LoraModel):
             prepared.target_modules = chosen  # type: ignore[assignment]  # a set, as PEFT's own
         stored = _quantization(self.model)
         _record_base_(prepared, stored)
-        if isinstance(stored, GroupQuantConfig) and prepared.in_factor is None:
-            prepared.in_factor = stored.group_size
+        if isinstance(stored, GroupQuantConfig):
+            _record_layers_(prepared, self.model)
+            prepared.in_factor = prepared.in_factor or stored.group_size
         return prepared
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -263,6 +264,21 @@ def _record_base_(config: QBLoRAConfig, stored: Any) -> None:
         "what was trained. Load the base as config.base_quantization says",
         stacklevel=2,
     )
+
+
+def _record_layers_(config: QBLoRAConfig, model: nn.Module) -> None:
+    """Write down how many layers are in groups; where a file says another number, the base is another one."""
+    count = sum(isinstance(layer, PackedWeight) for layer in model.modules())
+    told = config.quantized_layers
+    if told is None or config.completed:
+        config.quantized_layers = count
+    elif told != count:
+        warnings.warn(
+            f"the adapter was trained over a base with {told} quantized layers, and this one has {count}: its outputs "
+            "will differ from what was trained. transformers 4.57 and 5 quantize other layers of a mixture of experts; "
+            "load it with the one that it was trained with",
+            stacklevel=2,
+        )
 
 
 def _identity(recorded: dict[str, Any]) -> dict[str, Any]:

@@ -332,3 +332,10 @@ def test_a_layer_that_a_quantized_base_keeps_in_float_is_to_be_left_out_and_a_fl
         pytest.warns(UserWarning, match="this one has none"),
     ):
         PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+def test_a_base_of_other_layers_is_noticed(tmp_path):
+    get_peft_model(groups(), config(quantization_aware=True, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    fewer = quantize_model_(tiny_llama(), GroupQuantConfig(modules_to_not_convert=["mlp"]))
+    with pytest.warns(UserWarning, match="trained over a base with 14 quantized layers, and this one has 8"):
+        PeftModel.from_pretrained(fewer, tmp_path)
