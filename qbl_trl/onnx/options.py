@@ -53,14 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tolerance",
-        type=_tolerance,
+        type=number_or_none,
         default=TOLERANCE,
         help="largest logit difference, or none (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
 
 
-def _tolerance(text: str) -> float | None:
+def number_or_none(text: str) -> float | None:
+    """A number, or None for "none"."""
     return None if text.lower() == "none" else float(text)
 
 
