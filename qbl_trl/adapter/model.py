@@ -19,8 +19,9 @@ from qbl_trl.adapter import hotswap, mixed
 from qbl_trl.adapter.balance import largest_useful_r, matched_rank
 from qbl_trl.adapter.factors import recorded_factors
 from qbl_trl.adapter.layer import BalancedLinear, record_placed_
+from qbl_trl.adapter.recorded import quantization, record_base_, record_layers_
 from qbl_trl.adapter.targets import resolve_all_linear
-from qbl_trl.config import QUANT_METHOD, GroupQuantConfig, QBLoRAConfig, holds_merged
+from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.errors import ConfigError, MergeError
 from qbl_trl.peft_type import NAME, QBLORA
 from qbl_trl.quant.head import set_apart_, untie_changed_head_
@@ -44,17 +45,17 @@ class QBLoRAModel(LoraModel):
         chosen = resolve_all_linear(prepared, self.model)
         if chosen is not None:
             prepared.target_modules = chosen  # type: ignore[assignment]  # a set, as PEFT's own
-        stored = _quantization(self.model)
-        _record_base_(prepared, stored)
+        stored = quantization(self.model)
+        record_base_(prepared, stored)
         if isinstance(stored, GroupQuantConfig):
-            _record_layers_(prepared, self.model)
+            record_layers_(prepared, self.model)
             prepared.in_factor = prepared.in_factor or stored.group_size
         return prepared
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Place an adapter, and write the factors its layers got into its configuration, as PEFT does with targets."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if isinstance(_quantization(model), GroupQuantConfig) and getattr(model, "is_gradient_checkpointing", False):
+        if isinstance(quantization(model), GroupQuantConfig) and getattr(model, "is_gradient_checkpointing", False):
             model.enable_input_require_grads()  # type: ignore[operator]  # PEFT leaves it out over quantized bases
         layers = record_placed_(model, adapter_name, self.peft_config[adapter_name])
         if layers and not self.peft_config[adapter_name].inference_mode:
@@ -104,7 +105,7 @@ class QBLoRAModel(LoraModel):
             self._check_every_layer(adapter_names, safe_merge)
             self._set_heads_apart()
         plain: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        stored = _quantization(plain)
+        stored = quantization(plain)
         if merge and isinstance(stored, GroupQuantConfig):
             describe_stored_(plain, stored)
         if merge and hasattr(plain, "config"):
@@ -212,88 +213,6 @@ class _BlockView:
     def __init__(self, layer: BalancedLinear) -> None:
         self.lora_A, self.lora_embedding_A = layer.lora_A, layer.lora_embedding_A
         self.get_delta_weight = layer.block_delta
-
-
-_SAME = {  # what makes the same base of the same float model, by quantization method
-    QUANT_METHOD: ("bits", "group_size", "symmetric", "algorithm", "quantize_embeddings"),
-    "bitsandbytes": ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "llm_int8_skip_modules"),
-    "hqq": ("quant_config", "skip_modules"),
-}
-_MERGED = "merged_adapter"
-
-
-def _quantization(model: nn.Module) -> Any:
-    """The configuration a model was quantized by, of whatever library; None for a float one."""
-    return getattr(getattr(model, "config", None), "quantization_config", None)
-
-
-def _recordable(stored: Any) -> dict[str, Any] | None:
-    """The configuration of a base that can be made again from its float checkpoint, as a dictionary."""
-    method = getattr(stored, "quant_method", None)
-    name = str(getattr(method, "value", method))
-    if name not in _SAME:
-        return None
-    return {key: value for key, value in stored.to_dict().items() if key[0] != "_"} | {"quant_method": name}
-
-
-def _record_base_(config: QBLoRAConfig, stored: Any) -> None:
-    """Write down what the adapter is placed over; one that was trained over anything else computes something else.
-
-    Raises:
-        ConfigError: if this very configuration, not one like it from a file, was completed for another base.
-    """
-    here = _recordable(stored)
-    if config.base_quantization is None and (here is None or not config.completed):
-        config.base_quantization, config.completed = here, True
-        return
-    told, held = (_identity(base or {"quant_method": None}) for base in (config.base_quantization, here))
-    other = [name for name in told if name not in held or told[name] != held[name]]
-    if config.completed and other == [_MERGED]:  # a round of adapters more, over what the last one was merged into
-        config.base_quantization = here
-        return
-    if not other:
-        return
-    first, second = (_described(base, other) for base in (told, held))
-    if config.completed:
-        raise ConfigError(
-            f"this QBLoRAConfig was completed for a base with {first} when it was first placed, and this one has "
-            f"{second}; make a QBLoRAConfig for each base"
-        )
-    warnings.warn(
-        f"the adapter was trained over a base with {first}, and this one has {second}: its outputs will differ from "
-        "what was trained. Load the base as config.base_quantization says",
-        stacklevel=2,
-    )
-
-
-def _record_layers_(config: QBLoRAConfig, model: nn.Module) -> None:
-    """Write down how many layers are in groups; where a file says another number, the base is another one."""
-    count = sum(isinstance(layer, PackedWeight) for layer in model.modules())
-    told = config.quantized_layers
-    if told is None or config.completed:
-        config.quantized_layers = count
-    elif told != count:
-        warnings.warn(
-            f"the adapter was trained over a base with {told} quantized layers, and this one has {count}: its outputs "
-            "will differ from what was trained. transformers 4.57 and 5 quantize other layers of a mixture of experts; "
-            "load it with the one that it was trained with",
-            stacklevel=2,
-        )
-
-
-def _identity(recorded: dict[str, Any]) -> dict[str, Any]:
-    """What a recorded base is compared by, as far as it says."""
-    method = recorded.get("quant_method", QUANT_METHOD)
-    found = {"quant_method": method} | {name: recorded[name] for name in _SAME.get(method, ()) if name in recorded}
-    return found | ({_MERGED: holds_merged(recorded)} if method == QUANT_METHOD else {})
-
-
-def _described(base: dict[str, Any], other: list[str]) -> str:
-    """The settings of a base that another one does not have: all of them where the methods differ."""
-    shown = [name for name in base if name != "quant_method" and (name in other or "quant_method" in other)]
-    return " ".join(
-        [base["quant_method"] or "none", *(f"{name}={base[name]}" for name in shown if base["quant_method"])]
-    )
 
 
 def _refuse_packed(config: QBLoRAConfig, model: nn.Module) -> None:

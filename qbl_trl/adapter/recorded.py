@@ -1,0 +1,91 @@
+"""What an adapter was trained over: written into its configuration, and compared where it is placed again."""
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from qbl_trl.config import QUANT_METHOD, QBLoRAConfig, holds_merged
+from qbl_trl.errors import ConfigError
+from qbl_trl.quant.packed import PackedWeight
+
+_SAME = {  # what makes the same base of the same float model, by quantization method
+    QUANT_METHOD: ("bits", "group_size", "symmetric", "algorithm", "quantize_embeddings"),
+    "bitsandbytes": ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "llm_int8_skip_modules"),
+    "hqq": ("quant_config", "skip_modules"),
+}
+_MERGED = "merged_adapter"
+
+
+def quantization(model: nn.Module) -> Any:
+    """The configuration a model was quantized by, of whatever library; None for a float one."""
+    return getattr(getattr(model, "config", None), "quantization_config", None)
+
+
+def _recordable(stored: Any) -> dict[str, Any] | None:
+    """The configuration of a base that can be made again from its float checkpoint, as a dictionary."""
+    method = getattr(stored, "quant_method", None)
+    name = str(getattr(method, "value", method))
+    if name not in _SAME:
+        return None
+    return {key: value for key, value in stored.to_dict().items() if key[0] != "_"} | {"quant_method": name}
+
+
+def record_base_(config: QBLoRAConfig, stored: Any) -> None:
+    """Write down what the adapter is placed over; one that was trained over anything else computes something else.
+
+    Raises:
+        ConfigError: if this very configuration, not one like it from a file, was completed for another base.
+    """
+    here = _recordable(stored)
+    if config.base_quantization is None and (here is None or not config.completed):
+        config.base_quantization, config.completed = here, True
+        return
+    told, held = (_identity(base or {"quant_method": None}) for base in (config.base_quantization, here))
+    other = [name for name in told if name not in held or told[name] != held[name]]
+    if config.completed and other == [_MERGED]:  # a round of adapters more, over what the last one was merged into
+        config.base_quantization = here
+        return
+    if not other:
+        return
+    first, second = (_described(base, other) for base in (told, held))
+    if config.completed:
+        raise ConfigError(
+            f"this QBLoRAConfig was completed for a base with {first} when it was first placed, and this one has "
+            f"{second}; make a QBLoRAConfig for each base"
+        )
+    warnings.warn(
+        f"the adapter was trained over a base with {first}, and this one has {second}: its outputs will differ from "
+        "what was trained. Load the base as config.base_quantization says",
+        stacklevel=2,
+    )
+
+
+def record_layers_(config: QBLoRAConfig, model: nn.Module) -> None:
+    """Write down how many layers are in groups; where a file says another number, the base is another one."""
+    count = sum(isinstance(layer, PackedWeight) for layer in model.modules())
+    told = config.quantized_layers
+    if told is None or config.completed:
+        config.quantized_layers = count
+    elif told != count:
+        warnings.warn(
+            f"the adapter was trained over a base with {told} quantized layers, and this one has {count}: its outputs "
+            "will differ from what was trained. transformers 4.57 and 5 quantize other layers of a mixture of experts; "
+            "load it with the one that it was trained with",
+            stacklevel=2,
+        )
+
+
+def _identity(recorded: dict[str, Any]) -> dict[str, Any]:
+    """What a recorded base is compared by, as far as it says."""
+    method = recorded.get("quant_method", QUANT_METHOD)
+    found = {"quant_method": method} | {name: recorded[name] for name in _SAME.get(method, ()) if name in recorded}
+    return found | ({_MERGED: holds_merged(recorded)} if method == QUANT_METHOD else {})
+
+
+def _described(base: dict[str, Any], other: list[str]) -> str:
+    """The settings of a base that another one does not have: all of them where the methods differ."""
+    shown = [name for name in base if name != "quant_method" and (name in other or "quant_method" in other)]
+    return " ".join(
+        [base["quant_method"] or "none", *(f"{name}={base[name]}" for name in shown if base["quant_method"])]
+    )
