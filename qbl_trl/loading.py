@@ -24,15 +24,6 @@ _TASKS = {
 }
 
 
-def model_class(source: str | os.PathLike[str], revision: str | None = None) -> Any:
-    """The class a checkpoint was saved from, as its configuration says; a causal language model where it says none."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(source, revision=revision)
-    named = (getattr(transformers, name, None) for name in config.architectures or ())
-    return next((found for found in named if found is not None), transformers.AutoModelForCausalLM)
-
-
 def open_model(
     source: str | os.PathLike[str],
     made_for: Any = None,
@@ -57,7 +48,15 @@ def open_model(
             config.num_labels = num_labels
     elif num_labels is not None:
         options["num_labels"] = num_labels
-    return (made_for or model_class(source, revision)).from_pretrained(source, revision=revision, **options)
+    return (made_for or _class_saved(config)).from_pretrained(source, revision=revision, **options)
+
+
+def _class_saved(config: Any) -> Any:
+    """The class a checkpoint was saved from, as its configuration says; a causal language model where it says none."""
+    import transformers
+
+    named = (getattr(transformers, name, None) for name in config.architectures or ())
+    return next((found for found in named if found is not None), transformers.AutoModelForCausalLM)
 
 
 def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any:
@@ -98,8 +97,7 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
                 )
     held = {name: tuple(tensor.shape) for name, tensor in load_peft_weights(str(path), device="cpu").items()}
     quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
-    made_for = _class_trained(saved, named, **where)
-    model = open_model(named, made_for, dtype=torch.float32, **quantize, num_labels=_labels(held), **where)
+    model = open_model(named, _class_trained(saved), dtype=torch.float32, **quantize, num_labels=_labels(held), **where)
     if (path / "tokenizer_config.json").is_file():  # trained with tokens that the base does not have
         tokens = len(open_tokenizer(path))
         if tokens > model.get_input_embeddings().weight.shape[0]:
@@ -124,15 +122,15 @@ def saved_adapter(folder: str | os.PathLike[str]) -> Any:
     return PeftConfig.from_pretrained(str(folder))
 
 
-def _class_trained(saved: Any, named: str, **where: str) -> Any:
-    """The class of the model that an adapter was trained on: by its task, by what PEFT noted, or as the base says."""
+def _class_trained(saved: Any) -> Any:
+    """The class of the model that an adapter was trained on: by its task, or by what PEFT noted."""
     task = getattr(saved.task_type, "value", saved.task_type)
     if task in _TASKS:
         return getattr(importlib.import_module("transformers"), _TASKS[task])
     noted = saved.auto_mapping or {}
     if str(noted.get("parent_library", "")).startswith("transformers."):
         return getattr(importlib.import_module(noted["parent_library"]), noted["base_model_class"])
-    return model_class(named, **where)
+    return None
 
 
 def _labels(held: dict[str, tuple[int, ...]]) -> int | None:
