@@ -19,13 +19,15 @@ from typing import Any
 
 import transformers
 
+from qbl_trl.generation import BEFORE_5
+
 _OUTSIDE = ("rope_theta", "partial_rotary_factor")
 _LENGTH = "original_max_position_embeddings"
 
 
 def restore_rope_(config: Any) -> bool:
     """Give a configuration the settings under the names this transformers reads, in place; whether any was another."""
-    if int(transformers.__version__.split(".")[0]) >= 5:
+    if not BEFORE_5:
         return False
     changed = [_restore_(part) for part in _parts(config)]
     return any(changed)

@@ -10,10 +10,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-_OLDER = int(transformers.__version__.split(".")[0]) < 5
+from qbl_trl.generation import BEFORE_5
+
 _NEWER, _KNOWN = "TokenizersBackend", "PreTrainedTokenizerFast"
 _CONFIG = "tokenizer_config.json"
 _FILES = (
@@ -30,7 +30,7 @@ def open_tokenizer(source: str | PathLike[str]) -> Any:
     """
     stored = _settings(Path(source, _CONFIG))
     settings = _known_to_both(stored)
-    changed = {name: value for name, value in settings.items() if stored.get(name) != value} if _OLDER else {}
+    changed = {name: value for name, value in settings.items() if stored.get(name) != value} if BEFORE_5 else {}
     newer = changed.pop("tokenizer_class", None)
     return (PreTrainedTokenizerFast if newer else AutoTokenizer).from_pretrained(source, **changed)
 

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "qbl_trl"
 # Lower layers first; a module may import its own layer's folder and every layer below it. Modules of one row are
 # siblings that never import each other, but for the adapter, which may look at the base it sits on.
 ROWS = [
+    {"generation"},
     {"errors", "peft_type", "progress", "rope", "tokenizers"},
     {"folders"},
     {"config"},

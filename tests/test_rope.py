@@ -8,14 +8,13 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from qbl_trl import GroupQuantConfig
+from qbl_trl.generation import BEFORE_5
 from qbl_trl.loading import open_model
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.rope import restore_rope_
 from tests.tiny import logits, tokens
 
-pytestmark = pytest.mark.skipif(
-    int(transformers.__version__.split(".")[0]) >= 5, reason="transformers 5 reads what it writes"
-)
+pytestmark = pytest.mark.skipif(not BEFORE_5, reason="transformers 5 reads what it writes")
 IDS = tokens(length=40)
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"vocab_size": 100, "max_position_embeddings": 64, "pad_token_id": 0}

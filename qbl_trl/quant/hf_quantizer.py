@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -22,6 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from qbl_trl.config import ALLOWED_GROUP_SIZES, QUANT_METHOD, SCALE_DTYPES, GroupQuantConfig
 from qbl_trl.errors import ConfigError
+from qbl_trl.generation import BEFORE_5
 from qbl_trl.quant.algorithms import quantize
 from qbl_trl.quant.checkpoint import check_tensors, read_headers
 from qbl_trl.quant.head import empty_embeddings_, quantize_embeddings_, tie_again_
@@ -319,7 +319,7 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(GroupQuantConfig)
         register_quantizer(QUANT_METHOD)(GroupQuantizer)
-    if int(transformers.__version__.split(".")[0]) < 5:
+    if BEFORE_5:
         _keep_stored_dtypes()
 
 

@@ -2,18 +2,15 @@
 
 from typing import Any, TypeVar
 
-import transformers
 from accelerate.hooks import add_hook_to_module
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from qbl_trl.generation import BEFORE_5
+
 Model = TypeVar("Model", bound=nn.Module)
 
 PATCHES = ("forward", "_original_forward")  # what trainers set on a module itself, hiding its class's own
-
-# transformers 4 initializes module by module, and some modules (GPT-2's attention) reach into their children for it.
-# transformers 5 asks each tensor, and fills the buffers of a module that is not marked.
-_PARENTS_INITIALIZE_CHILDREN = int(transformers.__version__.split(".")[0]) < 5
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -22,9 +19,9 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, layer)
     for parameter in layer.parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-    if not _PARENTS_INITIALIZE_CHILDREN:
+    if not BEFORE_5:  # it asks each tensor, and fills the buffers of a module that is not marked
         return
-    while parent:
+    while parent:  # 4.57 goes by modules, and some of them (GPT-2's attention) reach into their children
         holder: Any = model.get_submodule(parent)
         if not any(True for _ in holder.parameters(recurse=False)):
             holder._is_hf_initialized = True
