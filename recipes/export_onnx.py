@@ -27,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--accuracy_level", type=int, choices=(0, 4), help="4: 8-bit activations on CPU, faster and not exact"
     )
     parser.add_argument(
-        "--prompt_accuracy_level", type=int, choices=(0, 4), help="of 32 tokens or more; 0 beside 4: float32, faster"
+        "--prompt_accuracy_level", type=int, choices=(0, 4), help="of prompts; 0 beside 4: float32, faster"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
     parser.add_argument("--prompt", help="generate an answer with the exported folder")

@@ -33,11 +33,10 @@ def build(source: Path, work: Path, genai_python: str | None, seconds: dict[str,
         once("genai int4", lambda out: genai_build(genai_python, source, out))
         once("genai int4, last logits", lambda out: genai_build(genai_python, source, out, "prune_lm_head=true"))
     quick = {"accuracy_level": 4, "merged": True}
-    prompts = {**quick, "logits": "last", "prompt_accuracy_level": 0}
     once("ours int8 activations", lambda out: ours(source, out, **quick))
     once("ours int8 activations, last logits", lambda out: ours(source, out, **quick, logits="last"))
-    once("ours, float prompts, last logits", lambda out: ours(source, out, **prompts))
-    once("the same, attention=gqa", lambda out: ours(source, out, **prompts, attention="gqa"))
+    floats = {"logits": "last", "prompt_accuracy_level": 0}
+    once("ours, float prompts, last logits", lambda out: ours(source, out, **quick, **floats))
     once("base int8 activations", lambda out: ours(source, out, merged=False, accuracy_level=4))
     once("ours exact, last logits", lambda out: ours(source, out, merged=True, logits="last"))
     once("ours int8 activations, Attention", lambda out: ours(source, out, **quick, attention="attention"))

@@ -218,7 +218,7 @@ def llama_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: fl
 
 def sizes_of(folders: dict[str, Path]) -> dict[str, int]:
     """Bytes of the graphs and their weights: what a token reads."""
-    return {name: sum(path.stat().st_size for path in folder.glob("model.onnx*")) for name, folder in folders.items()}
+    return {name: sum(path.stat().st_size for path in folder.glob("*.onnx*")) for name, folder in folders.items()}
 
 
 def rows_of(

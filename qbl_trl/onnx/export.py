@@ -17,8 +17,9 @@ from qbl_trl.folders import check_apart, check_free, new_folder
 from qbl_trl.onnx import companions
 from qbl_trl.onnx.attention import takes_query_lengths
 from qbl_trl.onnx.branches import choose_branches
+from qbl_trl.onnx.choices import WHOLE, save_settled
 from qbl_trl.onnx.digits import layout_for
-from qbl_trl.onnx.files import MODEL_FILE, clear, folder_bytes, save
+from qbl_trl.onnx.files import GENAI_FILE, MODEL_FILE, clear, folder_bytes, graph_files, save
 from qbl_trl.onnx.gate import Disagreement, Gate, Unrunnable
 from qbl_trl.onnx.genai import write_genai_config
 from qbl_trl.onnx.kernels import cuda_fallbacks
@@ -72,15 +73,16 @@ def export_onnx(
         attention: "gqa" (GroupQueryAttention: one buffer for the cache in GenAI), "attention" (the ONNX operator, for
             heads that GroupQueryAttention does not take), "standard" (as traced), or "auto": the first that fits.
             Where query heads share keys, "auto" on CPU in float32 also writes a step over a growing cache as standard
-            operators, which copy the cache once instead of once per head; an If chooses at every step. On CPU,
-            GroupQueryAttention continues batches since ONNX Runtime 1.32: where that is installed, it is the first
-            choice, and the graph needs it; before, "attention" is.
+            operators, which copy the cache once instead of once per head; an If chooses at every step, and GenAI,
+            whose cache does not grow, reads a graph of its own over the same weights. GroupQueryAttention continues
+            batches on CPU since ONNX Runtime 1.32: where that is installed, it is the first choice, and the graph
+            needs it; before, "attention" is.
         accuracy_level: 4 lets MatMulNBits quantize activations to 8 bits on CPU: faster, not exact; reported. With
             lowering="auto" an adapter's block delta then lies beside the codes, in 8 bits; "factored" keeps it in
             float.
-        prompt_accuracy_level: the same where 32 tokens or more are read at once; by default no other. 0 beside
-            accuracy_level=4 reads prompts with float32 activations (an adapter's digits stay): faster where the
-            processor multiplies floats well, with the weights twice in memory.
+        prompt_accuracy_level: the same where more than one token is read at once; by default no other. 0 beside
+            accuracy_level=4 reads prompts with float32 activations (an adapter's digits stay): faster from about 32
+            tokens on where the processor multiplies floats well, with the weights twice in memory.
         logits: "all" positions, or the "last" one only, as `generate` needs: the head and the end of the last layer
             then see one position.
         max_length: positions of the rotary tables; the model's own maximum by default.
@@ -156,7 +158,7 @@ def export_onnx(
                     held, replace(wanted, attention=_kinds(exact.attention, provider)), gate, folder, exact_folder
                 )
             elif any(wanted.levels):
-                set_levels(folder / MODEL_FILE, *wanted.levels)
+                _set_levels(folder, wanted)
                 lossy = gate.look_at(folder)
             if tolerance is not None and lossy is not None and lossy.kl_per_token > _USELESS:
                 raise ExportError(
@@ -165,9 +167,7 @@ def export_onnx(
                 )
             companions.write(held, model_or_path, tokenizer, folder, float_type)
             text = held.config.get_text_config()
-            write_genai_config(
-                text, held.generation_config, folder, MODEL_FILE, provider, exact.shares, options.max_length
-            )
+            write_genai_config(text, held.generation_config, folder, provider, exact.shares, options.max_length)
             size = folder_bytes(folder)
     return ExportReport(
         path=str(target),
@@ -249,9 +249,16 @@ def _exact(
 def _build(held: companions.Held, options: Options, folder: Path) -> _Built:
     graph, made = _trace_and_rewrite(held.decoder(), options)
     save(graph, folder)
+    save_settled(folder / MODEL_FILE, folder / GENAI_FILE, WHOLE)
     operators = dict(Counter(node.op_type for node in graph.graph.all_nodes()))
     fallbacks = cuda_fallbacks(graph) if options.provider == "cuda" else ()
     return _Built(made.layers, operators, fallbacks, made.attention, made.reason)
+
+
+def _set_levels(folder: Path, options: Options) -> None:
+    if any(options.levels):
+        for file in graph_files(folder):
+            set_levels(file, *options.levels)
 
 
 def _kinds(attention: str, provider: str) -> tuple[str, ...]:
@@ -285,12 +292,11 @@ def _as_wanted(
     """
     built = _build(held, wanted, folder)
     held.let_go()
-    if any(wanted.levels):
-        set_levels(folder / MODEL_FILE, *wanted.levels)
+    _set_levels(folder, wanted)
     found = gate.look_at(folder)
     if not wanted.digits:
         return built, found
-    set_levels(exact_folder / MODEL_FILE, *wanted.levels)
+    _set_levels(exact_folder, wanted)
     factored = gate.look_at(exact_folder)
     if found and factored and found.mean_abs_difference <= _DIGITS_SHARE * factored.mean_abs_difference:
         return built, found

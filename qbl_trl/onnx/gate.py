@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from qbl_trl.errors import ConfigError, ExportError
-from qbl_trl.onnx.prompts import PROMPT
 from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.parity import ParityReport, compare, logits_of
 
@@ -36,8 +35,7 @@ class Gate:
 
     def __init__(self, reference: nn.Module, vocabulary: int, longest: float = _LENGTH) -> None:
         generator, length = torch.Generator().manual_seed(0), int(min(_LENGTH, longest))
-        rows = max(_BATCH, -(-PROMPT // length))  # enough tokens for what counts as a prompt
-        self.ids = torch.randint(0, vocabulary, (rows, length), generator=generator)
+        self.ids = torch.randint(0, vocabulary, (_BATCH, length), generator=generator)
         self.mask = torch.ones_like(self.ids)
         self.mask[0, : min(_PADDED, length // 3)] = 0
         self.reference: Tensor = logits_of(reference)(self.ids, self.mask)

@@ -7,27 +7,33 @@ from typing import Any
 
 import onnx
 
+from qbl_trl.onnx.files import GENAI_FILE, MODEL_FILE
+
 logger = logging.getLogger(__name__)
 
 _TYPES = ("gemma", "gemma2", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3", "granite", "olmo", "smollm3")
 _BUFFERED = 4096  # tokens of cache that are asked for at once where nobody says how many
 
 
-def write_genai_config(
-    config: Any, generation: Any, folder: Path, graph_file: str, provider: str, shares: bool, length: int
-) -> None:
+def write_genai_config(config: Any, generation: Any, folder: Path, provider: str, shares: bool, length: int) -> None:
     """Describe the graph of `folder` to ONNX Runtime GenAI, where it can be: all its caches have one size there.
+
+    A graph that was written for it is kept where it is of use: over a buffer that past and present share.
 
     Args:
         config, generation: of the transformers model.
         shares: past and present may be one buffer, made at once for `max_length` tokens (GroupQueryAttention).
         length: tokens the graph can read.
     """
+    if not shares:
+        (folder / GENAI_FILE).unlink(missing_ok=True)
+    graph_file = GENAI_FILE if (folder / GENAI_FILE).is_file() else MODEL_FILE
     graph = onnx.load(folder / graph_file, load_external_data=False).graph
     names = {value.name for value in graph.input}
     caches = [value.type.tensor_type.shape.dim for value in graph.output if value.name.startswith("present.")]
     sizes = {(dims[1].dim_value, dims[3].dim_value) for dims in caches}
     if len(sizes) != 1 or 0 in (heads_and_width := sizes.pop()):
+        (folder / GENAI_FILE).unlink(missing_ok=True)
         logger.info("no genai_config.json: ONNX Runtime GenAI has one size for all keys and values, this graph several")
         return
     heads, width = heads_and_width

@@ -8,7 +8,8 @@ between them to hide, so that standard operators do the same with one copy:
     y = softmax(scale * q K' + mask) V                       q, y (B, KV, G, D),  mask (B, 1, 1, T)
 
 An If chooses at every step, by lengths alone: one new token, and a past that is shorter than the text by just that
-token. Prompts, and buffers that past and present share, as in ONNX Runtime GenAI, stay with GroupQueryAttention.
+token. Prompts, and buffers that past and present share, stay with GroupQueryAttention. ONNX Runtime GenAI, which shares
+them, reads a graph without the choice (`choices.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from qbl_trl.onnx.choices import GROUPED, WHOLE
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute
 from qbl_trl.onnx.masks import Masks
 
@@ -87,7 +89,7 @@ def _grouped(editor: Editor, node: ir.Node, masks: Masks) -> ir.Graph:
     scores = body.add("Add", [scores, masks.step(int(_optional(node, "local_window_size")))])[0]
     attended = body.add("MatMul", [body.add("Softmax", [scores], {"axis": -1})[0], values])[0]
     flat = body.add("Reshape", [attended, constant([0, 1, heads * size])])[0]
-    return body.graph("grouped", [flat, keys, values])
+    return body.graph(GROUPED, [flat, keys, values])
 
 
 def _heads(
@@ -127,7 +129,7 @@ def _choose(editor: Editor, node: ir.Node, condition: ir.Value, then: ir.Graph) 
     """If(condition): `then`, else the node as it is."""
     body = _Body(node)
     same = body.add(node.op_type, list(node.inputs), dict(node.attributes), node.domain, outputs=3)
-    branches = {"then_branch": then, "else_branch": body.graph("whole", same)}
+    branches = {"then_branch": then, "else_branch": body.graph(WHOLE, same)}
     chosen = editor.add(node, "If", [condition], branches, name=node.name, outputs=3, like=node.outputs[0])
     for old, new in zip(node.outputs, chosen.outputs, strict=True):
         new.shape = old.shape

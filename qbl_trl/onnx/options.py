@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt-accuracy-level",
         type=int,
         choices=LEVELS,
-        help="of 32 tokens and more; 0 beside --accuracy-level 4: float32, the weights twice in memory",
+        help="where more than one token is read at once; 0 beside --accuracy-level 4: float32, weights twice in memory",
     )
     parser.add_argument(
         "--logits", default="all", choices=LOGITS, help="positions the graph answers for; generating needs the last"

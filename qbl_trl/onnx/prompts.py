@@ -1,15 +1,18 @@
-"""Accuracy levels of a graph's MatMulNBits: one for a few tokens, and another where many are read at once.
+"""Accuracy levels of a graph's MatMulNBits: one for a single new token, and another where more are read at once.
 
-    y = If(number of input_ids < 32): the graph at the level of steps, else the graph at the level of prompts
+    y = If(one token to each row of input_ids): the graph at the level of steps, else the graph at the level of prompts
 
 Both branches read the same initializers, so the file grows by its nodes alone; a session packs the weights for each
 and holds them twice. 8-bit activations are several times faster for one token, whose cost is reading the weights; for
 many, unpacking the weights once for a float32 product overtakes them where the processor multiplies floats well
 (measured on AVX-512 VNNI: from 24 to 40 tokens on). Codes are the same in both: a delta that was written as digits for
 the steps (`digits.py`) is read as digits by prompts too, so their activations are exact and the delta is not.
+
+Where layers choose their attention (`grouped.py`), this If chooses for them: a single token over a growing cache is a
+step, and everything else a prompt, so that no layer is left with an If of its own.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,7 @@ import onnx
 from onnx import helper, numpy_helper
 from onnx.onnx_pb import GraphProto, ModelProto, NodeProto
 
-PROMPT = 32  # tokens of all rows together
+from qbl_trl.onnx.choices import GROUPED, WHOLE, condition, needed, settled, subgraphs
 
 
 def set_levels(path: Path, steps: int, prompts: int) -> None:
@@ -34,26 +37,30 @@ def set_levels(path: Path, steps: int, prompts: int) -> None:
 
 def _split(model: ModelProto, steps: int, prompts: int) -> None:
     graph = model.graph
+    chosen = condition(graph)
+    first = _one_token(graph) if chosen is None else needed(graph.node, [chosen])
     outer = {value.name for value in [*graph.input, *graph.initializer]}
     branches = {
-        "then_branch": _branch(graph, "steps/", steps, outer),
-        "else_branch": _branch(graph, "prompts/", prompts, outer),
+        "then_branch": _branch(graph, GROUPED, "steps/", steps, outer),
+        "else_branch": _branch(graph, WHOLE, "prompts/", prompts, outer),
     }
-    del graph.node[:]
-    del graph.value_info[:]
-    graph.initializer.append(numpy_helper.from_array(np.array(PROMPT, np.int64), "prompt_tokens"))
-    graph.node.extend(
-        [
-            helper.make_node("Size", ["input_ids"], ["tokens"], name="tokens"),
-            helper.make_node("Less", ["tokens", "prompt_tokens"], ["few_tokens"], name="few_tokens"),
-            helper.make_node("If", ["few_tokens"], [value.name for value in graph.output], name="length", **branches),
-        ]
-    )
+    outputs = [value.name for value in graph.output]
+    for part in (graph.node, graph.value_info):
+        del part[:]
+    graph.node.extend([*first, helper.make_node("If", [chosen or "one_token"], outputs, name="length", **branches)])
 
 
-def _branch(graph: GraphProto, prefix: str, level: int, outer: set[str]) -> GraphProto:
+def _one_token(graph: GraphProto) -> list[NodeProto]:
+    graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "one"))
+    return [
+        helper.make_node("Shape", ["input_ids"], ["tokens"], name="tokens", start=1, end=2),
+        helper.make_node("Equal", ["tokens", "one"], ["one_token"], name="one_token"),
+    ]
+
+
+def _branch(graph: GraphProto, kind: str, prefix: str, level: int, outer: set[str]) -> GraphProto:
     branch = GraphProto(name=prefix.rstrip("/"))
-    branch.node.extend(graph.node)
+    branch.node.extend(settled(graph, kind))
     branch.output.extend(graph.output)
     _rename(branch, prefix, outer)
     _set_level(branch.node, level)
@@ -68,7 +75,7 @@ def _rename(graph: GraphProto, prefix: str, outer: set[str]) -> None:
         node.name = prefix + node.name
         for names in (node.input, node.output):
             names[:] = [name if not name or name in outer else prefix + name for name in names]
-        for inner in _subgraphs(node):
+        for inner in subgraphs(node):
             _rename(inner, prefix, outer)
 
 
@@ -78,9 +85,5 @@ def _set_level(nodes: Iterable[NodeProto], level: int) -> None:
             kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
             del node.attribute[:]
             node.attribute.extend(kept + ([helper.make_attribute("accuracy_level", level)] if level else []))
-        for inner in _subgraphs(node):
+        for inner in subgraphs(node):
             _set_level(inner.node, level)
-
-
-def _subgraphs(node: NodeProto) -> Iterator[GraphProto]:
-    return (attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH)

@@ -12,6 +12,7 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from torch import Tensor
 
 from qbl_trl.errors import ExportError
+from qbl_trl.onnx.files import MODEL_FILE, graph_files
 from qbl_trl.parity import positions
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -19,14 +20,16 @@ _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def graph_file(folder: Path) -> Path:
-    """The one graph of a folder.
+    """The graph of a folder: model.onnx, or the only one.
 
     Raises:
-        ExportError: if there is none or more than one.
+        ExportError: if there is none, or several of other names.
     """
     if folder.is_file():
         return folder
-    found = sorted(folder.glob("*.onnx"))
+    found = graph_files(folder)
+    if folder / MODEL_FILE in found:
+        return folder / MODEL_FILE
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise ExportError(f"{folder}: expected exactly one .onnx file, found {names}; export into a folder of its own")

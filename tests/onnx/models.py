@@ -47,9 +47,10 @@ def padded_batch(vocabulary: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def operators(folder: Path, inner: bool = False) -> list[str]:
-    """Operators of the graph of a folder; `inner`: those of its subgraphs too."""
+    """Operators of the graph of a folder, or of a graph's file; `inner`: those of its subgraphs too."""
     import onnx
     import onnx_ir as ir
 
-    graph = ir.from_proto(onnx.load(folder / "model.onnx", load_external_data=False)).graph
+    file = folder / "model.onnx" if folder.is_dir() else folder
+    graph = ir.from_proto(onnx.load(file, load_external_data=False)).graph
     return [node.op_type for node in (graph.all_nodes() if inner else graph)]

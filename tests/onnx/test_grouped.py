@@ -1,15 +1,18 @@
 """Steps over a growing cache, and accuracy levels by length: branches that give what the whole graph gives."""
 
+import json
+
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 
 from qbl_trl import export_onnx
 from qbl_trl.errors import ExportError
+from qbl_trl.onnx.choices import subgraphs
 from qbl_trl.onnx.digits import Layout
-from qbl_trl.onnx.prompts import PROMPT
 from qbl_trl.onnx.session import OnnxLogits
 from tests.onnx.models import merged_llama, operators, padded_batch
 from tests.onnx.test_runtimes import ARCHITECTURES, build
@@ -47,6 +50,45 @@ def test_heads_that_share_no_keys_and_half_precision_have_no_branches(tmp_path):
     export_onnx(merged_llama(num_key_value_heads=4), tmp_path / "all")
     export_onnx(merged_llama(), tmp_path / "half", dtype="float16")
     assert "If" not in operators(tmp_path / "all") + operators(tmp_path / "half")
+    for folder in ("all", "half"):
+        assert [file.name for file in (tmp_path / folder).glob("*.onnx")] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("levels", [(None, None), (4, 0)])
+def test_genai_reads_a_graph_without_the_choice_over_the_same_weights(tmp_path, levels):
+    options = dict(zip(("accuracy_level", "prompt_accuracy_level"), levels, strict=True))
+    for attention in ("auto", "gqa"):
+        export_onnx(merged_llama(), tmp_path / attention, attention=attention, **options)
+    named = json.loads((tmp_path / "auto" / "genai_config.json").read_text())["model"]["decoder"]["filename"]
+    own = tmp_path / "auto" / named
+    assert named == "model_genai.onnx"
+    onnx.checker.check_model(str(own), full_check=True)
+    graph = onnx.load(own, load_external_data=False).graph
+    values = {name for node in ir.from_proto(graph).all_nodes() for name in (v.name for v in node.inputs if v)}
+    assert {weight.name for weight in graph.initializer} <= values
+    assert sorted(operators(own, inner=True)) == sorted(operators(tmp_path / "gqa", inner=True))
+    ids, mask = padded_batch()
+    for buffer in (0, 20):
+        found = OnnxLogits(own).with_cache(ids, mask, 4, buffer)
+        assert torch.equal(found, OnnxLogits(tmp_path / "gqa").with_cache(ids, mask, 4, buffer))
+
+
+def test_a_graph_whose_prompts_have_a_level_chooses_once(tmp_path):
+    levels = {"accuracy_level": 4, "prompt_accuracy_level": 0, "lowering": "factored"}
+    for attention in ("auto", "gqa"):
+        export_onnx(merged_llama(), tmp_path / attention, attention=attention, **levels)
+    assert operators(tmp_path / "auto", inner=True).count("If") == 1
+    graph = onnx.load(tmp_path / "auto" / "model.onnx", load_external_data=False).graph
+    branches = {part.name: [node.op_type for node in part.node] for node in graph.node for part in subgraphs(node)}
+    steps, prompts = branches["steps"], branches["prompts"]
+    assert "Softmax" in steps
+    assert "GroupQueryAttention" not in steps
+    assert "GroupQueryAttention" in prompts
+    assert "Softmax" not in prompts
+    ids, mask = padded_batch()
+    for buffer in (0, 20):  # a step over a buffer is no step of this graph: its activations are float32
+        found, expected = (OnnxLogits(tmp_path / name).with_cache(ids, mask, 4, buffer) for name in ("auto", "gqa"))
+        torch.testing.assert_close(found, expected, rtol=0, atol=FP32 if not buffer else 2e-2)
 
 
 @pytest.mark.parametrize(("steps", "prompts"), [(4, 0), (None, 4)])
@@ -57,7 +99,7 @@ def test_prompts_have_an_accuracy_level_of_their_own(tmp_path, steps, prompts):
     for name, level in levels.items():
         export_onnx(model, tmp_path / name, accuracy_level=level, **plain)
     onnx.checker.check_model(str(tmp_path / "both" / "model.onnx"))
-    for tokens, name in ((PROMPT - 1, "steps"), (PROMPT, "prompts")):
+    for tokens, name in ((1, "steps"), (2, "prompts"), (40, "prompts")):
         ids = torch.from_numpy(np.arange(tokens)[None] % 90 + 3)
         mask = torch.ones_like(ids)
         expected = OnnxLogits(tmp_path / name)(ids, mask)
@@ -79,13 +121,13 @@ def test_levels_change_half_precision_no_more_than_float32(tmp_path, levels, low
 
 
 def run_at(folder, level):
-    """Logits of a prompt of PROMPT tokens, optimized as told."""
+    """Logits of a prompt, optimized as told."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = level
     session = onnxruntime.InferenceSession(folder / "model.onnx", options)
-    ids = np.arange(PROMPT)[None] % 90 + 3
+    ids = np.arange(32)[None] % 90 + 3
     kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(PROMPT)[None]}
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(32)[None]}
     feed |= {i.name: np.zeros((1, 2, 0, 16), kinds[i.type]) for i in session.get_inputs() if "past" in i.name}
     return torch.from_numpy(session.run(["logits"], feed)[0]).float()
 

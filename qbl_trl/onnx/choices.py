@@ -1,0 +1,79 @@
+"""Graphs in which an If chooses at every layer (`grouped.py`), and the same with every layer as one branch has it."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import onnx
+from onnx.onnx_pb import GraphProto, NodeProto
+
+GROUPED, WHOLE = "grouped", "whole"  # last part of the branches' names
+
+
+def condition(graph: GraphProto) -> str | None:
+    """The value that every choice of a graph depends on; None where it has no choices."""
+    return next((node.input[0] for node in graph.node if _branches(node)), None)
+
+
+def needed(nodes: Iterable[NodeProto], values: Iterable[str]) -> list[NodeProto]:
+    """The nodes that values are made by, in their order."""
+    wanted, kept = set(values), list[NodeProto]()
+    for node in reversed(list(nodes)):
+        if wanted & set(node.output):
+            kept.append(node)
+            wanted.update(_read(node))
+    return kept[::-1]
+
+
+def settled(graph: GraphProto, branch: str) -> list[NodeProto]:
+    """The nodes of a graph with one branch, GROUPED or WHOLE, in place of every choice; the graph stays as it is."""
+    nodes = list[NodeProto]()
+    for node in graph.node:
+        branches = _branches(node)
+        nodes.extend(_inlined(node, branches[branch]) if branches else [node])
+    return needed(nodes, (value.name for value in graph.output))
+
+
+def save_settled(source: Path, target: Path, branch: str) -> bool:
+    """Write the graph of a file with its choices settled, over the same weights; False, and no file, if it has none."""
+    model = onnx.load(source, load_external_data=False)
+    graph = model.graph
+    if condition(graph) is None:
+        return False
+    nodes = settled(graph, branch)
+    names = {name for node in nodes for name in _read(node)}
+    kept = [weight for weight in graph.initializer if weight.name in names]
+    for part in (graph.node, graph.initializer, graph.value_info):
+        del part[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(kept)
+    onnx.save(model, target)
+    return True
+
+
+def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
+    """The graphs inside a node."""
+    return (attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH)
+
+
+def _branches(node: NodeProto) -> dict[str, GraphProto]:
+    found = {graph.name.rpartition("/")[2]: graph for graph in subgraphs(node)}
+    return found if found.keys() == {GROUPED, WHOLE} else {}
+
+
+def _inlined(node: NodeProto, branch: GraphProto) -> Iterator[NodeProto]:
+    names = {inner.name: outer for inner, outer in zip(branch.output, node.output, strict=True)}
+    for inner in branch.node:
+        copy = NodeProto()
+        copy.CopyFrom(inner)
+        for values in (copy.input, copy.output):
+            values[:] = [names.get(name, name) for name in values]
+        yield copy
+
+
+def _read(node: NodeProto) -> Iterator[str]:
+    """Every value that a node reads, its subgraphs' nodes among them."""
+    yield from filter(None, node.input)
+    for graph in subgraphs(node):
+        for inner in graph.node:
+            yield from _read(inner)
+        yield from (value.name for value in graph.output)
