@@ -61,9 +61,9 @@ class LayerFormat:
     delta_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.bits not in ALLOWED_BITS:
+        if self.bits not in ALLOWED_BITS or not isinstance(self.bits, int):
             raise ConfigError(f"bits={self.bits!r} is not supported; allowed: {', '.join(map(str, ALLOWED_BITS))}")
-        if self.group_size not in ALLOWED_GROUP_SIZES:
+        if self.group_size not in ALLOWED_GROUP_SIZES or not isinstance(self.group_size, int):
             allowed = ", ".join(map(str, ALLOWED_GROUP_SIZES))
             raise ConfigError(f"group_size={self.group_size!r} is not supported; allowed: {allowed}")
         if self.zeros not in ("none", "packed", *SCALE_DTYPES):
@@ -249,8 +249,12 @@ class GroupQuantConfig(QuantizationConfigMixin):
             self.zeros = "none" if self.symmetric else "packed"
         _one_of("GroupQuantConfig", "algorithm", self.algorithm, ALGORITHMS)
         _one_of("GroupQuantConfig", "scale_dtype", self.scale_dtype, tuple(SCALE_DTYPES))
-        if not isinstance(self.symmetric, bool):
-            raise ConfigError(f"GroupQuantConfig: symmetric={self.symmetric!r} must be true or false")
+        for name in ("symmetric", "quantize_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"GroupQuantConfig: {name}={getattr(self, name)!r} must be true or false")
+        kept = self.modules_to_not_convert
+        if isinstance(kept, str) or not all(isinstance(name, str) for name in kept or ()):
+            raise ConfigError(f"GroupQuantConfig: modules_to_not_convert={kept!r} must be a list of names")
         self.layer_format("")  # checks bits, group_size, zeros and the factors
         for name in self.layers:
             self.layer_format(name)

@@ -1,5 +1,6 @@
 """Output folders that appear whole or not at all."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -8,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qbl_trl.errors import ConfigError, QblError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_free(folder: str | os.PathLike[str], overwrite: bool = False, error: type[QblError] = ConfigError) -> Path:
@@ -20,9 +23,13 @@ def check_free(folder: str | os.PathLike[str], overwrite: bool = False, error: t
     path = Path(folder)
     if path.is_file():
         raise error(f"{path} is a file; name a folder to write into")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    filled = path.is_dir() and any(path.iterdir())
+    if filled and not overwrite:
         raise error(f"{path} is not empty; choose another folder, or set overwrite to replace all of it")
-    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if filled and _stays(path):
+        raise error(f"{path} is in use and cannot be replaced (a mount, or the current folder); name a folder in it")
+    real = path.resolve()
+    above = real if _stays(path) else next(parent for parent in real.parents if parent.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=above):
             pass
@@ -52,23 +59,45 @@ def new_folder(
     """Write into a hidden sibling, which takes the folder's name when the block ends without an error.
 
     An old folder is replaced only then; after an error nothing is left behind. A killed process leaves the hidden
-    sibling, never a half-written folder under the wanted name.
+    sibling, never a half-written folder under the wanted name. What lies behind a link is filled. An empty folder that
+    cannot be replaced (a mount, the current folder) is filled from a hidden folder in it.
 
     Raises:
-        ConfigError (or the `error` given): before anything is written, as `check_free`.
+        ConfigError (or the `error` given): before anything is written, as `check_free`; or if the disk is full.
     """
-    path = check_free(folder, overwrite, error)
+    path = check_free(folder, overwrite, error).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    inside = _stays(path)
+    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path if inside else path.parent))
+    draft, old = holder / "new", holder / "old"
     try:
-        draft.chmod(0o755)
+        draft.mkdir()  # with the permissions that folders have here; those of `holder` are its own
         yield draft
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.rename(old / path.name)
-            draft.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
+        if inside:
+            for file in sorted(draft.iterdir()):
+                file.rename(path / file.name)
+        elif path.exists():
+            path.rename(old)
+            try:
+                draft.rename(path)
+            except OSError:
+                old.rename(path)
+                raise
         else:
             draft.rename(path)
+    except OSError as reason:
+        if reason.errno not in _FULL:
+            raise
+        raise error(f"{folder}: {reason.strerror}; nothing was written") from reason
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def _stays(path: Path) -> bool:
+    """Whether a folder cannot change its name: something is mounted there, or processes are in it."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # it was removed
+        here = Path("/")
+    real = path.resolve()
+    return real.is_dir() and (real.is_mount() or real == here or real in here.parents)

@@ -13,7 +13,7 @@ from qbl_trl.config import QUANT_METHOD, GroupQuantConfig, QBLoRAConfig, holds_m
 from qbl_trl.errors import CheckpointError, ConfigError
 from qbl_trl.rope import restore_rope_
 
-_LABELS = (".score.weight", ".classifier.weight")
+_LABELS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight", ".qa_outputs.weight")
 _TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",

@@ -144,6 +144,10 @@ def _merge_layer_(
         for part, parameter in module.named_parameters():
             if part.startswith("lora_"):  # the copy's: values that were rounded once are not rounded again
                 parameter.data = parameter.data.float()
+        if module.merged and isinstance(base, GroupQuantLinear):  # in part: what was merged, and all that is active
+            active = [*module.merged_adapters, *(name for name in active if name not in module.merged_adapters)]
+            module.unmerge()
+            module._active_adapter = active  # type: ignore[assignment]  # PEFT holds a name or a list of them
         probe = _probe(module)
         module.merge(safe_merge=True, adapter_names=[a for a in active if a not in module.merged_adapters])
         _check_layer(base, probe)
@@ -232,7 +236,7 @@ def _one_format_(model: nn.Module, settings: GroupQuantConfig, lossy: str | None
             except CheckpointError as error:
                 if not lossy:
                     raise MergeError(f'{error}. Or merge(model, lossy="requantize"), which reports its loss') from error
-        elif kind != "bitsandbytes 4-bit" or not requantized:
+        elif kind not in ("bitsandbytes 4-bit", "bitsandbytes 8-bit") or not requantized:
             continue
         again, loss = _quantize_again(float_weight(layer), layer, settings)
         replace(model, name, again)

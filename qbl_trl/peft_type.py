@@ -15,6 +15,7 @@ def _extended() -> PeftType:
     member = str.__new__(PeftType, NAME)
     member._name_ = NAME
     member._value_ = NAME
+    type.__setattr__(PeftType, NAME, member)  # since Python 3.12 a member is an attribute of its class
     PeftType._member_map_[NAME] = member
     PeftType._value2member_map_[NAME] = member
     PeftType._member_names_.append(NAME)

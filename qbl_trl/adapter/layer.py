@@ -106,6 +106,11 @@ class BalancedLinear(nn.Module, MergesIntoBase):
         Raises:
             ConfigError: if the factors do not fit this layer; the message names the layer and what would fit.
         """
+        if not isinstance(config, QBLoRAConfig):  # PEFT's LoRA takes this for a layer of its own
+            raise ConfigError(
+                f"{target_name or 'a layer'}: one layer cannot hold a balanced adapter and a LoRA; use "
+                "QBLoRAConfig(in_factor=1, out_factor=1) for the LoRA, which computes the same"
+            )
         if r <= 0:
             raise ConfigError(f"{target_name}: r={r} must be at least 1")
         p, e = choose_factors(self.base, config, target_name)

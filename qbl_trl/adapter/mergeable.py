@@ -11,7 +11,7 @@ import warnings
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from torch import Tensor
+from torch import Tensor, nn
 
 from qbl_trl.adapter.bases import Base, describe
 from qbl_trl.adapter.fold import add_deltas
@@ -46,6 +46,8 @@ class MergesIntoBase(LoraLayer):
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.rank]
         self.check_merge(names, safe_merge)
+        if names:
+            self.take_over_base()
         for name in names:
             layer = self.get_base_layer()
             if isinstance(layer, GroupQuantLinear):
@@ -64,8 +66,7 @@ class MergesIntoBase(LoraLayer):
             MergeError: if the base cannot take the change exactly, or (safe_merge) the change is not finite.
         """
         for name in [name for name in adapter_names if name in self.rank]:
-            self.take_over_base()
-            layer, p = self.get_base_layer(), self.in_factor[name]
+            layer, p = self._taken_over(), self.in_factor[name]
             if isinstance(layer, GroupQuantLinear) and p % layer.group_size:
                 raise MergeError(
                     f"in_factor={p} is no multiple of the base's quantization group of {layer.group_size}: the "
@@ -73,7 +74,7 @@ class MergesIntoBase(LoraLayer):
                     "with its adapter instead (exact, the low-rank branch is kept), train with "
                     'quantization_aware=True, or merge(model, lossy="requantize"), which reports its loss'
                 )
-            if self.base.kind not in ("float", "group_quant"):
+            if describe(layer).kind not in ("float", "group_quant"):
                 raise MergeError(
                     f"a {self.base.kind} weight cannot take an adapter without loss. Export the model with its "
                     'adapter instead (exact), or merge(model, lossy="requantize"), which dequantizes, adds and '
@@ -93,13 +94,18 @@ class MergesIntoBase(LoraLayer):
         Raises:
             MergeError: if its codes cannot be read.
         """
+        if self.base.holds_codes:
+            self.base_layer = self._taken_over()
+            self.base = describe(self.base_layer)
+
+    def _taken_over(self) -> nn.Module:
+        """The base as it will be merged into; this layer stays as it is."""
         if not self.base.holds_codes:
-            return
+            return self.get_base_layer()
         try:
-            self.base_layer = take_over(self.get_base_layer(), self.base.kind, "base_layer")
+            return take_over(self.get_base_layer(), self.base.kind, "base_layer")
         except CheckpointError as error:
             raise MergeError(f'{error}. Or merge(model, lossy="requantize"), which reports its loss') from error
-        self.base = describe(self.base_layer)
 
     def _merge_into_groups(self, layer: GroupQuantLinear, name: str) -> None:
         delta, factors = self.block_delta(name).detach(), (self.in_factor[name], self.out_factor[name])

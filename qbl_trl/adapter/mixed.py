@@ -34,7 +34,7 @@ def register() -> None:
         return create(config, adapter_name, target, **kwargs)
 
     def create_and_replace(self: Any, config: Any, adapter_name: str, target: nn.Module, *args: Any, **kw: Any) -> None:
-        _check_one_kind(config, target, args[0] if args else "")
+        check_one_kind(config, target, args[0] if args else "")
         place(self, config, adapter_name, target, *args, **kw)
 
     inject = cls.inject_adapter
@@ -49,7 +49,7 @@ def register() -> None:
     cls._create_and_replace = create_and_replace
 
 
-def _check_one_kind(config: Any, target: nn.Module, name: str) -> None:
+def check_one_kind(config: Any, target: nn.Module, name: str) -> None:
     """PEFT adds a second LoRA to the LoRA layer that is there, whatever the two configurations are."""
     low_rank = isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig)
     held = isinstance(target, LoraLayer) and not isinstance(target, AdaLoraLayer)

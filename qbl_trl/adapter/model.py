@@ -38,6 +38,12 @@ class QBLoRAModel(LoraModel):
     def _create_new_module(lora_config: QBLoRAConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         return BalancedLinear(target, adapter_name, config=lora_config, **kwargs)
 
+    def _create_and_replace(
+        self, lora_config: QBLoRAConfig, adapter_name: str, target: nn.Module, target_name: str, *args: Any, **kw: Any
+    ) -> None:
+        mixed.check_one_kind(lora_config, target, target_name)
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, *args, **kw)
+
     def _prepare_adapter_config(self, peft_config: QBLoRAConfig, model_config: Any) -> QBLoRAConfig:
         """Write down what the base decides, so that the saved adapter says it: its format, and the pooled group."""
         prepared: QBLoRAConfig = super()._prepare_adapter_config(peft_config, model_config)

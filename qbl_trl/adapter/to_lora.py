@@ -54,10 +54,11 @@ def to_lora(
     """
     check_free(output_dir, overwrite)
     if isinstance(peft_model_or_dir, nn.Module):
-        config, state = _from_model(peft_model_or_dir, adapter_name)
+        config, state, gains = _from_model(peft_model_or_dir, adapter_name)
     else:
         check_apart(output_dir, peft_model_or_dir)
         config, state = _from_folder(Path(peft_model_or_dir))
+        gains = {}
     if config.layer_replication:
         raise ConfigError("to_lora: the adapter replicates layers, and plain LoRA files would name the wrong ones")
     layers: dict[str, dict[str, Tensor]] = {}
@@ -68,7 +69,10 @@ def to_lora(
             layers.setdefault(layer, {})[matrix] = tensor.detach().cpu().float()
         else:
             others[key] = tensor.detach().cpu().contiguous()
-    factors = {layer: plain_factors(config, layer.removeprefix(PREFIX), held) for layer, held in layers.items()}
+    factors = {}
+    for layer, held in layers.items():
+        name = layer.removeprefix(PREFIX)
+        factors[layer] = plain_factors(config, name, held, gains.get(name))
     rank = max(down.shape[0] for down, _ in factors.values())
     for layer, (down, up) in factors.items():
         missing = rank - down.shape[0]
@@ -80,13 +84,16 @@ def to_lora(
     return Path(output_dir)
 
 
-def plain_factors(config: QBLoRAConfig, layer: str, matrices: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def plain_factors(
+    config: QBLoRAConfig, layer: str, matrices: dict[str, Tensor], gain: float | None = None
+) -> tuple[Tensor, Tensor]:
     """A' and B' of one layer, gain included in B'.
 
     Args:
         config: with every factor written down, as it is once an adapter was placed.
         layer: full name, as the patterns of the configuration name it.
         matrices: "lora_A" (R, K / p) and "lora_B" (N / e, R), or "lora_block" (N / e, K / p), float32.
+        gain: what the layer multiplies by, where its scale was changed; by default what the configuration says.
 
     Returns:
         (R, K) and (N, R) float32.
@@ -102,7 +109,8 @@ def plain_factors(config: QBLoRAConfig, layer: str, matrices: dict[str, Tensor])
             f"{layer}: adapter_config.json does not say in_factor or out_factor; set them to the factors the adapter "
             "was trained with (in_factor: the quantization group of its base)"
         )
-    gain = alpha / (math.sqrt(r) if config.use_rslora else r) * pool_scale(config.pooling, p)
+    if gain is None:
+        gain = alpha / (math.sqrt(r) if config.use_rslora else r) * pool_scale(config.pooling, p)
     if "lora_block" in matrices:
         block = matrices["lora_block"]
         down, up = (block, torch.eye(len(block))) if len(block) < block.shape[1] else (torch.eye(block.shape[1]), block)
@@ -122,7 +130,7 @@ def _split(key: str) -> tuple[str, str | None]:
     return (layer, matrix) if matrix in _MATRICES else (key, None)
 
 
-def _from_model(model: nn.Module, adapter_name: str | None) -> tuple[QBLoRAConfig, dict[str, Tensor]]:
+def _from_model(model: nn.Module, adapter_name: str | None) -> tuple[QBLoRAConfig, dict[str, Tensor], dict[str, float]]:
     source = unwrap(model)
     layers = adapter_layers(source)
     names = sorted({name for layer in layers.values() for name in layer.rank})
@@ -134,7 +142,8 @@ def _from_model(model: nn.Module, adapter_name: str | None) -> tuple[QBLoRAConfi
         raise ConfigError(f"to_lora: there is no balanced adapter {chosen!r}; adapters here: {', '.join(names)}")
     state = get_peft_model_state_dict(source, adapter_name=chosen, save_embedding_layers=False)
     named = {key if key.startswith(PREFIX) else PREFIX + key: tensor for key, tensor in state.items()}
-    return source.peft_config[chosen], named  # type: ignore[index, union-attr, return-value]
+    gains = {name: layer.gain(chosen) for name, layer in layers.items() if chosen in layer.rank}
+    return source.peft_config[chosen], named, gains  # type: ignore[index, union-attr, return-value]
 
 
 def _from_folder(folder: Path) -> tuple[QBLoRAConfig, dict[str, Tensor]]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qbl_trl.onnx.threads import here_only
+
 _FEWEST = 5  # sizes 1 and 2 are best avoided: the tracer takes them for broadcasting and for constants
 _COUNTS = ("n_routed_experts", "num_local_experts", "num_experts")
 
@@ -36,7 +38,7 @@ def every_expert_asked() -> Iterator[None]:
         whole = isinstance(counts, Tensor) and counts.dim() == 1 and not counts.is_floating_point()
         return torch.ge(counts, 0) if whole and bound == 0 else original(counts, bound)
 
-    torch.greater = greater  # type: ignore[assignment]
+    torch.greater = here_only(greater, original)  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -33,6 +34,7 @@ from qbl_trl.onnx.rewrite import Options, Rewritten, rewrite
 from qbl_trl.onnx.rotary import steady_length
 from qbl_trl.onnx.skeleton import Unfusable, build_skeleton, fused_attention_traced
 from qbl_trl.onnx.sources import linear_sources
+from qbl_trl.onnx.threads import TRACING
 from qbl_trl.onnx.trace import Untraceable, check_supported, trace
 from qbl_trl.parity import ParityReport
 from qbl_trl.progress import progress, step
@@ -273,10 +275,7 @@ def _trace_and_rewrite(model: PreTrainedModel, options: Options) -> tuple[ir.Mod
     fused = bool(options.attention)
     traced = torch.float16 if options.dtype == torch.bfloat16 else options.dtype
     skeleton = build_skeleton(model, linear_sources(model), traced, fused, options.spelled_out)
-    if fused:
-        with fused_attention_traced(skeleton):
-            graph = trace(skeleton, traced)
-    else:
+    with TRACING, fused_attention_traced(skeleton) if fused else nullcontext():
         graph = trace(skeleton, traced)
     if traced != options.dtype:
         float16_to_bfloat16(graph)

@@ -1,15 +1,17 @@
 """logits="last": the graph answers for the last position, and computes nothing else that only this answer needs.
 
+That is the last of each row that is no padding: ONNX Runtime GenAI pads shorter texts on the right.
+
 Layers, norms and elementwise operators treat every position by itself. Those whose results nobody but the head uses
 see the last position alone: the head, the final norm, and what the last decoder layer does after its attention.
 """
 
 import onnx_ir as ir
-import torch
 
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, constant_of
 from qbl_trl.onnx.markers import TRACE_DOMAIN
+from qbl_trl.onnx.masks import Masks
 
 # fmt: off
 _ELEMENTWISE = frozenset([
@@ -35,14 +37,16 @@ def keep_last(editor: Editor) -> None:
     if head is None or head.op_type != "Linear":
         raise ExportError('logits="last": the layer that makes the logits was not found; export with logits="all"')
     region = _Region(editor.graph, head)
-    bounds = [editor.constant([-1]), editor.constant([torch.iinfo(torch.int64).max]), editor.constant([1])]
+    last = Masks(editor).last_token()
     cut: dict[ir.Value, ir.Value] = {}
     for node in [node for node in editor.graph if node in region.nodes]:
         for index, value in enumerate(node.inputs):
             if value is None or value not in region.moving or value.producer() in region.nodes:
                 continue
             if value not in cut:
-                cut[value] = editor.add(node, "Slice", [value, *bounds], name="last", like=value).outputs[0]
+                cut[value] = editor.add(
+                    node, "GatherND", [value, last], {"batch_dims": 1}, name="last", like=value
+                ).outputs[0]
             node.replace_input_with(index, cut[value])
         for value in node.outputs:
             _set_length(value)

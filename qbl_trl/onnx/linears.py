@@ -1,4 +1,4 @@
-"""Linear placeholders -> MatMulNBits, MatMulBnb4 or MatMul, with the branches of MATH.md beside them.
+"""Linear placeholders -> MatMulNBits, MatMulBnb4 or MatMul, with the branches below beside them.
 
     factored           y = W(q, s, z) x + expand_e(D sum_p(x))         integer z, exact for every p and e
     float_zero_point   y = W(q, s, z') x,  z' = z - D / s              one operator, needs p to be a multiple of g

@@ -2,7 +2,7 @@
 
 Tracing a 4-bit model through its arithmetic would copy every weight into the trace and bury each layer under dozens
 of nodes. Instead each layer that has a lowering of its own is replaced, in a skeleton of the model, by a placeholder
-that emits one node of the domain `qbl_trl.trace` holding the layer's name; `lower.py` and its siblings rewrite these
+that emits one node of the domain `qbl_trl.trace` holding the layer's name; `linears.py` and its siblings rewrite these
 nodes afterwards, with weights read from the real model. No node of this domain survives an export.
 
 | node | inputs | output | attributes |

@@ -6,6 +6,7 @@ lengths         seqlens_k (B,) = T - 1 and total_sequence_length = T, both int32
 query_lengths   (B,) = S, int32
 step(window)    (B, 1, 1, T): padding for the last query alone, and keys `window` and more before it
 grows_by_one    (1,): one new token over a past that is shorter than the text by that token
+last_token      (B, 1, 1): which of the new tokens is the last that is no padding
 last_place      (B, 1) = T - 1: where the last token stands in the cache
 """
 
@@ -102,6 +103,17 @@ class Masks:
             rows = self._add("Concat", [self._add("Shape", [self.ids], start=0, end=1), one], axis=0)
             self._made["last place"] = self._add("Expand", [last, rows])
         return self._made["last place"]
+
+    def last_token(self) -> ir.Value:
+        """Which of the new tokens is the last that is no padding, for every row, (B, 1, 1)."""
+        if "last token" not in self._made:
+            constant, zero, one = self.editor.constant, self.editor.constant(0), self.editor.constant(1)
+            end, axis = constant([torch.iinfo(torch.int64).max]), constant([1])
+            seen = self._add("Slice", [self.mask, self._add("Sub", [constant([0]), self._steps()]), end, axis])
+            places = self._add("Range", [zero, self._add("Squeeze", [self._steps()]), one])
+            last = self._add("ReduceMax", [self._add("Mul", [seen, places]), axis], keepdims=1)
+            self._made["last token"] = self._add("Unsqueeze", [last, constant([2])])
+        return self._made["last token"]
 
     def positions(self, value: ir.Value | None) -> ir.Value:
         """Positions as (B, S): as they are where they are an input, repeated for every row where they are not."""

@@ -29,6 +29,7 @@ from qbl_trl.onnx.markers import (
 )
 from qbl_trl.onnx.rotary import NoTable, Rotary, changes_with_length, is_rotary
 from qbl_trl.onnx.sources import embedding_source
+from qbl_trl.onnx.threads import here_only
 from qbl_trl.quant.modules import plain_forward_
 
 TRACED_ATTENTION = "qbl_trl_trace"
@@ -178,7 +179,7 @@ def fused_attention_traced(skeleton: Skeleton) -> Iterator[None]:
                 if original is not None:
                     _check_rotation(file, original)
                     replaced.append((module, original))
-                    module.apply_rotary_pos_emb = mark_rotary  # type: ignore[attr-defined]
+                    module.apply_rotary_pos_emb = here_only(mark_rotary, original)  # type: ignore[attr-defined]
         yield
     finally:
         for module, original in replaced:

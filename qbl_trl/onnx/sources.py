@@ -49,12 +49,28 @@ def linear_source(name: str, module: nn.Module) -> LinearSource | None:
         return LinearSource(name, rows, columns, DenseBase(Stored.of(module.weight), True), Stored.of(module.bias))
     if _is_bnb4(module):
         return _bnb4_source(name, module)
-    if type(module).forward is nn.Linear.forward and isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and _is_plain(module):
         dense = DenseBase(Stored.of(module.weight))
         return LinearSource(name, module.in_features, module.out_features, dense, _stored(module.bias))
     if _is_foreign_quantized(module):
         raise _unsupported(name, module)
     return None
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether a layer computes W x + b: by its class, or, where that has a forward of its own, by its output."""
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    if _is_foreign_quantized(layer):
+        return False
+    x = torch.randn(2, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.weight)
+    try:
+        with torch.no_grad():
+            y = layer(x)
+            expected = nn.functional.linear(x, layer.weight, layer.bias)
+    except (RuntimeError, TypeError):
+        return False
+    return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, rtol=1e-3, atol=1e-5)
 
 
 def embedding_source(name: str, module: nn.Module) -> EmbeddingSource | None:

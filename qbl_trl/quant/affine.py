@@ -71,10 +71,10 @@ def min_max(weight: Tensor, group_size: int, bits: int, symmetric: bool, scale_d
     half = 1 << (bits - 1)
     if symmetric:
         extreme = torch.where(low.abs() >= high, low, high)
-        scales = _storable(extreme / -half, scale_dtype)
+        scales = storable(extreme / -half, scale_dtype)
         zeros = torch.full_like(scales, half)
     else:
-        scales = _storable((high - low) / ((1 << bits) - 1), scale_dtype)
+        scales = storable((high - low) / ((1 << bits) - 1), scale_dtype)
         zeros = (-low / scales).round_().clamp_(0, (1 << bits) - 1)
     codes = encode(weight, scales, zeros, group_size, bits)
     return Affine(codes, scales.to(scale_dtype), zeros.to(torch.uint8))
@@ -103,7 +103,7 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) ->
     return from_groups(grouped, in_features)
 
 
-def _storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
+def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales as they will be stored, never zero: a group of zeros keeps any scale, its codes are the zero point."""
     stored = scales.to(dtype).float()
     if not torch.isfinite(stored).all():

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from qbl_trl.config import ALGORITHMS
 from qbl_trl.errors import ConfigError
-from qbl_trl.quant.affine import Affine, encode, group_count, min_max, to_groups
+from qbl_trl.quant.affine import Affine, encode, group_count, min_max, storable, to_groups
 from qbl_trl.quant.gptq_solver import gptq
 from qbl_trl.quant.packing import check_bits
 
@@ -124,8 +124,8 @@ def clip_search(
 
     def grid(t_low: Tensor | float, t_high: Tensor | float) -> tuple[Tensor, Tensor]:
         if symmetric:
-            return _stored(flipped * largest * t_low / half, scale_dtype), torch.full_like(low, half)
-        scales = _stored((high * t_high - low * t_low) / top, scale_dtype)
+            return storable(flipped * largest * t_low / half, scale_dtype), torch.full_like(low, half)
+        scales = storable((high * t_high - low * t_low) / top, scale_dtype)
         return scales, (-low * t_low / scales).round_().clamp_(0, top)
 
     def error(scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,7 @@ def clip_search(
         _, steps = error(scales, zeros)
         weighted = steps if importance is None else steps * importance
         fitted = (weighted * grouped).sum(-1) / (weighted * steps).sum(-1)
-        fitted = _stored(torch.where(torch.isfinite(fitted), fitted, scales), scale_dtype)
+        fitted = storable(torch.where(torch.isfinite(fitted.to(scale_dtype)), fitted, scales), scale_dtype)
         wrong, _ = error(fitted, zeros)
         scales, least = torch.where(wrong < least, fitted, scales), torch.minimum(wrong, least)
     return scales, zeros
@@ -179,8 +179,10 @@ def half_quadratic(
     """
     grouped, top = to_groups(weight.float(), group_size), (1 << bits) - 1
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
-    s = _stored((high - low) / top, scale_dtype)
-    z = -low / s
+    s = storable((high - low) / top, scale_dtype)
+    far = (low / s).abs() > torch.finfo(scale_dtype).max / 2  # a narrow range far from zero has no such zero point
+    s = storable(torch.where(far, high.clamp(min=0) - low.clamp(max=0), high - low) / top, scale_dtype)
+    z = -torch.where(far, low.clamp(max=0), low) / s
     best, least = z, torch.full_like(z, torch.inf)
     for _ in range(steps):
         codes = (grouped / s + z).round_().clamp_(0, top)
@@ -210,9 +212,3 @@ def _by_rows(rows: RowQuantizer, weight: Tensor, group_size: int) -> Affine:
     step = max(budget // (group_count(weight.shape[1], group_size) * group_size), 1)
     parts = [rows(block) for block in torch.split(weight, step)]
     return Affine(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-def _stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales as they will be stored, in float32, never zero."""
-    stored = scales.to(dtype).float()
-    return torch.where(stored == 0, torch.ones_like(stored), stored)

@@ -71,7 +71,19 @@ def write_gguf(model: nn.Module, path: Path, template: Path) -> tuple[int, float
         raise ConfigError(f"write_checkpoint: {template} has no tensor for {homeless[0]}; it is another model's file")
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(partial, source.architecture)
+    try:
+        largest = _write(model, layers, source, gguf.GGUFWriter(partial, source.architecture))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return len(layers), largest
+
+
+def _write(model: nn.Module, layers: dict[str, GroupQuantLinear], source: GGUFReader, writer: Any) -> float:
+    """The file, and the largest rounding of an offset."""
+    import gguf
+
+    places = source.sources()
     _copy_metadata(writer, source, gguf)
     state, largest = model.state_dict(), 0.0
     for name, place in places.items():
@@ -91,8 +103,7 @@ def write_gguf(model: nn.Module, path: Path, template: Path) -> tuple[int, float
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    os.replace(partial, path)
-    return len(layers), largest
+    return largest
 
 
 def _copy_metadata(writer: Any, source: GGUFReader, gguf: Any) -> None:

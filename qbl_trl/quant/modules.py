@@ -7,10 +7,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from qbl_trl.generation import BEFORE_5
+from qbl_trl.parity import PATCHES
 
 Model = TypeVar("Model", bound=nn.Module)
-
-PATCHES = ("forward", "_original_forward")  # what trainers set on a module itself, hiding its class's own
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -179,7 +179,8 @@ def _write_hqq(model: nn.Module, path: Path) -> WriteReport:
     settings = {"offload_meta": False, "weight_quant_params": weights}
     settings |= {"scale_quant_params": None, "zero_quant_params": None}
     config: dict[str, Any] = model.config.to_dict()  # type: ignore[union-attr, operator]
-    config["quantization_config"] = {"quant_method": "hqq", "quant_config": settings, "skip_modules": ["lm_head"]}
+    floats = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
+    config["quantization_config"] = {"quant_method": "hqq", "quant_config": settings, "skip_modules": floats}
     config["torch_dtype"] = "float32"
     with new_folder(path) as built:
         save_file(tensors, built / "model.safetensors", metadata={"format": "pt"})

@@ -27,7 +27,7 @@ from qbl_trl.errors import ConfigError
 from qbl_trl.merging import unwrap
 from qbl_trl.quant.head import input_table
 from qbl_trl.trl import checkpoints, finish, gather, run_record
-from qbl_trl.trl.inject import check_head, check_launch, check_merges, find_trainer, place_
+from qbl_trl.trl.inject import check_head, check_launch, check_merges, check_optimizer, find_trainer, place_
 from qbl_trl.trl.merged_loss import merged_loss
 from qbl_trl.trl.metrics import check_finite, measure, summarize
 from qbl_trl.trl.outputs import Outputs
@@ -120,6 +120,7 @@ class QBLoRACallback(TrainerCallback):
             model = place_(trainer, model, self.config)
         self._meet(trainer, model)
         if trainer is not None:
+            check_optimizer(trainer, model)
             if trainer.is_fsdp_enabled:
                 self._gatherer = gather.Gatherer(model)
             if state.is_world_process_zero:
@@ -192,7 +193,8 @@ class QBLoRACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self.eval_merged_loss and self._trainer is not None and metrics is not None:
-            metrics.update(merged_loss(self._trainer, metrics, self.outputs.stored_delta))
+            data = kwargs.get("eval_dataloader")
+            metrics.update(merged_loss(self._trainer, metrics, data, self.outputs.stored_delta))
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

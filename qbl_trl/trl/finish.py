@@ -4,8 +4,7 @@ import importlib
 import inspect
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ from qbl_trl.adapter.wrapped import is_decoder
 from qbl_trl.errors import ConfigError, ExportError, MergeError
 from qbl_trl.folders import new_folder
 from qbl_trl.merging import merge, unwrap
-from qbl_trl.parity import compare, logits_of
+from qbl_trl.parity import compare, logits_of, unpatched_forward
 from qbl_trl.quant.head import input_table
 from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.quant.modules import PATCHES
 from qbl_trl.tokenizers import save_tokenizer
 from qbl_trl.trl.rounding import round_deltas_, rounded
 
@@ -141,18 +139,6 @@ def sizes(model: nn.Module, merged: nn.Module | None) -> dict[str, int]:
 def folder_bytes(folder: Path) -> int:
     """Size of every file of a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-@contextmanager
-def unpatched_forward(model: nn.Module) -> Iterator[None]:
-    """While open, the model runs by its classes' own `forward`, in its own precision."""
-    own = [vars(module) for module in model.modules() if "_hf_hook" not in vars(module)]
-    patched = [(attributes, name, attributes.pop(name)) for attributes in own for name in PATCHES if name in attributes]
-    try:
-        yield
-    finally:
-        for attributes, name, value in patched:
-            attributes[name] = value
 
 
 def _parity(model: nn.Module, merged: nn.Module, input_ids: Tensor | None) -> tuple[dict[str, Any] | None, str]:

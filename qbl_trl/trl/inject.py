@@ -137,6 +137,24 @@ def check_head(trainer: Trainer, model: nn.Module) -> None:
         )
 
 
+def check_optimizer(trainer: Trainer, model: nn.Module) -> None:
+    """Refuse an optimizer that was made before the adapters were there.
+
+    Raises:
+        ConfigError: if it holds nothing that trains.
+    """
+    optimizer = trainer.optimizer
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(parameter.requires_grad and id(parameter) in held for parameter in model.parameters()):
+        raise ConfigError(
+            "the trainer was given an optimizer (optimizers=) that was made before the adapters were there, so nothing "
+            "would be trained. Make it over get_peft_model(model, QBLoRAConfig(...)) and pass that model with "
+            "QBLoRACallback(), or choose one by name: optim= of the trainer's arguments"
+        )
+
+
 _GATHERS = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 
 

@@ -59,6 +59,7 @@ class DeltaRounding:
         self.rounding = rounding
         self.cost = 0.0
         self._layers = layers
+        self._trained = {name: active(layer) for name, layer in layers.items()}  # a reference may be another adapter
         self._change: dict[str, Tensor] = {}
         self._handles: list[Any] = []
 
@@ -82,7 +83,7 @@ class DeltaRounding:
         """Round the present weights. Under FSDP, every process must call this."""
         lost = total = 0.0
         for name, layer in self._layers.items():
-            delta = layer.block_delta(active(layer)[0])
+            delta = layer.block_delta(self._trained[name][0])
             delta = delta.full_tensor() if isinstance(delta, DTensor) else delta
             change = round_delta(delta, self.stored) - delta if self.rounding else torch.zeros_like(delta)
             self._change[name] = change
@@ -92,9 +93,9 @@ class DeltaRounding:
 
     def _hook(self, name: str) -> Any:
         def add(layer: BalancedLinear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if layer.disable_adapters or layer.merged:
+            if layer.disable_adapters or layer.merged or active(layer) != self._trained[name]:
                 return output
-            adapter, change = active(layer)[0], self._change[name]
+            adapter, change = self._trained[name][0], self._change[name]
             pooled = sum_neighbours(inputs[0], layer.in_factor[adapter], change.dtype)
             return add_expanded(output, pooled, change, layer.out_factor[adapter])
 

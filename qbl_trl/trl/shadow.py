@@ -42,9 +42,9 @@ def merged_base(layer: BalancedLinear) -> nn.Module:
 
 @contextmanager
 def computing_merged(model: nn.Module, stored: str | None = None) -> Iterator[None]:
-    """While open, every adapted layer computes by its merged weight; with adapters disabled, by its base as ever.
+    """While open, every adapted layer computes by its merged weight; with other adapters, or none, as ever.
 
-    So a loss that switches the adapters off for its reference (DPO, KTO) is measured rightly, too.
+    So a loss that switches to others for its reference, or all of them off (DPO, KTO), is measured rightly, too.
     """
     layers, hooks = list(adapter_layers(model).values()), {}
     try:
@@ -61,11 +61,13 @@ def computing_merged(model: nn.Module, stored: str | None = None) -> Iterator[No
 
 
 def _either(layer: BalancedLinear, merged: nn.Module) -> Any:
-    base = base_of(layer)
+    base, trained = base_of(layer), active(layer)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if layer.disable_adapters:
             return cast(Tensor, base(x, *args, **kwargs))
+        if active(layer) != trained:
+            return type(layer).forward(layer, x, *args, **kwargs)
         return cast(Tensor, merged(x, *args, **kwargs))
 
     return forward

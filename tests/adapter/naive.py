@@ -1,4 +1,4 @@
-"""Slow, literal oracles: MATH.md written as loops, in float64."""
+"""Slow, literal oracles: the equations of the adapter written as loops, in float64."""
 
 import torch
 from torch import Tensor, nn

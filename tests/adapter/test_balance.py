@@ -1,4 +1,4 @@
-"""Ranks and scales: what compression saves is spent on rank, exactly as MATH.md says."""
+"""Ranks and scales: what compression saves is spent on rank, exactly as `balance.py` says."""
 
 import math
 

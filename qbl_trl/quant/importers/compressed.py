@@ -11,12 +11,15 @@
 Source: compressed-tensors, compressors/pack_quantized.
 """
 
+import re
+from typing import Any
+
 import torch
 
 from qbl_trl.config import ALLOWED_BITS
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import Affine
-from qbl_trl.quant.importers.folders import CODES_ARE_KEPT, FolderReader, refuse_activations
+from qbl_trl.quant.importers.folders import CODES_ARE_KEPT, FolderReader, refuse_activations, refuse_rotations
 from qbl_trl.quant.importers.reader import build, split_words
 from qbl_trl.quant.linear import GroupQuantLinear
 
@@ -33,11 +36,8 @@ class CompressedReader(FolderReader):
         if not isinstance(named, dict) or not all(isinstance(group, dict) for group in named.values()):
             raise CheckpointError(f"{self.folder}: quantization_config names no config_groups; the file is damaged")
         transforms = self.quantization.get("transform_config") or {}
-        if transforms.get("config_groups"):
-            raise CheckpointError(
-                f"{self.folder}: transform_config rotates activations while the model runs, which is not done here. "
-                f"{CODES_ARE_KEPT}"
-            )
+        refuse_rotations(self.folder, {"transform_config": transforms.get("config_groups")}, "transform_config")
+        refuse_activations(self.folder, bool(self.quantization.get("kv_cache_scheme")))
         groups = named.values()
         layouts = {group.get("format") or self.quantization.get("format") for group in groups}
         if layouts != {"pack-quantized"}:
@@ -59,11 +59,26 @@ class CompressedReader(FolderReader):
         sizes = {(group["weights"].get("group_size") or -1) for group in self.quantization["config_groups"].values()}
         return int(sizes.pop()) if len(sizes) == 1 else -1
 
+    def group_size_of(self, name: str) -> int:
+        return int(self._weights(name).get("group_size") or -1)
+
     def geometry(self, name: str) -> tuple[int, int, int]:
         in_features = int(self.part(name, "weight_shape")[1])
         words = self.shards.shape(f"{name}.weight_packed")[1]
         fitting = [bits for bits in ALLOWED_BITS if -(-in_features * bits // 32) == words]
-        return (fitting or [words * 32 // in_features])[0], in_features, self.shards.shape(f"{name}.weight_scale")[1]
+        bits = (fitting or [words * 32 // in_features])[0]
+        stated = self._weights(name).get("num_bits", bits)
+        if stated not in ALLOWED_BITS:  # older files pad 7-bit codes to words, as many as 8-bit codes take
+            bits = stated
+        return bits, in_features, self.shards.shape(f"{name}.weight_scale")[1]
+
+    def _weights(self, name: str) -> dict[str, Any]:
+        """Settings of one layer's weights: of the group that names it, or of the one for all linear layers."""
+        groups = list(self.quantization["config_groups"].values())
+        targets = [(target, group) for group in groups for target in group.get("targets") or ()]
+        named = [group for target, group in targets if _names(target, name)]
+        named += [group for target, group in targets if target == "Linear"]
+        return dict((named + groups)[0].get("weights") or {}) if named or len(groups) == 1 else {}
 
     def zeros_kind(self, name: str) -> str:
         stored = f"{name}.weight_zero_point" in self.shards
@@ -91,3 +106,8 @@ class CompressedReader(FolderReader):
             zeros = split_words(self.part(name, "weight_zero_point"), bits, 0)[:rows]
         affine = Affine(codes, scales, zeros)
         return build(affine, bits=bits, own_size=own_size, group_size=size, symmetric=symmetric, bias=self.bias(name))
+
+
+def _names(target: str, name: str) -> bool:
+    """Whether a target of a group is this layer: by name, or by a regular expression behind `re:`."""
+    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qbl_trl.config import GroupQuantConfig
-from qbl_trl.folders import check_free, new_folder
+from qbl_trl.folders import check_apart, check_free, new_folder
 from qbl_trl.progress import progress
 from qbl_trl.quant.importers.open import describe, open_reader
 from qbl_trl.quant.importers.reader import Reader
@@ -51,9 +51,10 @@ def convert_checkpoint(
 
     Raises:
         CheckpointError: if the source cannot be read exactly.
-        ConfigError: if output_dir holds anything and `overwrite` is false.
+        ConfigError: if output_dir holds anything and `overwrite` is false, or holds the source.
     """
     check_free(output_dir, overwrite)
+    check_apart(output_dir, source)
     reader, path = open_reader(source), Path(source)
     with new_folder(output_dir, overwrite) as built:
         _write_weights(reader, built, dtype)

@@ -4,6 +4,7 @@ An output head that was quantized too is dequantized to float32, which is exact:
 unless embeddings are quantized with them.
 """
 
+import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from qbl_trl.quant.importers.reader import Reader, dtype_name, stored_group_size
 from qbl_trl.quant.importers.shards import Shards, read_json
 
 _HEADS = ("lm_head", "embed_out")
+ROTATIONS = ("rotation_config", "spinquant_config")  # AutoRound's
 CODES_ARE_KEPT = "Load it with the library that wrote it and quantize the dequantized weights again (lossy)"
 
 
@@ -49,6 +51,7 @@ class FolderReader(Reader):
                 self._formats[name] = self._format(name)
         if not self.formats():
             raise CheckpointError(f"{folder}: says {self.kind}, but no tensor is called *.{self.marker}")
+        self._check_tensors()
 
     @abstractmethod
     def check(self) -> None:
@@ -63,6 +66,10 @@ class FolderReader(Reader):
     def stated_group_size(self) -> int:
         """The configured group size; zero or less for one group per row."""
 
+    def group_size_of(self, name: str) -> int:
+        """The group size that the file states for one layer."""
+        return self.stated_group_size
+
     def zeros_kind(self, name: str) -> str:
         """How the layer's zero points are stored; "packed" unless the format says otherwise."""
         return "packed"
@@ -73,6 +80,10 @@ class FolderReader(Reader):
     def config(self) -> dict[str, Any]:
         config = read_json(self.folder / "config.json")
         config.pop("quantization_config", None)
+        if any(map(_is_head, self._formats)):  # its codes are its own, so it is not the embedding
+            for part in (config, config.get("text_config") or {}):
+                if part.get("tie_word_embeddings"):
+                    part["tie_word_embeddings"] = False
         return config
 
     def others(self) -> dict[str, tuple[int, ...]]:
@@ -105,6 +116,16 @@ class FolderReader(Reader):
         except (TypeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{self.folder}: its group_size is no whole number; the file is damaged") from error
 
+    def _check_tensors(self) -> None:
+        """What a layer holds beside its codes belongs to its function: rotations, scales of activations."""
+        for tensor in self.shards.names():
+            name, _, part = tensor.rpartition(".")
+            if name in self._formats and part not in (*self.parts, "bias"):
+                raise CheckpointError(
+                    f"{self.folder}: {name} holds a tensor {part!r} that is no part of {self.kind}; without it the "
+                    f"layer computes something else. {CODES_ARE_KEPT}"
+                )
+
     def _head(self, name: str) -> Tensor:
         return self.layer(name).dequantize()
 
@@ -129,7 +150,7 @@ class FolderReader(Reader):
                 f"{self.folder}: {name} has {bits}-bit codes; this package stores 2, 4 or 8 bits. {CODES_ARE_KEPT}"
             )
         where = f"{self.folder}: {name}"
-        self._own_sizes[name], size = stored_group_size(where, in_features, groups, self.stated_group_size)
+        self._own_sizes[name], size = stored_group_size(where, in_features, groups, self.group_size_of(name))
         scale_dtype = dtype_name(f"{where}.{self.scales}", self.shards.dtype(f"{name}.{self.scales}"))
         return LayerFormat(bits, size, self.zeros_kind(name), scale_dtype)
 
@@ -144,6 +165,32 @@ def refuse_activations(folder: Path, quantized: bool) -> None:
         raise CheckpointError(
             f"{folder}: activations are quantized too, this package quantizes weights. {CODES_ARE_KEPT}"
         )
+
+
+def refuse_rotations(folder: Path, settings: Mapping[str, Any], *names: str) -> None:
+    """A model that rotates its activations while it runs computes something else than its weights say.
+
+    Raises:
+        CheckpointError: if one of these settings says so.
+    """
+    for name in names:
+        if settings.get(name):
+            raise CheckpointError(
+                f"{folder}: {name} rotates activations while the model runs, which is not done here. {CODES_ARE_KEPT}"
+            )
+
+
+def own_settings(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What AutoRound's `extra_config` says of one layer, by its name or a regular expression."""
+    stated = settings.get("extra_config") or {}
+    return next((dict(own) for pattern, own in stated.items() if name == pattern or _matches(pattern, name)), {})
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error:
+        return False
 
 
 def _is_head(name: str) -> bool:

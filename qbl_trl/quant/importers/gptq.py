@@ -15,12 +15,20 @@ Source: GPTQModel, gptqmodel/utils/model.py (convert_gptq_v1_to_v2_format), its 
 """
 
 import re
+from typing import Any
 
 import torch
 
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import Affine
-from qbl_trl.quant.importers.folders import CODES_ARE_KEPT, FolderReader, refuse_activations
+from qbl_trl.quant.importers.folders import (
+    CODES_ARE_KEPT,
+    ROTATIONS,
+    FolderReader,
+    own_settings,
+    refuse_activations,
+    refuse_rotations,
+)
 from qbl_trl.quant.importers.reader import build, split_words
 from qbl_trl.quant.linear import GroupQuantLinear
 
@@ -41,11 +49,16 @@ class GPTQReader(FolderReader):
         width = str(self.quantization.get("pack_dtype") or "int32").removeprefix("torch.")
         if width != "int32":
             raise CheckpointError(f"{self.folder}: pack_dtype={width!r} is not read; allowed: int32")
-        refuse_activations(self.folder, int(self.quantization.get("act_bits") or 16) < 16)
+        quantized = int(self.quantization.get("act_bits") or 16) < 16 or bool(self.quantization.get("static_kv_dtype"))
+        refuse_activations(self.folder, quantized)
+        refuse_rotations(self.folder, self.quantization, *ROTATIONS)
 
     @property
     def stated_group_size(self) -> int:
         return int(self.quantization.get("group_size") or -1)
+
+    def group_size_of(self, name: str) -> int:
+        return int(self._own(name).get("group_size") or self.stated_group_size)
 
     def geometry(self, name: str) -> tuple[int, int, int]:
         groups, out_features = self.shards.shape(f"{name}.scales")
@@ -96,11 +109,14 @@ class GPTQReader(FolderReader):
         return str(self.quantization.get("checkpoint_format") or "gptq")
 
     def _symmetric(self, name: str) -> bool:
-        """By the first of GPTQModel's `dynamic` patterns that the layer's name begins with, or for all."""
+        return bool(self._own(name).get("sym", self.quantization.get("sym", False)))
+
+    def _own(self, name: str) -> dict[str, Any]:
+        """Settings of one layer: of the first of GPTQModel's `dynamic` patterns that its name begins with."""
         for pattern, own in (self.quantization.get("dynamic") or {}).items():
             if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
-                return bool(own.get("sym", self.quantization.get("sym", False)))
-        return bool(self.quantization.get("sym", False))
+                return dict(own)
+        return own_settings(self.quantization, name)
 
 
 def _ones_word(bits: int) -> int:

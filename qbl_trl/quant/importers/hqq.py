@@ -44,6 +44,9 @@ class HQQReader(FolderReader):
     def stated_group_size(self) -> int:
         return -1  # follows from the shapes
 
+    def group_size_of(self, name: str) -> int:
+        return int(self._setting(name, "group_size") or -1)
+
     def geometry(self, name: str) -> tuple[int, int, int]:
         where = f"{self.folder}: {name}"
         if self._setting(name, "axis") != 1:
@@ -56,6 +59,11 @@ class HQQReader(FolderReader):
                 f"{where}: HQQ packing {packing!r} is not read; allowed: 2bit_u8, 4bit_u8, 8bit_u8. {CODES_ARE_KEPT}"
             )
         rows, columns = self.part(name, "shape").tolist()
+        size = self.group_size_of(name)
+        if size > 0 and columns % size:
+            raise CheckpointError(
+                f"{where}: groups of {size} weights go on from row to row of {columns}. {CODES_ARE_KEPT}"
+            )
         return bits, columns, self.shards.shape(f"{name}.scale")[0] // rows
 
     def zeros_kind(self, name: str) -> str:

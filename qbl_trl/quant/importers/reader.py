@@ -73,14 +73,20 @@ def stored_group_size(name: str, in_features: int, groups: int, stated: int) -> 
     """The file's group size and the one we store, which divides it.
 
     Args:
-        stated: the configured group size; zero or less for one group per row.
+        stated: the configured group size; zero or less for one group per row, or where none is stated.
 
     Raises:
-        CheckpointError: if it fits neither the number of groups nor any size we store.
+        CheckpointError: if it does not follow from the number of groups, or no size we store divides it.
     """
     own = stated if stated > 0 and group_count(in_features, stated) == groups else -(-in_features // groups)
     if group_count(in_features, own) != groups:
         raise CheckpointError(f"{name}: {groups} groups do not cover {in_features} inputs; the file is damaged")
+    others = [size for size in ALLOWED_GROUP_SIZES if size != own and group_count(in_features, size) == groups]
+    if own != stated and groups > 1 and (in_features % groups or others):
+        raise CheckpointError(
+            f"{name}: {groups} groups over {in_features} inputs are not of {stated}, which the configuration states, "
+            "and may be of several sizes; state that of this layer"
+        )
     if groups == 1:
         whole = [size for size in ALLOWED_GROUP_SIZES if size <= in_features]
         return own, own if own in ALLOWED_GROUP_SIZES else max(whole, default=min(ALLOWED_GROUP_SIZES))
