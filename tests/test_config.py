@@ -5,7 +5,7 @@ import warnings
 import pytest
 from peft import LoraConfig, PeftConfig
 
-from qbl_trl import QBLoRAConfig
+from qbl_trl import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.errors import ConfigError
 
 
@@ -62,3 +62,12 @@ def test_it_is_a_lora_configuration_of_its_own_type_and_reads_back_equal(tmp_pat
     again = PeftConfig.from_pretrained(tmp_path)
     assert type(again) is QBLoRAConfig
     assert again.to_dict() == {**config.to_dict(), "peft_version": again.peft_version}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("modules_to_not_convert", "q_proj"), ("quantize_embeddings", "false"), ("bits", 4.0), ("group_size", 32.0)],
+)
+def test_settings_of_another_type_are_refused(name, value):
+    with pytest.raises(ConfigError, match=f"{name}="):
+        GroupQuantConfig(**{name: value})

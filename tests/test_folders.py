@@ -1,3 +1,7 @@
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
 from qbl_trl.errors import ConfigError
@@ -41,3 +45,55 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
         pass
     with pytest.raises(ConfigError, match="is a file"), new_folder(tmp_path / "file", overwrite=True):
         pass
+
+
+def test_what_lies_behind_a_link_is_filled(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    (tmp_path / "later").symlink_to(tmp_path / "new")
+    for name in ("out", "later"):
+        with new_folder(tmp_path / name) as draft:
+            (draft / "file").touch()
+        assert (tmp_path / name).is_symlink()
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["file"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "later", "new", "out"]
+
+
+def test_the_current_folder_is_filled_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="failed"), new_folder("."):
+        raise OSError("failed")
+    assert not list(tmp_path.iterdir())
+    with new_folder(".") as draft:
+        (draft / "file").touch()
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(ConfigError, match="cannot be replaced"), new_folder(".", overwrite=True):
+        pass
+
+
+def test_an_old_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.name == "new":
+            raise OSError("no")
+        return rename(path, target)
+
+    with pytest.raises(OSError, match="no"), new_folder(tmp_path / "out", overwrite=True):
+        monkeypatch.setattr(Path, "rename", fail)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["file"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_permissions_are_those_of_any_new_folder_and_a_full_disk_is_named(tmp_path):
+    old = os.umask(0o027)
+    try:
+        with new_folder(tmp_path / "out"):
+            pass
+    finally:
+        os.umask(old)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+    with pytest.raises(ConfigError, match="full: No space left"), new_folder(tmp_path / "full"):
+        raise OSError(errno.ENOSPC, "No space left on device")

@@ -307,3 +307,18 @@ def test_a_model_that_ties_more_than_head_and_embedding_is_refused():
 def test_a_folder_is_no_model_to_merge():
     with pytest.raises(ConfigError, match=r"merge takes a model with adapters, not 'run'; .*`qbl-trl merge ADAPTER"):
         merge("run")
+
+
+def test_adapters_that_are_merged_in_part_merge_whole():
+    model = get_peft_model(quantize_model_(tiny_llama(), GroupQuantConfig()), two_targets(), "a")
+    model.add_adapter("b", two_targets())
+    model.base_model.set_adapter(["a", "b"])
+    expected = logits(model.eval(), tokens())
+    model.merge_adapter(["b"])
+    before = logits(model, tokens())
+    torch.testing.assert_close(logits(merge(model), tokens()), expected, rtol=0, atol=1e-5)
+    assert torch.equal(logits(model, tokens()), before)
+
+
+def two_targets():
+    return QBLoRAConfig(r=4, target_modules=["q_proj", "o_proj"], quantization_aware=True, init_lora_weights=False)

@@ -1,5 +1,6 @@
 """verify: two models, one number after the other."""
 
+import copy
 import json
 import math
 
@@ -93,3 +94,13 @@ def test_what_gives_no_logits_is_refused(tmp_path):
         verify(tmp_path, 4, tokens())
     with pytest.raises(ConfigError, match="the attention mask is all zero"):
         compare(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), torch.zeros(1, 2))
+
+
+def test_a_model_that_was_trained_in_mixed_precision_is_compared_in_its_own():
+    from accelerate import Accelerator
+
+    model = tiny_llama().eval()
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(copy.deepcopy(model))
+    patched = prepared.forward
+    assert verify(model, prepared, tokens()).max_abs_difference == 0
+    assert prepared.forward is patched

@@ -99,6 +99,9 @@ def _write(model: nn.Module, layers: dict[str, GroupQuantLinear], source: GGUFRe
             writer.add_tensor(place, values[source.row_order(name, len(values)).argsort()].numpy())
         else:
             writer.add_tensor(place, np.array(raw.data), raw_dtype=raw.tensor_type)
+    factors = source.rope_factors()
+    if factors is not None:
+        writer.add_tensor(factors.name, np.array(factors.data), raw_dtype=factors.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -57,3 +57,13 @@ def test_a_mixed_model_states_the_factors_its_layers_got():
     for name, layer in model.base_model.model.named_modules():
         if isinstance(layer, BalancedLinear):
             assert recorded_factors(stated, name) == (layer.in_factor["ours"], layer.out_factor["ours"])
+
+
+@pytest.mark.parametrize("balanced_first", [True, False])
+def test_a_layer_holds_no_lora_beside_a_balanced_adapter(balanced_first):
+    configs = [QBLoRAConfig(r=4, target_modules=TARGETS), LoraConfig(r=4, target_modules=TARGETS)]
+    first, second = configs if balanced_first else configs[::-1]
+    model = tiny_llama()
+    model.add_adapter(first, "one")
+    with pytest.raises(ConfigError, match="one layer cannot hold a"):
+        model.add_adapter(second, "two")

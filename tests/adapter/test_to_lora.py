@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, to_lora
+from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.hf_quantizer import GroupQuantizer, quantize_model_
 from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
@@ -149,3 +150,13 @@ def test_an_adapter_that_is_not_finite_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"q_proj: the adapter holds NaN or infinite values"):
         to_lora(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_scale_that_was_changed_is_converted(tmp_path):
+    config = QBLoRAConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny_llama(), config).eval()
+    for layer in adapter_layers(model).values():
+        layer.set_scale("default", 3.0)
+    to_lora(model, tmp_path / "lora")
+    plain = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(plain, tokens()), logits(model, tokens()), rtol=0, atol=1e-5)

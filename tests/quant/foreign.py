@@ -156,8 +156,11 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, model, types: dict[str, str], default: str = "Q4_1") -> None:
-    """The tiny llama as a GGUF file, quantized by the gguf package; `types` by part of the tensor's name."""
+def write_gguf(path: Path, model, types: dict[str, str], default: str = "Q4_1", rope=None) -> None:
+    """The tiny llama as a GGUF file, quantized by the gguf package; `types` by part of the tensor's name.
+
+    `rope`: factors of the rotary angles, or one factor of linear scaling.
+    """
     import gguf
 
     config = model.config
@@ -177,6 +180,11 @@ def write_gguf(path: Path, model, types: dict[str, str], default: str = "Q4_1") 
     writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
     writer.add_token_merges(["t 1", "t 2"])
     writer.add_bos_token_id(1)
+    if isinstance(rope, float):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope)
+    elif rope is not None:
+        writer.add_tensor("rope_freqs.weight", rope)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, value in model.state_dict().items():
         values = value.float().numpy()

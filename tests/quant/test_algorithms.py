@@ -159,3 +159,19 @@ def test_weights_that_are_not_finite_are_refused(algorithm):
 def test_a_weight_that_is_no_float_matrix_is_refused():
     with pytest.raises(ConfigError, match="give an \\(N, K\\) float matrix"):
         quantize(torch.ones(64), **DEFAULTS)
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "mse", "hqq"])
+def test_a_narrow_group_far_from_zero_keeps_its_weights(algorithm):
+    weight = 1 + 1e-5 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    made = quantize(weight, bits=4, group_size=32, symmetric=False, algorithm=algorithm)
+    # a step of the range from 0 to 1 is 1/15, and float16 rounds it
+    torch.testing.assert_close(dequantize(*made, 32), weight, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "mse", "hqq"])
+def test_a_scale_beyond_its_type_is_refused(algorithm):
+    weight = torch.zeros(2, 32)
+    weight[0, 0] = 2e6
+    with pytest.raises(ConfigError, match="beyond float16"):
+        quantize(weight, bits=4, group_size=32, symmetric=False, algorithm=algorithm)

@@ -18,9 +18,9 @@ from tests.tiny import logits, tiny_llama, tokens
 def gguf_file(tmp_path):
     pytest.importorskip("gguf", reason="the GGUF importer needs the package gguf")
 
-    def write(types=None, default="Q4_1", **changes):
+    def write(types=None, default="Q4_1", rope=None, **changes):
         model = tiny_llama(hidden_size=64, intermediate_size=96, tie_word_embeddings=False, **changes)
-        foreign.write_gguf(tmp_path / "tiny.gguf", model, types or {}, default)
+        foreign.write_gguf(tmp_path / "tiny.gguf", model, types or {}, default, rope)
         return tmp_path / "tiny.gguf"
 
     return write
@@ -92,3 +92,24 @@ def test_a_gguf_file_cut_short_is_refused(gguf_file):
 def test_a_gguf_file_without_codes_of_ours_is_refused(gguf_file):
     with pytest.raises(CheckpointError, match=r"no linear layer is stored as Q4_0, Q4_1, Q8_0 \(found: F16"):
         describe_checkpoint(gguf_file(default="F16"))
+
+
+def llama3_factors(factor, base=10000.0, length=8192):
+    """As llama.cpp's converter writes them for heads of 16."""
+    waves = 2 * np.pi * base ** (np.arange(8) / 8)
+    smooth = (length / waves - 1) / 3
+    between = 1 / ((1 - smooth) / factor + smooth)
+    return np.where(waves < length / 4, 1, np.where(waves > length, factor, between)).astype(np.float32)
+
+
+def test_rotary_angles_of_a_gguf_file_are_stretched_as_it_says(tmp_path, gguf_file):
+    convert_checkpoint(gguf_file(rope=4.0), tmp_path / "linear")
+    convert_checkpoint(gguf_file(rope=llama3_factors(8.0)), tmp_path / "llama3")
+    convert_checkpoint(gguf_file(), tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").model.rotary_emb.inv_freq
+    linear = AutoModelForCausalLM.from_pretrained(tmp_path / "linear").model.rotary_emb.inv_freq
+    llama3 = AutoModelForCausalLM.from_pretrained(tmp_path / "llama3").model.rotary_emb.inv_freq
+    torch.testing.assert_close(linear, plain / 4)
+    torch.testing.assert_close(llama3, plain / torch.from_numpy(llama3_factors(8.0)), rtol=1e-5, atol=0)
+    with pytest.raises(CheckpointError, match="stretches the rotary angles"):
+        describe_checkpoint(gguf_file(rope=np.linspace(1, 8, 8, dtype=np.float32)))

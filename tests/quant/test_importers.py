@@ -260,7 +260,14 @@ def test_layers_that_gptqmodel_names_have_their_own_symmetry(tmp_path):
         ),
         (foreign.awq_tensors, compressed_group(input_activations={"num_bits": 8}), affines(), "activations"),
         (foreign.awq_tensors, compressed_group(output_activations={"num_bits": 8}), affines(), "activations"),
+        (foreign.awq_tensors, COMPRESSED | {"kv_cache_scheme": {"num_bits": 8}}, affines(), "activations"),
         (foreign.awq_tensors, compressed_group(weights=WEIGHTS | {"type": "float"}), affines(), "type 'float'"),
+        (
+            partial(foreign.compressed_tensors, bits=8, symmetric=False),
+            compressed_group(weights=WEIGHTS | {"num_bits": 7}),
+            affines(8),
+            "7-bit codes",
+        ),
         (foreign.awq_tensors, {"quant_method": "aqlm"}, affines(), "'aqlm' cannot be imported"),
         (foreign.awq_tensors, HQQ, affines(), r"no tensor is called \*\.W_q"),
         (changed("scales", torch.flatten), GPTQ, affines(), r"no gptq layer by its shapes: .*scales \(\d+,\)"),
@@ -326,3 +333,48 @@ def test_a_large_checkpoint_is_written_in_shards(tmp_path, monkeypatch):
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     torch.testing.assert_close(logits(model, tokens()), logits(reference, tokens()), rtol=0, atol=1e-5)
+
+
+def write_layer(folder, columns, size, settings, **changes):
+    """One GPTQ layer `layer` of 8 rows in groups of `size`, and its codes."""
+    affine = foreign.random_affine(8, columns, 4, 0, group=size)
+    made = foreign.gptq_tensors(affine, 4, group=size)
+    made.pop("g_idx", None)  # AutoRound writes none
+    folder.mkdir()
+    foreign.save_file({f"layer.{key}": value for key, value in (made | changes).items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    return affine
+
+
+def test_a_layer_has_the_group_size_that_the_file_states_for_it(tmp_path):
+    settings = AUTO_ROUND | {"packing_format": "auto_round:auto_gptq", "extra_config": {".*yer": {"group_size": 128}}}
+    affine = write_layer(tmp_path / "in", 192, 128, settings)
+    ((_, layer),) = list(read_layers(tmp_path / "in"))
+    assert torch.equal(layer.dequantize(), dequantize(*affine, 128))
+    write_layer(tmp_path / "silent", 192, 128, settings | {"extra_config": {}})
+    with pytest.raises(CheckpointError, match=r"2 groups over 192 inputs .* may be of several sizes"):
+        describe_checkpoint(tmp_path / "silent")
+
+
+def test_tensors_that_belong_to_no_code_are_refused(tmp_path):
+    settings = AUTO_ROUND | {"packing_format": "auto_round:auto_gptq"}
+    write_layer(tmp_path / "extra", 64, 32, settings, spinquant_r1_size=torch.ones(1))
+    with pytest.raises(CheckpointError, match="layer holds a tensor 'spinquant_r1_size' that is no part of"):
+        describe_checkpoint(tmp_path / "extra")
+    write_layer(tmp_path / "rotated", 64, 32, settings | {"rotation_config": {"block": 32}})
+    with pytest.raises(CheckpointError, match="rotation_config rotates activations"):
+        describe_checkpoint(tmp_path / "rotated")
+
+
+def test_a_quantized_head_is_no_longer_tied(tmp_path):
+    foreign.write_folder(tmp_path / "in", partial(foreign.gptq_tensors, bits=4), GPTQ, affines())
+    tensors = load_file(tmp_path / "in" / "model.safetensors")
+    affine = foreign.random_affine(96, 64, 4, 9)
+    tensors |= {f"lm_head.{key}": value.contiguous() for key, value in foreign.gptq_tensors(affine, 4).items()}
+    foreign.save_file(tensors, tmp_path / "in" / "model.safetensors")
+    config = json.loads((tmp_path / "in" / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    with pytest.raises(ConfigError, match="would replace"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "in", overwrite=True)

@@ -336,3 +336,10 @@ def test_a_chat_script_needs_two_changed_lines(tmp_path):
     trainer = sft(tmp_path, QBLoRACallback(adapter()), train_dataset=data.chats(), assistant_only_loss=True)
     trainer.train()
     assert len(losses(trainer)) == 4
+
+
+def test_an_optimizer_from_before_the_adapters_is_refused(tmp_path):
+    model = base()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ConfigError, match="made before the adapters were there"):
+        sft(tmp_path, QBLoRACallback(adapter()), model=model, optimizers=(optimizer, None))

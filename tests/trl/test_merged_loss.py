@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
@@ -64,9 +65,27 @@ def test_each_of_several_datasets_gets_its_own_merged_loss(tmp_path):
         assert len(merged) == 2
 
 
-def test_other_data_than_the_trainers_own_is_left_alone(tmp_path):
-    trainer = sft(tmp_path, QBLoRACallback(adapter(), eval_merged_loss=True))
-    assert "eval_merged_loss" not in trainer.evaluate(trainer.train_dataset)
+def test_other_data_than_the_trainers_own_has_a_merged_loss_of_its_own(tmp_path):
+    trainer = sft(tmp_path, QBLoRACallback(adapter(), eval_merged_loss=True), eval_dataset=data.texts(3))
+    trainer.train()
+    other = trainer.evaluate(trainer.train_dataset, metric_key_prefix="test")
+    assert other["test_merged_loss"] == pytest.approx(other["test_loss"], abs=1e-5)
+    assert other["test_merged_loss"] != pytest.approx(trainer.evaluate()["eval_merged_loss"], abs=1e-5)
+
+
+def test_a_loss_with_another_adapter_as_reference_is_measured_with_the_merged_policy(tmp_path):
+    trainer = DPOTrainer(
+        get_peft_model(base(), adapter()),  # over which TRL keeps a copy of the adapter as reference
+        args=DPOConfig(**settings(tmp_path, learning_rate=0.02, **EVALUATING)),
+        train_dataset=data.preferences(),
+        eval_dataset=data.preferences(4),
+        processing_class=data.tokenizer(),
+        callbacks=[QBLoRACallback(eval_merged_loss=True)],
+    )
+    trainer.train()
+    merged, plain = history(trainer, "eval_merged_loss"), history(trainer, "eval_loss")
+    assert merged == pytest.approx(plain, abs=1e-5)
+    assert abs(merged[-1] - 0.6931) > 1e-3
 
 
 def test_a_loss_with_the_base_as_reference_is_measured_with_the_merged_policy(tmp_path):

@@ -12,7 +12,7 @@ from qbl_trl.errors import ConfigError
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.trl.callback import REPORT, QBLoRACallback
 from qbl_trl.trl.rounding import STORED, DeltaRounding, round_delta, rounded
-from tests.tiny import tokens
+from tests.tiny import logits, tokens
 from tests.trl import data
 from tests.trl.runs import adapter, base, losses, sft
 
@@ -142,3 +142,19 @@ def test_rounding_is_refused_where_no_delta_is_stored(tmp_path):
         sft(tmp_path, QBLoRACallback(adapter(quantization_aware=False), stored_delta="int8"))
     with pytest.raises(ConfigError, match="stored_delta='int3' is not known; allowed: float16, bfloat16, int8"):
         sft(tmp_path, QBLoRACallback(adapter(), stored_delta="int3"))
+
+
+def test_rounding_leaves_a_reference_adapter_alone():
+    model = peft.get_peft_model(base(), adapter(init_lora_weights=False)).eval()
+    model.add_adapter("ref", adapter(init_lora_weights=False))
+    layers, ids = adapter_layers(model), IDS
+    rounding = DeltaRounding(layers, "int8")
+    model.set_adapter("ref")
+    plain = logits(model, ids)
+    rounding.install()
+    rounding.refresh()
+    assert torch.equal(logits(model, ids), plain)
+    model.set_adapter("default")
+    rounded_logits = logits(model, ids)
+    rounding.remove()
+    assert not torch.equal(logits(model, ids), rounded_logits)

@@ -120,7 +120,8 @@ class FolderReader(Reader):
         """What a layer holds beside its codes belongs to its function: rotations, scales of activations."""
         for tensor in self.shards.names():
             name, _, part = tensor.rpartition(".")
-            if name in self._formats and part not in (*self.parts, "bias"):
+            left = part == "weight" and _is_head(name)  # a float head beside its codes, which count
+            if name in self._formats and part not in (*self.parts, "bias") and not left:
                 raise CheckpointError(
                     f"{self.folder}: {name} holds a tensor {part!r} that is no part of {self.kind}; without it the "
                     f"layer computes something else. {CODES_ARE_KEPT}"

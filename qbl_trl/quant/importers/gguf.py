@@ -17,6 +17,7 @@ Source: ggml, ggml-quants.c (dequantize_row_q4_0, _q4_1, _q8_0); transformers, m
 """
 
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from qbl_trl.quant.affine import Affine
 from qbl_trl.quant.importers.reader import Reader
 from qbl_trl.quant.linear import GroupQuantLinear
 
+ROPE_FACTORS = "rope_freqs.weight"  # no tensor of the model: its configuration says the same
 _GROUP = 32
 FORMATS = {
     "Q4_0": LayerFormat(4, _GROUP, "none", "float16"),
@@ -59,9 +61,12 @@ class GGUFReader(Reader):
             raise CheckpointError(f"{path} cannot be read as GGUF: {error}") from error
         self._config = parsed["config"]
         self.architecture: str = self._file.fields["general.architecture"].contents()
+        self._tensors = {tensor.name: tensor for tensor in self._file.tensors}
+        scaling = self._rope_scaling()
+        if scaling:
+            self._config["rope_scaling"] = scaling
         kind = hf_gguf.TENSOR_PROCESSORS.get(self.architecture, hf_gguf.TensorProcessor)
         self._processor = kind(config=self._config)
-        self._tensors = {tensor.name: tensor for tensor in self._file.tensors}
         fused = [name for name in self._tensors if "_exps." in name]
         if fused:
             raise CheckpointError(
@@ -123,6 +128,10 @@ class GGUFReader(Reader):
         """A tensor as the file holds it (gguf.ReaderTensor), by its name in transformers."""
         return self._tensors[self._sources[name]]
 
+    def rope_factors(self) -> Any:
+        """The tensor of rotary factors as the file holds it; None where it has none."""
+        return self._tensors.get(ROPE_FACTORS)
+
     def fields(self) -> list[Any]:
         """The metadata of the file (gguf.ReaderField)."""
         return list(self._file.fields.values())
@@ -138,6 +147,48 @@ class GGUFReader(Reader):
         if not torch.equal(order.sort().values, torch.arange(rows)):
             raise CheckpointError(f"{self.path}: {name} is stored with more than its rows permuted; it cannot be kept")
         return order
+
+    def _rope_scaling(self) -> dict[str, Any] | None:
+        """What stretches the rotary angles, which transformers does not read from the file.
+
+        Raises:
+            CheckpointError: if it is none of linear, yarn and the factors that Llama 3.1 and later have.
+        """
+        if ROPE_FACTORS in self._tensors:
+            return self._llama3()
+        kind = self._field("rope.scaling.type")
+        factor = self._field("rope.scaling.factor") or self._field("rope.scale_linear") or 1.0
+        if kind == "yarn" and not self._field("rope.scaling.attn_factor"):
+            length = self._field("rope.scaling.original_context_length")
+            return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
+        if kind in (None, "none", "linear"):
+            return {"rope_type": "linear", "factor": factor} if factor != 1 and kind != "none" else None
+        raise CheckpointError(f"{self.path}: rope.scaling.type={kind!r} as it is set here is not read")
+
+    def _llama3(self) -> dict[str, Any] | None:
+        """The settings by which llama.cpp's converter makes the factors of a file, if they make these."""
+        factors = torch.from_numpy(np.array(self._tensors[ROPE_FACTORS].data, dtype=np.float64)).reshape(-1)
+        largest = float(factors.max())
+        if bool((factors == 1).all()):
+            return None
+        base = float(self._field("rope.freq_base") or 10000.0)
+        length, low, high = 8192, 1.0, 4.0
+        waves = 2 * math.pi * base ** (torch.arange(len(factors), dtype=torch.float64) / len(factors))
+        smooth = (length / waves - low) / (high - low)
+        between = 1 / ((1 - smooth) / largest + smooth)
+        made = torch.where(waves < length / high, 1.0, torch.where(waves > length / low, largest, between))
+        if not torch.allclose(made, factors, rtol=1e-3):
+            raise CheckpointError(
+                f"{self.path}: rope_freqs.weight stretches the rotary angles in a way that a configuration of "
+                "transformers cannot say"
+            )
+        settings = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": length}
+        return {"rope_type": "llama3", "factor": round(largest, 4), **settings}
+
+    def _field(self, name: str) -> Any:
+        """One number or word of the architecture's metadata; None where the file has none."""
+        field = self._file.fields.get(f"{self.architecture}.{name}")
+        return None if field is None else field.contents()
 
     def _skeleton(self) -> Any:
         settings = dict(self._config)
@@ -156,7 +207,7 @@ class GGUFReader(Reader):
             names.pop("output.weight", None)
         elif "output.weight" in self._tensors:
             names.setdefault("output.weight", "lm_head.weight")
-        unknown = sorted(set(self._tensors) - set(names) - {"rope_freqs.weight"})
+        unknown = sorted(set(self._tensors) - set(names) - {ROPE_FACTORS})
         if unknown:
             raise CheckpointError(f"{self.path}: transformers has no place for {', '.join(unknown[:4])}")
         return {names[name]: name for name in self._tensors if name in names}
