@@ -5,7 +5,6 @@ package is one line on standard error and exit status 1; nothing half-written is
 """
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -54,6 +53,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     quantize.add_argument(
         "--scale-dtype", default="float16", choices=tuple(SCALE_DTYPES), help="(default: %(default)s)"
+    )
+    quantize.add_argument("--quantize-embeddings", action="store_true", help="the embedding and the output head too")
+    quantize.add_argument(
+        "--modules-to-not-convert", nargs="+", metavar="NAME", help="layers that stay in float, beside the head"
     )
     quantize.add_argument("--dtype", default="float32", help="of what stays in float (default: %(default)s)")
     quantize.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
@@ -104,7 +107,12 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("reference", help="folder of a torch or ONNX model")
     verify.add_argument("candidate", help="folder of a torch or ONNX model")
     verify.add_argument("--text", default="The quick brown fox jumps over the lazy dog.", help="what both read")
-    verify.add_argument("--tolerance", type=_tolerance, default=1e-3, help="largest logit difference (%(default)s)")
+    verify.add_argument(
+        "--tolerance",
+        type=options.tolerance_or_none,
+        default=1e-3,
+        help="largest logit difference, or none (%(default)s)",
+    )
     verify.set_defaults(run=_verify)
 
     report = add("report", "one HTML page about a training run", "run")
@@ -123,16 +131,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"qbl-trl {args.command}: {_explained(error).removeprefix(f'{args.command}: ')}", file=sys.stderr)
         return 1
-
-
-def _tolerance(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no tolerance; give a number of at least 0")
-    return value
 
 
 _FLAGS = {
@@ -168,6 +166,7 @@ def _quantize(args: argparse.Namespace) -> None:
     elif Path(args.model).is_file():
         raise ConfigError(f"{args.model} is a file; `qbl-trl quantize --from` takes over what a GGUF file holds")
     else:
+        _check_holds_model(args.model)
         _check_float(args.model)
         settings = GroupQuantConfig(
             bits=args.bits,
@@ -175,6 +174,8 @@ def _quantize(args: argparse.Namespace) -> None:
             symmetric=args.symmetric,
             algorithm=args.algorithm,
             scale_dtype=args.scale_dtype,
+            quantize_embeddings=args.quantize_embeddings,
+            modules_to_not_convert=args.modules_to_not_convert,
         )
         _save(_load(args.model, args.dtype, settings), args.model, args.output, args.overwrite)
     print(args.output)
@@ -183,9 +184,8 @@ def _quantize(args: argparse.Namespace) -> None:
 def _refuse_ignored(args: argparse.Namespace) -> None:
     """--from keeps what the checkpoint holds: what would ask for something else is said, not ignored."""
     plain = vars(make_parser().parse_args(["quantize", "MODEL", "OUTPUT"]))
-    given = [
-        k for k in ("bits", "group_size", "symmetric", "algorithm", "scale_dtype", "dtype") if vars(args)[k] != plain[k]
-    ]
+    kept = ("model", "output", "convert", "overwrite", "run", "command")
+    given = [name for name, value in plain.items() if name not in kept and vars(args)[name] != value]
     if given:
         options = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ConfigError(f"--from keeps the codes as the checkpoint holds them; leave out {options}")
@@ -218,6 +218,8 @@ def _check_holds_model(name: str) -> None:
     folder = Path(name)
     if folder.is_dir() and any(folder.glob("*.onnx")):
         raise ConfigError(f"{name} holds an ONNX graph; name the folder of the model that it was exported from")
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"{name} is an adapter; `qbl-trl merge {name} MERGED` makes a model of it and its base")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ConfigError(f"{name} holds no model (no config.json)")
 
@@ -290,7 +292,7 @@ def _verify(args: argparse.Namespace) -> int:
         raise ConfigError("verify: --text holds no token")
     report = verify(args.reference, args.candidate, tokens)
     print(report)
-    if not report.max_abs_difference <= args.tolerance:
+    if args.tolerance is not None and not report.max_abs_difference <= args.tolerance:
         print(f"largest logit difference {report.max_abs_difference:.1e} is over {args.tolerance:.1e}", file=sys.stderr)
         return 1
     return 0

@@ -4,6 +4,7 @@ A float base is quantized again, the way it was for training.
 """
 
 import importlib
+import logging
 import os
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from qbl_trl.config import QUANT_METHOD, GroupQuantConfig, QBLoRAConfig, holds_merged
 from qbl_trl.errors import CheckpointError, ConfigError
 from qbl_trl.rope import restore_rope_
+
+logger = logging.getLogger(__name__)
 
 _LABELS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight", ".qa_outputs.weight")
 _TASKS = {
@@ -86,8 +89,14 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
     where = {"revision": saved.revision} if base is None and saved.revision else {}
     settings = None
     if isinstance(saved, QBLoRAConfig) and saved.base_quantization:
-        if getattr(AutoConfig.from_pretrained(named, **where), "quantization_config", None) is None:
+        stored = getattr(AutoConfig.from_pretrained(named, **where), "quantization_config", None)
+        if stored is None:
             settings = _settings(saved.base_quantization)
+        elif isinstance(stored, dict) and holds_merged(stored) and not holds_merged(saved.base_quantization):
+            raise ConfigError(
+                f"{named} holds a merged adapter, and {path} was trained over a base without one: it would be added "
+                "beside it. Name the base that it was trained over with --base"
+            )
         if isinstance(settings, GroupQuantConfig):
             calibrated, merged = settings.algorithm == "gptq", holds_merged(saved.base_quantization)
             if calibrated or merged:
@@ -97,12 +106,24 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
                 )
     held = {name: tuple(tensor.shape) for name, tensor in load_peft_weights(str(path), device="cpu").items()}
     quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
+    if isinstance(settings, GroupQuantConfig):
+        logger.warning(
+            "quantizing %s as %s was trained (%s); to do it once, save the base with `qbl-trl quantize` and train over "
+            "that",
+            *(named, path, settings.algorithm),
+        )
     model = open_model(named, _class_trained(saved), dtype=torch.float32, **quantize, num_labels=_labels(held), **where)
     if (path / "tokenizer_config.json").is_file():  # trained with tokens that the base does not have
         tokens = len(open_tokenizer(path))
         if tokens > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(tokens)
-    model = PeftModel.from_pretrained(model, str(path))
+    try:
+        model = PeftModel.from_pretrained(model, str(path))
+    except RuntimeError as error:  # torch's list of tensors that do not fit
+        listed = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        if not listed:
+            raise
+        raise CheckpointError(f"{path} does not fit {named}: {listed[0]}") from error
     _check_whole(model, path, held)
     return model.eval()
 

@@ -62,7 +62,7 @@ class ParityReport:
 
 
 def verify(reference: Any, candidate: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> ParityReport:
-    """Compare two models on the same tokens.
+    """Compare two models on the same tokens; of a graph exported with logits="last", the last position only.
 
     Args:
         reference, candidate: see the module's description.
@@ -75,7 +75,19 @@ def verify(reference: Any, candidate: Any, input_ids: Tensor, attention_mask: Te
     ids = torch.as_tensor(input_ids)
     ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
     mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask).view_as(ids)
-    return compare(logits_of(reference)(ids, mask), logits_of(candidate)(ids, mask), mask)
+    first, second = logits_of(reference)(ids, mask), logits_of(candidate)(ids, mask)
+    if first.dim() == 3 and {first.shape[1], second.shape[1]} == {1, ids.shape[1]}:  # a graph of last logits
+        first, second = _last(first, mask), _last(second, mask)
+        mask = torch.ones_like(mask[:, :1])
+    return compare(first, second, mask)
+
+
+def _last(logits: Tensor, mask: Tensor) -> Tensor:
+    """Logits of each row's last token that is no padding, (B, 1, V)."""
+    if logits.shape[1] == 1:
+        return logits
+    places = torch.arange(mask.shape[1]) * mask.cpu()
+    return logits[torch.arange(len(logits)), places.argmax(1)].unsqueeze(1)
 
 
 def compare(reference: Tensor, candidate: Tensor, attention_mask: Tensor | None = None) -> ParityReport:

@@ -29,9 +29,9 @@ class DPOQBLoRAArguments:
     )
     group_size: int = field(default=32, metadata={"help": "Weights of the base that share a scale."})
     algorithm: Literal["rtn", "mse", "hqq"] = field(default="rtn", metadata={"help": "How the base is quantized."})
-    r: int = field(default=64, metadata={"help": "Nominal rank: that of the plain LoRA with as many parameters."})
+    r: int = field(default=8, metadata={"help": "Nominal rank: that of the plain LoRA with as many parameters."})
     lora_alpha: int = field(default=16, metadata={"help": "The adapter is scaled by lora_alpha / r."})
-    out_factor: int = field(default=2, metadata={"help": "Outputs that share one adapter output."})
+    out_factor: int | None = field(default=None, metadata={"help": "Outputs that share one; default: 2 or 1, by rank."})
     overwrite: bool = field(default=False, metadata={"help": "Replace what output_dir/merged holds."})
 
 

@@ -41,7 +41,7 @@ class QABLoRAArguments:
     bits: int = field(default=4, metadata={"help": "Bits of a weight of the base: 2, 4 or 8."})
     group_size: int = field(default=32, metadata={"help": "Weights that share a scale: 16, 32, 64, 128 or 256."})
     algorithm: Literal["rtn", "mse", "hqq"] = field(default="rtn", metadata={"help": "How the base is quantized."})
-    r: int = field(default=64, metadata={"help": "Nominal rank: that of the plain LoRA with as many parameters."})
+    r: int = field(default=8, metadata={"help": "Nominal rank: that of the plain LoRA with as many parameters."})
     lora_alpha: int = field(default=16, metadata={"help": "The adapter is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the pooled input."})
     in_factor: int | None = field(default=None, metadata={"help": "Inputs pooled into one; default: the group size."})

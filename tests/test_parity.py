@@ -104,3 +104,17 @@ def test_a_model_that_was_trained_in_mixed_precision_is_compared_in_its_own():
     patched = prepared.forward
     assert verify(model, prepared, tokens()).max_abs_difference == 0
     assert prepared.forward is patched
+
+
+def test_a_source_of_last_logits_is_compared_there():
+    model = tiny_llama().eval()
+    ids, mask = tokens(), torch.ones(2, 9, dtype=torch.long)
+    mask[0, 6:] = 0
+    everywhere = logits_of(model)
+
+    def last(input_ids, attention_mask):
+        return everywhere(input_ids, attention_mask)[torch.arange(2), [5, 8]].unsqueeze(1)
+
+    report = verify(model, last, ids, mask)
+    assert report.tokens == 2
+    assert report.max_abs_difference == 0

@@ -4,21 +4,23 @@ A compiled model wants matrices whose shapes stay. `peft.utils.hotswap.prepare_m
 of PEFT's own layers up to one rank; here the same is done for balanced adapters, whose real rank depends on the layer.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from peft.utils import hotswap
-from torch import nn
+from torch import Tensor, nn
 
 from qbl_trl.adapter.balance import matched_rank
-from qbl_trl.adapter.layer import BalancedLinear
+from qbl_trl.adapter.factors import recorded_factors
+from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
+from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.peft_type import QBLORA
 
-# What two adapters must share so that one can take the other's place without being placed anew.
-_SHARED = [
-    *("use_rslora", "lora_dropout", "alpha_pattern", "adapter", "pooling"),
-    *("in_factor", "out_factor", "in_factor_pattern", "out_factor_pattern"),
-]
+# What two adapters must share so that one can take the other's place without being placed anew; and the factors of each
+# layer that both are on, which a configuration words by the layers it was placed on.
+_SHARED = ["use_rslora", "lora_dropout", "alpha_pattern", "adapter", "pooling"]
 
 
 def pad_ranks_(model: nn.Module, target_rank: int) -> bool:
@@ -56,6 +58,30 @@ def register() -> None:
     if QBLORA not in hotswap.CONFIG_KEYS_TO_CHECK:
         hotswap.CONFIG_KEYS_TO_CHECK[QBLORA] = _SHARED
         hotswap._pad_lora_weights = _with_ours(hotswap._pad_lora_weights)
+        hotswap.hotswap_adapter_from_state_dict = _checked(hotswap.hotswap_adapter_from_state_dict)
+
+
+def _checked(swap: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(swap)
+    def swap_checked(
+        model: nn.Module, state_dict: Mapping[str, Tensor], adapter_name: str, config: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        if isinstance(config, QBLoRAConfig):
+            _check_factors(model, state_dict, adapter_name, config)
+        swap(model, state_dict, adapter_name, config, *args, **kwargs)
+
+    return swap_checked
+
+
+def _check_factors(model: nn.Module, state: Mapping[str, Tensor], adapter: str, config: QBLoRAConfig) -> None:
+    for name, layer in adapter_layers(model).items():
+        if adapter not in layer.rank or not any(f".{name}.lora_" in f".{key}" for key in state):
+            continue
+        held, given = (layer.in_factor[adapter], layer.out_factor[adapter]), recorded_factors(config, name)
+        if held != given:
+            raise ConfigError(
+                f"{name}: an adapter with (in_factor, out_factor) = {given} cannot take the place of one with {held}"
+            )
 
 
 def _pad_(linear: nn.Linear, padding: tuple[int, ...]) -> None:

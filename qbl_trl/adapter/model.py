@@ -147,11 +147,14 @@ class QBLoRAModel(LoraModel):
     ) -> tuple[str, int, Any]:
         checked = super()._check_add_weighted_adapter(adapters, combination_type, svd_rank)
         first = self.peft_config[adapters[0]]  # whose configuration the sum will have
+        others: dict[str, tuple[int, int]] = {}  # factors of layers that it is not on
         for layer_name, layer in self.model.named_modules():
             if isinstance(layer, BalancedLinear):
                 held = [name for name in adapters if name in layer.rank]
-                shapes = {(*recorded_factors(first, layer_name), first.pooling)} if held else set()
-                shapes |= {self._block_shape(layer, name) for name in held}
+                shapes = {self._block_shape(layer, name) for name in held}
+                shapes |= {(*pair, first.pooling) for pair in [shape[:2] for shape in shapes][:1]}
+                if held and adapters[0] not in held:
+                    others[layer_name] = layer.in_factor[held[0]], layer.out_factor[held[0]]
                 if len(shapes) > 1:
                     raise ConfigError(
                         f"add_weighted_adapter: {', '.join(adapters)} differ in (in_factor, out_factor, pooling) at "
@@ -160,6 +163,9 @@ class QBLoRAModel(LoraModel):
                     )
         if any(self.peft_config[name].adapter == "block" for name in adapters):
             raise ConfigError("add_weighted_adapter combines low-rank factors; an adapter='block' has none")
+        for layer_name, (p, e) in others.items():
+            if recorded_factors(first, layer_name) != (p, e):
+                first.in_factor_pattern[layer_name], first.out_factor_pattern[layer_name] = p, e
         kind, rank, targets = checked
         if kind == "cat":
             rank += max(self._missing_rows(adapters, rank), default=0)

@@ -61,6 +61,22 @@ def record_base_(config: QBLoRAConfig, stored: Any) -> None:
     )
 
 
+def check_same_base(saved: QBLoRAConfig, stored: Any, where: Any) -> None:
+    """Refuse another base than a saved adapter records.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    told, held = (_identity(base or {"quant_method": None}) for base in (saved.base_quantization, _recordable(stored)))
+    other = [name for name in told if name not in held or told[name] != held[name]]
+    if other:
+        first, second = (_described(base, other) for base in (told, held))
+        raise ConfigError(
+            f"{where} was trained over a base with {first}, and this one has {second}: load the base as its "
+            "adapter_config.json says (base_quantization), or train anew"
+        )
+
+
 def record_layers_(config: QBLoRAConfig, model: nn.Module) -> None:
     """Write down how many layers are in groups; where a file says another number, the base is another one."""
     count = sum(isinstance(layer, PackedWeight) for layer in model.modules())

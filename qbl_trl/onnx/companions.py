@@ -70,6 +70,8 @@ def load_model(model_or_path: Any) -> torch.nn.Module:
     if (folder / "adapter_config.json").is_file():
         adapted: torch.nn.Module = load_adapter(folder)
         return adapted
+    if any(folder.glob("*.onnx")):
+        raise ExportError(f"{folder} holds an ONNX graph; name the folder of the model that it was exported from")
     if not (folder / "config.json").is_file():
         raise ExportError(f"{folder} holds no model: neither config.json nor adapter_config.json is there")
     model: torch.nn.Module = open_model(folder, dtype="auto")

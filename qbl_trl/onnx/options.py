@@ -53,16 +53,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tolerance",
-        type=number_or_none,
+        type=tolerance_or_none,
         default=TOLERANCE,
         help="largest logit difference, or none (default: %(default)s)",
     )
+    parser.add_argument("--max-length", type=int, help="positions of the rotary tables (default: the model's own)")
+    parser.add_argument("--tokenizer", help="folder or model id (default: what lies beside the model)")
     parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
 
 
-def number_or_none(text: str) -> float | None:
-    """A number, or None for "none"."""
-    return None if text.lower() == "none" else float(text)
+def tolerance_or_none(text: str) -> float | None:
+    """A number of at least 0, or None for "none"."""
+    if text.lower() == "none":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no tolerance; give a number of at least 0, or none")
+    return value
 
 
 def check_choices(
@@ -126,6 +136,8 @@ def run(args: argparse.Namespace) -> None:
             accuracy_level=args.accuracy_level,
             prompt_accuracy_level=args.prompt_accuracy_level,
             logits=args.logits,
+            max_length=args.max_length,
+            tokenizer=args.tokenizer,
             tolerance=args.tolerance,
             overwrite=args.overwrite,
         )

@@ -27,7 +27,15 @@ from qbl_trl.errors import ConfigError
 from qbl_trl.merging import unwrap
 from qbl_trl.quant.head import input_table
 from qbl_trl.trl import checkpoints, finish, gather, run_record
-from qbl_trl.trl.inject import check_head, check_launch, check_merges, check_optimizer, find_trainer, place_
+from qbl_trl.trl.inject import (
+    check_head,
+    check_launch,
+    check_merges,
+    check_optimizer,
+    check_resumed,
+    find_trainer,
+    place_,
+)
 from qbl_trl.trl.merged_loss import merged_loss
 from qbl_trl.trl.metrics import check_finite, measure, summarize
 from qbl_trl.trl.outputs import Outputs
@@ -141,6 +149,8 @@ class QBLoRACallback(TrainerCallback):
         trainer = find_trainer(model)
         if not self.record.layers or trainer not in (None, self._trainer):  # added after the trainer was built
             self._meet(trainer, model)
+        if state.global_step:
+            check_resumed(model)
         self._layers = adapter_layers(model)  # sharding may have replaced modules
         self._let_go()
         self._tokens = FirstTokens(unwrap(model))

@@ -8,6 +8,7 @@ model is a PeftModel. So the trainer is found and given the PeftModel.
 import copy
 import logging
 import sys
+from pathlib import Path
 
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,9 +16,11 @@ from torch import nn
 from transformers import Trainer
 
 from qbl_trl.adapter.layer import BalancedLinear
+from qbl_trl.adapter.recorded import check_same_base, quantization
 from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
+from qbl_trl.loading import saved_adapter
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.trl.layers import active, base_of
 
@@ -135,6 +138,23 @@ def check_head(trainer: Trainer, model: nn.Module) -> None:
             f"{type(trainer).__name__} reads the weight of the output head, and quantize_embeddings=True packs it. "
             "Train over a base with quantize_embeddings=False, or with a trainer that calls the head (transformers')"
         )
+
+
+def check_resumed(model: nn.Module) -> None:
+    """Refuse to go on from a checkpoint that was trained over another base: only its adapter is loaded.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and not isinstance(frame.f_locals.get("resume_from_checkpoint"), str):
+        frame = frame.f_back  # type: ignore[assignment]
+    folder = None if frame is None else Path(frame.f_locals["resume_from_checkpoint"])
+    if folder is None or not (folder / "adapter_config.json").is_file():
+        return
+    saved = saved_adapter(folder)
+    if isinstance(saved, QBLoRAConfig):
+        check_same_base(saved, quantization(unwrap(model)), folder)
 
 
 def check_optimizer(trainer: Trainer, model: nn.Module) -> None:

@@ -128,7 +128,7 @@ def _shifts(record: dict[str, Any], history: Any) -> str:
     )
     return section(
         "What the adapter does to the base",
-        "Left: how far zero points moved, in code units; beyond half a code, rounding them would lose the change. "
+        "Left: how far zero points moved, in code units; rounded to whole codes they would lose up to half a code. "
         "Right: stable rank of the weight change by kind of layer; 1 means one direction does everything.",
         '<div class="two">',
         shift

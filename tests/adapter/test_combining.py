@@ -65,8 +65,14 @@ def test_adapters_of_different_blocks_do_not_combine():
         model.add_weighted_adapter(["default", "second"], [1, 1], "sum", "cat")
     model.add_adapter("elsewhere", config(in_factor=2, target_modules=["lm_head"]))
     model.add_adapter("here", config(in_factor=4, target_modules=["q_proj"]))
+    model.add_weighted_adapter(["here", "elsewhere"], [1, 1], "apart", "cat")  # no layer holds both
+    model.base_model.set_adapter(["here", "elsewhere"])
+    expected = logits(model.eval(), IDS)
+    model.set_adapter("apart")
+    torch.testing.assert_close(logits(model, IDS), expected, rtol=0, atol=1e-5)
+    model.add_adapter("pooled", config(in_factor=2, target_modules=["lm_head"], pooling="sum"))
     with pytest.raises(ConfigError, match=r"differ in .* at lm_head.*the same in_factor and out_factor"):
-        model.add_weighted_adapter(["here", "elsewhere"], [1, 1], "sum", "cat")
+        model.add_weighted_adapter(["here", "pooled"], [1, 1], "sum", "cat")
     model.add_adapter("third", config(in_factor=4, out_factor_pattern={"layers.1.mlp.up_proj": 4}))
     with pytest.raises(ConfigError, match=r"differ in .* at model\.layers\.1\.mlp\.up_proj"):
         model.add_weighted_adapter(["default", "third"], [1, 1], "sum", "cat")
@@ -147,3 +153,33 @@ def test_adapters_on_different_layers_combine_by_singular_values():
     found = logits(model.eval(), tokens())
     model.base_model.set_adapter(["a", "b"])
     torch.testing.assert_close(found, logits(model, tokens()), rtol=0, atol=2e-5)
+
+
+def partly(*layers, r=1):
+    return QBLoRAConfig(r=r, quantization_aware=True, target_modules=list(layers), init_lora_weights=False)
+
+
+def four_bits():
+    return quantize_model_(tiny_llama(), GroupQuantConfig())
+
+
+def test_an_adapter_of_some_layers_takes_the_place_of_one_of_all(tmp_path):
+    for name, layers in (("all", ["q_proj", "k_proj", "down_proj"]), ("some", ["q_proj", "k_proj"])):
+        made = get_peft_model(four_bits(), partly(*layers))
+        made.save_pretrained(tmp_path / name)
+    assert len({made.peft_config["default"].out_factor, 1}) <= 2
+    model = PeftModel.from_pretrained(four_bits(), tmp_path / "all").eval()
+    hotswap_adapter(model, str(tmp_path / "some"), adapter_name="default", torch_device="cpu")
+    expected = PeftModel.from_pretrained(four_bits(), tmp_path / "some").eval()
+    torch.testing.assert_close(logits(model, tokens()), logits(expected, tokens()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [["one", "two"], ["two", "one"]])
+def test_adapters_of_one_kind_on_different_layers_add_up_in_any_order(order):
+    model = get_peft_model(four_bits(), partly("q_proj", "k_proj"), "one")
+    model.add_adapter("two", partly("q_proj", "down_proj"))
+    model.add_weighted_adapter(order, [1.0, 1.0], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    summed = logits(model.eval(), tokens())
+    model.base_model.set_adapter(["one", "two"])
+    torch.testing.assert_close(summed, logits(model, tokens()), rtol=0, atol=1e-5)

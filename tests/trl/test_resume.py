@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback
 
-from qbl_trl.errors import CheckpointError
+from qbl_trl.config import GroupQuantConfig
+from qbl_trl.errors import CheckpointError, ConfigError
+from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.trl import checkpoints
 from qbl_trl.trl.callback import QBLoRACallback
 from qbl_trl.trl.checkpoints import NOTE, check_checkpoint, last_whole_checkpoint, set_aside_parts, write_json
-from tests.tiny import tokens
+from tests.tiny import tiny_llama, tokens
 from tests.trl import data
 from tests.trl.runs import adapter, losses, sft
 
@@ -212,3 +214,10 @@ def test_a_json_file_is_replaced_whole_and_an_unwritable_content_leaves_the_old_
         write_json(tmp_path / "a.json", {"x": object()})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
     assert [f.name for f in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_run_does_not_go_on_over_another_base(finished, tmp_path):
+    other = quantize_model_(tiny_llama(vocab_size=32), GroupQuantConfig(bits=8))
+    trainer = injected(tmp_path / "run", model=other, **SAVING)
+    with pytest.raises(ConfigError, match="was trained over a base with group_quant bits=4, and this one has"):
+        trainer.train(resume_from_checkpoint=str(finished / "checkpoint-2"))
