@@ -1,4 +1,7 @@
-"""A trace replaces functions of other libraries while it runs; other threads go on with the originals."""
+"""A trace replaces functions of modeling files and torch while it runs; other threads go on with the originals.
+
+Optimum replaces some too (torch's attention), for all threads: a model that runs beside an export may still fail.
+"""
 
 import threading
 from collections.abc import Callable
