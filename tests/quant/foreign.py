@@ -202,3 +202,39 @@ def write_gguf(path: Path, model, types: dict[str, str], default: str = "Q4_1", 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False}
+WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}},
+    "ignore": ["lm_head"],
+}
+HQQ = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 32, "axis": 1}}}
+
+
+def symmetric_compressed():
+    return COMPRESSED | {"config_groups": {"group_0": {"weights": WEIGHTS | {"symmetric": True}}}}
+
+
+def affines(bits=4, **changes):
+    return lambda rows, columns, seed: random_affine(rows, columns, bits, seed, **changes)
+
+
+def compressed_group(**changes):
+    return COMPRESSED | {"config_groups": {"group_0": {"weights": WEIGHTS} | changes}}
+
+
+def write_layer(folder, columns, size, settings, **changes):
+    """One GPTQ layer `layer` of 8 rows in groups of `size`, and its codes."""
+    affine = random_affine(8, columns, 4, 0, group=size)
+    made = gptq_tensors(affine, 4, group=size)
+    made.pop("g_idx", None)  # AutoRound writes none
+    folder.mkdir()
+    save_file({f"layer.{key}": value for key, value in (made | changes).items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    return affine

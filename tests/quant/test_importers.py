@@ -1,5 +1,4 @@
 import json
-import struct
 from functools import partial
 
 import pytest
@@ -15,51 +14,17 @@ from qbl_trl.quant.importers import convert_checkpoint, describe_checkpoint, rea
 from qbl_trl.quant.importers.reader import stored_group_size
 from qbl_trl.quant.linear import GroupQuantLinear
 from tests.quant import foreign
+from tests.quant.foreign import (
+    AUTO_ROUND,
+    AWQ,
+    COMPRESSED,
+    GPTQ,
+    HQQ,
+    affines,
+    symmetric_compressed,
+    write_layer,
+)
 from tests.tiny import logits, tokens
-
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
-AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False}
-WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
-COMPRESSED = {
-    "quant_method": "compressed-tensors",
-    "format": "pack-quantized",
-    "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}},
-    "ignore": ["lm_head"],
-}
-HQQ = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 32, "axis": 1}}}
-
-
-def symmetric_compressed():
-    return COMPRESSED | {"config_groups": {"group_0": {"weights": WEIGHTS | {"symmetric": True}}}}
-
-
-def affines(bits=4, **changes):
-    return lambda rows, columns, seed: foreign.random_affine(rows, columns, bits, seed, **changes)
-
-
-def compressed_group(**changes):
-    return COMPRESSED | {"config_groups": {"group_0": {"weights": WEIGHTS} | changes}}
-
-
-def narrow_words(affine):
-    tensors = foreign.gptq_tensors(affine, 4)
-    return tensors | {"qweight": tensors["qweight"].view(torch.int16).contiguous()}
-
-
-def changed(part, change, make=foreign.gptq_tensors):
-    def tensors(affine):
-        made = make(affine, bits=4)
-        return made | {part: change(made[part])}
-
-    return tensors
-
-
-def without(part, make):
-    def tensors(affine):
-        return {name: tensor for name, tensor in make(affine, bits=4).items() if name != part}
-
-    return tensors
 
 
 def case(name, tensors, quantization, affine_of, bits=4, zeros="packed", **changes):
@@ -224,64 +189,6 @@ def test_layers_that_gptqmodel_names_have_their_own_symmetry(tmp_path):
     assert all(torch.equal(found[name].dequantize(), dequantize(*written[name], 32)) for name in written)
 
 
-@pytest.mark.parametrize(
-    ("tensors", "quantization", "affine_of", "message"),
-    [
-        (partial(foreign.gptq_tensors, bits=4, act_order=True), GPTQ, affines(), "desc_act=true"),
-        (partial(foreign.gptq_tensors, bits=4), GPTQ | {"checkpoint_format": "marlin"}, affines(), "marlin"),
-        (partial(foreign.gptq_tensors, bits=4), GPTQ | {"sym": True}, affines(), "sym=true"),
-        (foreign.awq_tensors, AWQ | {"version": "gemv_fast"}, affines(), "gemv_fast"),
-        (foreign.awq_tensors, AWQ | {"bits": 8}, affines(), "8 bits"),
-        (partial(foreign.hqq_tensors, bits=4, axis=0), HQQ, affines(zeros="float"), "axis=0"),
-        (foreign.awq_tensors, COMPRESSED | {"format": "marlin-24"}, affines(), "marlin-24"),
-        (partial(foreign.gptq_tensors, bits=4), GPTQ | {"pack_dtype": "int16"}, affines(), "int16"),
-        (narrow_words, GPTQ, affines(), r"holds torch\.int16"),
-        (without("g_idx", foreign.gptq_tensors), GPTQ | {"desc_act": True}, affines(), "has no g_idx"),
-        (partial(foreign.gptq_tensors, bits=4), GPTQ | {"group_size": "all"}, affines(), "group_size"),
-        (partial(foreign.gptq_tensors, bits=4), AUTO_ROUND | {"act_bits": 8}, affines(), "activations are quantized"),
-        (
-            partial(foreign.awq_tensors, version="gemv"),
-            {"quant_method": "awq", "version": "gemv"},
-            affines(),
-            "no group_size is stated",
-        ),
-        (
-            without("weight_zero_point", partial(foreign.compressed_tensors, symmetric=False)),
-            COMPRESSED,
-            affines(),
-            "symmetric=false",
-        ),
-        (foreign.awq_tensors, COMPRESSED | {"config_groups": None}, affines(), "names no config_groups"),
-        (
-            foreign.awq_tensors,
-            COMPRESSED | {"transform_config": {"config_groups": {"R1": {}}}},
-            affines(),
-            "rotates activations",
-        ),
-        (foreign.awq_tensors, compressed_group(input_activations={"num_bits": 8}), affines(), "activations"),
-        (foreign.awq_tensors, compressed_group(output_activations={"num_bits": 8}), affines(), "activations"),
-        (foreign.awq_tensors, COMPRESSED | {"kv_cache_scheme": {"num_bits": 8}}, affines(), "activations"),
-        (foreign.awq_tensors, compressed_group(weights=WEIGHTS | {"type": "float"}), affines(), "type 'float'"),
-        (
-            partial(foreign.compressed_tensors, bits=8, symmetric=False),
-            compressed_group(weights=WEIGHTS | {"num_bits": 7}),
-            affines(8),
-            "7-bit codes",
-        ),
-        (foreign.awq_tensors, {"quant_method": "aqlm"}, affines(), "'aqlm' cannot be imported"),
-        (foreign.awq_tensors, HQQ, affines(), r"no tensor is called \*\.W_q"),
-        (changed("scales", torch.flatten), GPTQ, affines(), r"no gptq layer by its shapes: .*scales \(\d+,\)"),
-        (changed("scales", lambda s: s * torch.nan), GPTQ, affines(), "its scales are not all finite numbers"),
-    ],
-)
-def test_what_cannot_be_read_exactly_is_refused(tmp_path, tensors, quantization, affine_of, message):
-    foreign.write_folder(tmp_path / "in", tensors, quantization, affine_of)
-    with pytest.raises(CheckpointError, match=message):
-        convert_checkpoint(tmp_path / "in", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]  # nothing half-written stays behind
-
-
 def test_an_output_folder_with_files_is_left_alone(tmp_path):
     foreign.write_folder(tmp_path / "in", foreign.awq_tensors, AWQ, affines())
     (tmp_path / "out").mkdir()
@@ -289,32 +196,6 @@ def test_an_output_folder_with_files_is_left_alone(tmp_path):
     with pytest.raises(ConfigError, match="not empty"):
         convert_checkpoint(tmp_path / "in", tmp_path / "out")
     assert (tmp_path / "out" / "mine").read_text() == "x"
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda file: file.write_bytes(file.read_bytes()[:-100]), "model.safetensors"),
-        (lambda file: file.write_bytes(struct.pack("<Q", 1 << 40) + file.read_bytes()[8:]), "model.safetensors"),
-        (lambda file: file.unlink(), "no \\*.safetensors file"),
-    ],
-    ids=["cut", "header", "missing"],
-)
-def test_a_damaged_file_is_named(tmp_path, damage, message):
-    foreign.write_folder(tmp_path / "in", foreign.awq_tensors, AWQ, affines())
-    damage(tmp_path / "in" / "model.safetensors")
-    with pytest.raises(CheckpointError, match=message):
-        describe_checkpoint(tmp_path / "in")
-
-
-def test_a_source_that_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="no such file or folder"):
-        describe_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"no config\.json and 0 GGUF files"):
-        describe_checkpoint(tmp_path)
-    (tmp_path / "model.gguf").write_bytes(b"not a gguf file")
-    with pytest.raises(CheckpointError, match="is not a GGUF file"):
-        describe_checkpoint(tmp_path / "model.gguf")
 
 
 def test_the_dtype_of_what_is_not_quantized_can_be_chosen(tmp_path):
@@ -335,17 +216,6 @@ def test_a_large_checkpoint_is_written_in_shards(tmp_path, monkeypatch):
     torch.testing.assert_close(logits(model, tokens()), logits(reference, tokens()), rtol=0, atol=1e-5)
 
 
-def write_layer(folder, columns, size, settings, **changes):
-    """One GPTQ layer `layer` of 8 rows in groups of `size`, and its codes."""
-    affine = foreign.random_affine(8, columns, 4, 0, group=size)
-    made = foreign.gptq_tensors(affine, 4, group=size)
-    made.pop("g_idx", None)  # AutoRound writes none
-    folder.mkdir()
-    foreign.save_file({f"layer.{key}": value for key, value in (made | changes).items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
-    return affine
-
-
 def test_a_layer_has_the_group_size_that_the_file_states_for_it(tmp_path):
     settings = AUTO_ROUND | {"packing_format": "auto_round:auto_gptq", "extra_config": {".*yer": {"group_size": 128}}}
     affine = write_layer(tmp_path / "in", 192, 128, settings)
@@ -354,16 +224,6 @@ def test_a_layer_has_the_group_size_that_the_file_states_for_it(tmp_path):
     write_layer(tmp_path / "silent", 192, 128, settings | {"extra_config": {}})
     with pytest.raises(CheckpointError, match=r"2 groups over 192 inputs .* may be of several sizes"):
         describe_checkpoint(tmp_path / "silent")
-
-
-def test_tensors_that_belong_to_no_code_are_refused(tmp_path):
-    settings = AUTO_ROUND | {"packing_format": "auto_round:auto_gptq"}
-    write_layer(tmp_path / "extra", 64, 32, settings, spinquant_r1_size=torch.ones(1))
-    with pytest.raises(CheckpointError, match="layer holds a tensor 'spinquant_r1_size' that is no part of"):
-        describe_checkpoint(tmp_path / "extra")
-    write_layer(tmp_path / "rotated", 64, 32, settings | {"rotation_config": {"block": 32}})
-    with pytest.raises(CheckpointError, match="rotation_config rotates activations"):
-        describe_checkpoint(tmp_path / "rotated")
 
 
 def test_a_quantized_head_is_no_longer_tied(tmp_path):

@@ -1,0 +1,127 @@
+"""Foreign checkpoints that cannot be read exactly, or are damaged: refused by name."""
+
+import struct
+from functools import partial
+
+import pytest
+import torch
+
+import qbl_trl  # noqa: F401  (registers the quantizer)
+from qbl_trl.errors import CheckpointError
+from qbl_trl.quant.importers import convert_checkpoint, describe_checkpoint
+from tests.quant import foreign
+from tests.quant.foreign import AUTO_ROUND, AWQ, COMPRESSED, GPTQ, HQQ, WEIGHTS, affines, compressed_group, write_layer
+
+
+def narrow_words(affine):
+    tensors = foreign.gptq_tensors(affine, 4)
+    return tensors | {"qweight": tensors["qweight"].view(torch.int16).contiguous()}
+
+
+def changed(part, change, make=foreign.gptq_tensors):
+    def tensors(affine):
+        made = make(affine, bits=4)
+        return made | {part: change(made[part])}
+
+    return tensors
+
+
+def without(part, make):
+    def tensors(affine):
+        return {name: tensor for name, tensor in make(affine, bits=4).items() if name != part}
+
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("tensors", "quantization", "affine_of", "message"),
+    [
+        (partial(foreign.gptq_tensors, bits=4, act_order=True), GPTQ, affines(), "desc_act=true"),
+        (partial(foreign.gptq_tensors, bits=4), GPTQ | {"checkpoint_format": "marlin"}, affines(), "marlin"),
+        (partial(foreign.gptq_tensors, bits=4), GPTQ | {"sym": True}, affines(), "sym=true"),
+        (foreign.awq_tensors, AWQ | {"version": "gemv_fast"}, affines(), "gemv_fast"),
+        (foreign.awq_tensors, AWQ | {"bits": 8}, affines(), "8 bits"),
+        (partial(foreign.hqq_tensors, bits=4, axis=0), HQQ, affines(zeros="float"), "axis=0"),
+        (foreign.awq_tensors, COMPRESSED | {"format": "marlin-24"}, affines(), "marlin-24"),
+        (partial(foreign.gptq_tensors, bits=4), GPTQ | {"pack_dtype": "int16"}, affines(), "int16"),
+        (narrow_words, GPTQ, affines(), r"holds torch\.int16"),
+        (without("g_idx", foreign.gptq_tensors), GPTQ | {"desc_act": True}, affines(), "has no g_idx"),
+        (partial(foreign.gptq_tensors, bits=4), GPTQ | {"group_size": "all"}, affines(), "group_size"),
+        (partial(foreign.gptq_tensors, bits=4), AUTO_ROUND | {"act_bits": 8}, affines(), "activations are quantized"),
+        (
+            partial(foreign.awq_tensors, version="gemv"),
+            {"quant_method": "awq", "version": "gemv"},
+            affines(),
+            "no group_size is stated",
+        ),
+        (
+            without("weight_zero_point", partial(foreign.compressed_tensors, symmetric=False)),
+            COMPRESSED,
+            affines(),
+            "symmetric=false",
+        ),
+        (foreign.awq_tensors, COMPRESSED | {"config_groups": None}, affines(), "names no config_groups"),
+        (
+            foreign.awq_tensors,
+            COMPRESSED | {"transform_config": {"config_groups": {"R1": {}}}},
+            affines(),
+            "rotates activations",
+        ),
+        (foreign.awq_tensors, compressed_group(input_activations={"num_bits": 8}), affines(), "activations"),
+        (foreign.awq_tensors, compressed_group(output_activations={"num_bits": 8}), affines(), "activations"),
+        (foreign.awq_tensors, COMPRESSED | {"kv_cache_scheme": {"num_bits": 8}}, affines(), "activations"),
+        (foreign.awq_tensors, compressed_group(weights=WEIGHTS | {"type": "float"}), affines(), "type 'float'"),
+        (
+            partial(foreign.compressed_tensors, bits=8, symmetric=False),
+            compressed_group(weights=WEIGHTS | {"num_bits": 7}),
+            affines(8),
+            "7-bit codes",
+        ),
+        (foreign.awq_tensors, {"quant_method": "aqlm"}, affines(), "'aqlm' cannot be imported"),
+        (foreign.awq_tensors, HQQ, affines(), r"no tensor is called \*\.W_q"),
+        (changed("scales", torch.flatten), GPTQ, affines(), r"no gptq layer by its shapes: .*scales \(\d+,\)"),
+        (changed("scales", lambda s: s * torch.nan), GPTQ, affines(), "its scales are not all finite numbers"),
+    ],
+)
+def test_what_cannot_be_read_exactly_is_refused(tmp_path, tensors, quantization, affine_of, message):
+    foreign.write_folder(tmp_path / "in", tensors, quantization, affine_of)
+    with pytest.raises(CheckpointError, match=message):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]  # nothing half-written stays behind
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-100]), "model.safetensors"),
+        (lambda file: file.write_bytes(struct.pack("<Q", 1 << 40) + file.read_bytes()[8:]), "model.safetensors"),
+        (lambda file: file.unlink(), "no \\*.safetensors file"),
+    ],
+    ids=["cut", "header", "missing"],
+)
+def test_a_damaged_file_is_named(tmp_path, damage, message):
+    foreign.write_folder(tmp_path / "in", foreign.awq_tensors, AWQ, affines())
+    damage(tmp_path / "in" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        describe_checkpoint(tmp_path / "in")
+
+
+def test_a_source_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        describe_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"no config\.json and 0 GGUF files"):
+        describe_checkpoint(tmp_path)
+    (tmp_path / "model.gguf").write_bytes(b"not a gguf file")
+    with pytest.raises(CheckpointError, match="is not a GGUF file"):
+        describe_checkpoint(tmp_path / "model.gguf")
+
+
+def test_tensors_that_belong_to_no_code_are_refused(tmp_path):
+    settings = AUTO_ROUND | {"packing_format": "auto_round:auto_gptq"}
+    write_layer(tmp_path / "extra", 64, 32, settings, spinquant_r1_size=torch.ones(1))
+    with pytest.raises(CheckpointError, match="layer holds a tensor 'spinquant_r1_size' that is no part of"):
+        describe_checkpoint(tmp_path / "extra")
+    write_layer(tmp_path / "rotated", 64, 32, settings | {"rotation_config": {"block": 32}})
+    with pytest.raises(CheckpointError, match="rotation_config rotates activations"):
+        describe_checkpoint(tmp_path / "rotated")
