@@ -14,6 +14,7 @@ from typing import Any
 import qbl_trl
 from qbl_trl.config import ALLOWED_GROUP_SIZES, SCALE_DTYPES
 from qbl_trl.errors import ConfigError, QblError
+from qbl_trl.folders import refuse_graph
 from qbl_trl.onnx import options
 
 _NEW = "a new or empty folder"
@@ -216,8 +217,7 @@ def _check_exists(name: str) -> None:
 def _check_holds_model(name: str) -> None:
     """A folder is opened for its weights."""
     folder = Path(name)
-    if folder.is_dir() and any(folder.glob("*.onnx")):
-        raise ConfigError(f"{name} holds an ONNX graph; name the folder of the model that it was exported from")
+    refuse_graph(folder)
     if (folder / "adapter_config.json").is_file():
         raise ConfigError(f"{name} is an adapter; `qbl-trl merge {name} MERGED` makes a model of it and its base")
     if folder.is_dir() and not (folder / "config.json").is_file():

@@ -26,10 +26,11 @@ def check_free(folder: str | os.PathLike[str], overwrite: bool = False, error: t
     filled = path.is_dir() and any(path.iterdir())
     if filled and not overwrite:
         raise error(f"{path} is not empty; choose another folder, or set overwrite to replace all of it")
-    if filled and _stays(path):
+    stays = _stays(path)
+    if filled and stays:
         raise error(f"{path} is in use and cannot be replaced (a mount, or the current folder); name a folder in it")
     real = path.resolve()
-    above = real if _stays(path) else next(parent for parent in real.parents if parent.exists())
+    above = real if stays else next(parent for parent in real.parents if parent.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=above):
             pass
@@ -91,6 +92,21 @@ def new_folder(
         raise error(f"{folder}: {reason.strerror}; nothing was written") from reason
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def refuse_graph(folder: Path, error: type[QblError] = ConfigError) -> None:
+    """Refuse an exported folder where a model is wanted.
+
+    Raises:
+        ConfigError (or the `error` given): if it holds an ONNX graph.
+    """
+    if any(folder.glob("*.onnx")):
+        raise error(f"{folder} holds an ONNX graph; name the folder of the model that it was exported from")
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files of a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _stays(path: Path) -> bool:

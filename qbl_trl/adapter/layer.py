@@ -29,6 +29,14 @@ from qbl_trl.quant.blocks import expand_delta
 from qbl_trl.quant.linear import GroupQuantLinear
 
 
+def two_kinds(name: str) -> ConfigError:
+    """What is said where a LoRA and a balanced adapter would share a layer."""
+    return ConfigError(
+        f"{name or 'a layer'}: one layer cannot hold a LoRA and a balanced adapter; use "
+        "QBLoRAConfig(in_factor=1, out_factor=1) for the LoRA, which computes the same"
+    )
+
+
 class BalancedLinear(nn.Module, MergesIntoBase):
     """A frozen base layer and its balanced adapters, by name.
 
@@ -107,10 +115,7 @@ class BalancedLinear(nn.Module, MergesIntoBase):
             ConfigError: if the factors do not fit this layer; the message names the layer and what would fit.
         """
         if not isinstance(config, QBLoRAConfig):  # PEFT's LoRA takes this for a layer of its own
-            raise ConfigError(
-                f"{target_name or 'a layer'}: one layer cannot hold a balanced adapter and a LoRA; use "
-                "QBLoRAConfig(in_factor=1, out_factor=1) for the LoRA, which computes the same"
-            )
+            raise two_kinds(target_name)
         if r <= 0:
             raise ConfigError(f"{target_name}: r={r} must be at least 1")
         p, e = choose_factors(self.base, config, target_name)

@@ -45,9 +45,7 @@ class MergesIntoBase(LoraLayer):
             MergeError: if the base cannot take the change exactly, or the result is not finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.rank]
-        self.check_merge(names, safe_merge)
-        if names:
-            self.take_over_base()
+        self._rest_on(self.check_merge(names, safe_merge))
         for name in names:
             layer = self.get_base_layer()
             if isinstance(layer, GroupQuantLinear):
@@ -59,14 +57,19 @@ class MergesIntoBase(LoraLayer):
                 layer.weight.data = merged  # type: ignore[union-attr]
             self.merged_adapters.append(name)
 
-    def check_merge(self, adapter_names: list[str], safe_merge: bool = False) -> None:
+    def check_merge(self, adapter_names: list[str], safe_merge: bool = False) -> nn.Module:
         """Refuse what `merge` would refuse, before anything is changed; adapters of other layers are no matter.
+
+        Returns:
+            The base that would be merged into.
 
         Raises:
             MergeError: if the base cannot take the change exactly, or (safe_merge) the change is not finite.
         """
-        for name in [name for name in adapter_names if name in self.rank]:
-            layer, p = self._taken_over(), self.in_factor[name]
+        names = [name for name in adapter_names if name in self.rank]
+        layer = self._taken_over() if names else self.get_base_layer()
+        for name in names:
+            p = self.in_factor[name]
             if isinstance(layer, GroupQuantLinear) and p % layer.group_size:
                 raise MergeError(
                     f"in_factor={p} is no multiple of the base's quantization group of {layer.group_size}: the "
@@ -82,6 +85,7 @@ class MergesIntoBase(LoraLayer):
                 )
             if safe_merge and not torch.isfinite(self.block_delta(name)).all():
                 raise MergeError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        return layer
 
     def merges_exactly(self) -> bool:
         """Whether merging the active adapters changes nothing but the place where they are stored."""
@@ -94,9 +98,11 @@ class MergesIntoBase(LoraLayer):
         Raises:
             MergeError: if its codes cannot be read.
         """
-        if self.base.holds_codes:
-            self.base_layer = self._taken_over()
-            self.base = describe(self.base_layer)
+        self._rest_on(self._taken_over())
+
+    def _rest_on(self, layer: nn.Module) -> None:
+        if layer is not self.get_base_layer():
+            self.base_layer, self.base = layer, describe(layer)
 
     def _taken_over(self) -> nn.Module:
         """The base as it will be merged into; this layer stays as it is."""

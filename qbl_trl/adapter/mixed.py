@@ -13,9 +13,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.mixed import model as mixed_model
 from torch import nn
 
-from qbl_trl.adapter.layer import BalancedLinear, record_placed_
+from qbl_trl.adapter.layer import BalancedLinear, record_placed_, two_kinds
 from qbl_trl.config import QBLoRAConfig
-from qbl_trl.errors import ConfigError
 from qbl_trl.peft_type import QBLORA
 
 
@@ -54,7 +53,4 @@ def check_one_kind(config: Any, target: nn.Module, name: str) -> None:
     low_rank = isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig)
     held = isinstance(target, LoraLayer) and not isinstance(target, AdaLoraLayer)
     if low_rank and held and isinstance(config, QBLoRAConfig) != isinstance(target, BalancedLinear):
-        raise ConfigError(
-            f"{name}: one layer cannot hold a LoRA and a balanced adapter; use "
-            "QBLoRAConfig(in_factor=1, out_factor=1) for the LoRA, which computes the same"
-        )
+        raise two_kinds(name)

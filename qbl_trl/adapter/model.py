@@ -151,10 +151,12 @@ class QBLoRAModel(LoraModel):
         for layer_name, layer in self.model.named_modules():
             if isinstance(layer, BalancedLinear):
                 held = [name for name in adapters if name in layer.rank]
-                shapes = {self._block_shape(layer, name) for name in held}
-                shapes |= {(*pair, first.pooling) for pair in [shape[:2] for shape in shapes][:1]}
-                if held and adapters[0] not in held:
-                    others[layer_name] = layer.in_factor[held[0]], layer.out_factor[held[0]]
+                if not held:
+                    continue
+                p, e = layer.in_factor[held[0]], layer.out_factor[held[0]]
+                if adapters[0] not in held:
+                    others[layer_name] = p, e
+                shapes = {(p, e, first.pooling), *(self._block_shape(layer, name) for name in held)}
                 if len(shapes) > 1:
                     raise ConfigError(
                         f"add_weighted_adapter: {', '.join(adapters)} differ in (in_factor, out_factor, pooling) at "

@@ -41,14 +41,12 @@ def record_base_(config: QBLoRAConfig, stored: Any) -> None:
     if config.base_quantization is None and (here is None or not config.completed):
         config.base_quantization, config.completed = here, True
         return
-    told, held = (_identity(base or {"quant_method": None}) for base in (config.base_quantization, here))
-    other = [name for name in told if name not in held or told[name] != held[name]]
+    other, first, second = _differences(config.base_quantization, here)
     if config.completed and other == [_MERGED]:  # a round of adapters more, over what the last one was merged into
         config.base_quantization = here
         return
     if not other:
         return
-    first, second = (_described(base, other) for base in (told, held))
     if config.completed:
         raise ConfigError(
             f"this QBLoRAConfig was completed for a base with {first} when it was first placed, and this one has "
@@ -67,10 +65,8 @@ def check_same_base(saved: QBLoRAConfig, stored: Any, where: Any) -> None:
     Raises:
         ConfigError: naming what differs.
     """
-    told, held = (_identity(base or {"quant_method": None}) for base in (saved.base_quantization, _recordable(stored)))
-    other = [name for name in told if name not in held or told[name] != held[name]]
+    other, first, second = _differences(saved.base_quantization, _recordable(stored))
     if other:
-        first, second = (_described(base, other) for base in (told, held))
         raise ConfigError(
             f"{where} was trained over a base with {first}, and this one has {second}: load the base as its "
             "adapter_config.json says (base_quantization), or train anew"
@@ -90,6 +86,13 @@ def record_layers_(config: QBLoRAConfig, model: nn.Module) -> None:
             "load it with the one that it was trained with",
             stacklevel=2,
         )
+
+
+def _differences(recorded: dict[str, Any] | None, here: dict[str, Any] | None) -> tuple[list[str], str, str]:
+    """The settings in which a base is not the recorded one, and what each of the two has there."""
+    told, held = (_identity(base or {"quant_method": None}) for base in (recorded, here))
+    other = [name for name in told if name not in held or told[name] != held[name]]
+    return other, _described(told, other), _described(held, other)
 
 
 def _identity(recorded: dict[str, Any]) -> dict[str, Any]:

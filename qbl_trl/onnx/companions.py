@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from qbl_trl.adapter.wrapped import is_decoder
 from qbl_trl.errors import ExportError
+from qbl_trl.folders import refuse_graph
 from qbl_trl.loading import load_adapter, open_model
 from qbl_trl.tokenizers import open_tokenizer, save_tokenizer
 
@@ -70,8 +71,7 @@ def load_model(model_or_path: Any) -> torch.nn.Module:
     if (folder / "adapter_config.json").is_file():
         adapted: torch.nn.Module = load_adapter(folder)
         return adapted
-    if any(folder.glob("*.onnx")):
-        raise ExportError(f"{folder} holds an ONNX graph; name the folder of the model that it was exported from")
+    refuse_graph(folder, ExportError)
     if not (folder / "config.json").is_file():
         raise ExportError(f"{folder} holds no model: neither config.json nor adapter_config.json is there")
     model: torch.nn.Module = open_model(folder, dtype="auto")

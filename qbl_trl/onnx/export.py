@@ -14,13 +14,13 @@ import torch
 from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError
-from qbl_trl.folders import check_apart, check_free, new_folder
+from qbl_trl.folders import check_apart, check_free, folder_bytes, new_folder
 from qbl_trl.onnx import companions
 from qbl_trl.onnx.attention import takes_query_lengths
 from qbl_trl.onnx.branches import choose_branches
 from qbl_trl.onnx.choices import WHOLE, save_settled
 from qbl_trl.onnx.digits import layout_for
-from qbl_trl.onnx.files import GENAI_FILE, MODEL_FILE, clear, folder_bytes, graph_files, save
+from qbl_trl.onnx.files import GENAI_FILE, MODEL_FILE, clear, graph_files, save
 from qbl_trl.onnx.gate import Disagreement, Gate, Unrunnable
 from qbl_trl.onnx.genai import write_genai_config
 from qbl_trl.onnx.kernels import cuda_fallbacks

@@ -24,8 +24,3 @@ def clear(folder: Path) -> None:
     """Remove the files of a folder."""
     for left in folder.iterdir():
         left.unlink()
-
-
-def folder_bytes(folder: Path) -> int:
-    """Size of all files of a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -25,18 +25,18 @@ def write_genai_config(config: Any, generation: Any, folder: Path, provider: str
         shares: past and present may be one buffer, made at once for `max_length` tokens (GroupQueryAttention).
         length: tokens the graph can read.
     """
-    if not shares:
-        (folder / GENAI_FILE).unlink(missing_ok=True)
-    graph_file = GENAI_FILE if (folder / GENAI_FILE).is_file() else MODEL_FILE
-    graph = onnx.load(folder / graph_file, load_external_data=False).graph
+    own = folder / GENAI_FILE
+    graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
     names = {value.name for value in graph.input}
     caches = [value.type.tensor_type.shape.dim for value in graph.output if value.name.startswith("present.")]
     sizes = {(dims[1].dim_value, dims[3].dim_value) for dims in caches}
-    if len(sizes) != 1 or 0 in (heads_and_width := sizes.pop()):
-        (folder / GENAI_FILE).unlink(missing_ok=True)
+    one_size = len(sizes) == 1 and 0 not in next(iter(sizes))
+    if not (shares and one_size):
+        own.unlink(missing_ok=True)
+    if not one_size:
         logger.info("no genai_config.json: ONNX Runtime GenAI has one size for all keys and values, this graph several")
         return
-    heads, width = heads_and_width
+    heads, width = sizes.pop()
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in names}
     eos = _first_set(getattr(generation, "eos_token_id", None), config.eos_token_id)
     pad = _first_set(getattr(generation, "pad_token_id", None), config.pad_token_id, eos)
@@ -47,7 +47,7 @@ def write_genai_config(config: Any, generation: Any, folder: Path, provider: str
             "context_length": length,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": options},
-                "filename": graph_file,
+                "filename": own.name if own.is_file() else MODEL_FILE,
                 "head_size": width,
                 "hidden_size": config.hidden_size,
                 "inputs": {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.adapter.wrapped import is_decoder
 from qbl_trl.errors import ConfigError, ExportError, MergeError
-from qbl_trl.folders import new_folder
+from qbl_trl.folders import folder_bytes, new_folder
 from qbl_trl.merging import merge, unwrap
 from qbl_trl.parity import compare, logits_of, unpatched_forward
 from qbl_trl.quant.head import input_table
@@ -136,18 +136,13 @@ def sizes(model: nn.Module, merged: nn.Module | None) -> dict[str, int]:
     return found
 
 
-def folder_bytes(folder: Path) -> int:
-    """Size of every file of a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
 def _parity(model: nn.Module, merged: nn.Module, input_ids: Tensor | None) -> tuple[dict[str, Any] | None, str]:
     """The comparison, or None and why the trained model gave no logits for these ids."""
     trained = unwrap(model)
     if input_ids is None:
         return None, f"a {type(trained).__name__} reads no token ids"
     mask = torch.ones_like(input_ids)
-    with unpatched_forward(trained), torch.autocast(input_ids.device.type, enabled=False):
+    with unpatched_forward(trained):
         try:
             trained_logits = logits_of(trained)(input_ids, mask)
         except Exception as error:  # whatever its forward misses; the merged model is not to blame

@@ -8,7 +8,10 @@ model is a PeftModel. So the trainer is found and given the PeftModel.
 import copy
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -36,13 +39,16 @@ def find_trainer(model: nn.Module) -> Trainer | None:
 
     Events carry no reference to the trainer; the stack is the only place where it can be met at `on_init_end`.
     """
-    frame = sys._getframe(1)
+    callers = (variables.get("self") for variables in _callers())
+    return next((c for c in callers if isinstance(c, Trainer) and getattr(c, "model", None) is model), None)
+
+
+def _callers() -> Iterator[dict[str, Any]]:
+    """Variables of the functions that are running, the nearest first."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, Trainer) and getattr(caller, "model", None) is model:
-            return caller
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+        yield frame.f_locals
+        frame = frame.f_back
 
 
 def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> PeftModel:
@@ -78,12 +84,10 @@ def _train_added_tokens_(config: QBLoRAConfig) -> None:
 
     SFTTrainer keeps the new ids in a variable of its constructor, which is running now.
     """
-    frame = sys._getframe(1)
-    while frame is not None and not frame.f_locals.get("added_tokens"):
-        frame = frame.f_back  # type: ignore[assignment]
-    if frame is None or not isinstance(frame.f_locals.get("self"), Trainer):
+    building = next((variables for variables in _callers() if variables.get("added_tokens")), {})
+    if not isinstance(building.get("self"), Trainer):
         return
-    added, rows = frame.f_locals["added_tokens"], config.trainable_token_indices
+    added, rows = building["added_tokens"], config.trainable_token_indices
     if rows is None or isinstance(rows, list):
         config.trainable_token_indices = {"embed_tokens": [*(rows or []), *added]}
     else:
@@ -146,10 +150,8 @@ def check_resumed(model: nn.Module) -> None:
     Raises:
         ConfigError: naming what differs.
     """
-    frame = sys._getframe(1)
-    while frame is not None and not isinstance(frame.f_locals.get("resume_from_checkpoint"), str):
-        frame = frame.f_back  # type: ignore[assignment]
-    folder = None if frame is None else Path(frame.f_locals["resume_from_checkpoint"])
+    named = (variables.get("resume_from_checkpoint") for variables in _callers())
+    folder = next((Path(name) for name in named if isinstance(name, str)), None)
     if folder is None or not (folder / "adapter_config.json").is_file():
         return
     saved = saved_adapter(folder)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 
 from qbl_trl.errors import ConfigError
-from qbl_trl.folders import check_free
+from qbl_trl.folders import check_free, folder_bytes
 from qbl_trl.trl import finish
 from qbl_trl.trl.run_record import RunRecord
 
@@ -101,7 +101,7 @@ class Outputs:
     def _write(self, record: RunRecord, merged: nn.Module, folder: Path, tokenizer: Any) -> None:
         finish.write_merged(merged, tokenizer, folder, self.overwrite)
         record.merge["output"] = str(folder)
-        record.sizes["merged_folder"] = finish.folder_bytes(folder)
+        record.sizes["merged_folder"] = folder_bytes(folder)
         if self.onnx is not None:
             record.export = finish.export(folder, self.onnx, {"overwrite": self.overwrite, **self.onnx_options})
 

@@ -61,12 +61,10 @@ def computing_merged(model: nn.Module, stored: str | None = None) -> Iterator[No
 
 
 def _either(layer: BalancedLinear, merged: nn.Module) -> Any:
-    base, trained = base_of(layer), active(layer)
+    trained = active(layer)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if layer.disable_adapters:
-            return cast(Tensor, base(x, *args, **kwargs))
-        if active(layer) != trained:
+        if layer.disable_adapters or active(layer) != trained:
             return type(layer).forward(layer, x, *args, **kwargs)
         return cast(Tensor, merged(x, *args, **kwargs))
 

@@ -11,17 +11,13 @@ Interleaved: field i of a word holds column (0, 2, 4, 6, 1, 3, 5, 7)[i] of its e
 Source: AutoAWQ, awq/modules/linear/gemm.py and gemv.py.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import Affine
-from qbl_trl.quant.importers.folders import (
-    ROTATIONS,
-    FolderReader,
-    own_settings,
-    refuse_activations,
-    refuse_rotations,
-)
+from qbl_trl.quant.importers.folders import FolderReader, own_settings, refuse_run_time
 from qbl_trl.quant.importers.reader import build, split_words
 from qbl_trl.quant.linear import GroupQuantLinear
 
@@ -36,8 +32,7 @@ class AWQReader(FolderReader):
     marker, parts, scales = "qweight", ("qweight", "qzeros", "scales"), "scales"
 
     def check(self) -> None:
-        refuse_rotations(self.folder, self.quantization, *ROTATIONS)
-        refuse_activations(self.folder, bool(self.quantization.get("static_kv_dtype")))
+        refuse_run_time(self.folder, self.quantization)
         version = self._version()
         if version not in ("gemm", "gemv"):
             raise CheckpointError(
@@ -53,8 +48,8 @@ class AWQReader(FolderReader):
     def stated_group_size(self) -> int:
         return int(self.quantization.get("group_size", self.quantization.get("q_group_size", -1)) or -1)
 
-    def group_size_of(self, name: str) -> int:
-        return int(own_settings(self.quantization, name).get("group_size") or self.stated_group_size)
+    def own(self, name: str) -> dict[str, Any]:
+        return own_settings(self.quantization, name)
 
     def geometry(self, name: str) -> tuple[int, int, int]:
         rows, columns = self.shards.shape(f"{name}.qweight")

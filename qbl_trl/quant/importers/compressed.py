@@ -36,7 +36,7 @@ class CompressedReader(FolderReader):
         if not isinstance(named, dict) or not all(isinstance(group, dict) for group in named.values()):
             raise CheckpointError(f"{self.folder}: quantization_config names no config_groups; the file is damaged")
         transforms = self.quantization.get("transform_config") or {}
-        refuse_rotations(self.folder, {"transform_config": transforms.get("config_groups")}, "transform_config")
+        refuse_rotations(self.folder, transform_config=transforms.get("config_groups"))
         refuse_activations(self.folder, bool(self.quantization.get("kv_cache_scheme")))
         groups = named.values()
         layouts = {group.get("format") or self.quantization.get("format") for group in groups}
@@ -59,20 +59,17 @@ class CompressedReader(FolderReader):
         sizes = {(group["weights"].get("group_size") or -1) for group in self.quantization["config_groups"].values()}
         return int(sizes.pop()) if len(sizes) == 1 else -1
 
-    def group_size_of(self, name: str) -> int:
-        return int(self._weights(name).get("group_size") or -1)
-
     def geometry(self, name: str) -> tuple[int, int, int]:
         in_features = int(self.part(name, "weight_shape")[1])
         words = self.shards.shape(f"{name}.weight_packed")[1]
         fitting = [bits for bits in ALLOWED_BITS if -(-in_features * bits // 32) == words]
         bits = (fitting or [words * 32 // in_features])[0]
-        stated = self._weights(name).get("num_bits", bits)
+        stated = self.own(name).get("num_bits", bits)
         if stated not in ALLOWED_BITS:  # older files pad 7-bit codes to words, as many as 8-bit codes take
             bits = stated
         return bits, in_features, self.shards.shape(f"{name}.weight_scale")[1]
 
-    def _weights(self, name: str) -> dict[str, Any]:
+    def own(self, name: str) -> dict[str, Any]:
         """Settings of one layer's weights: of the group that names it, or of the one for all linear layers."""
         groups = list(self.quantization["config_groups"].values())
         targets = [(target, group) for group in groups for target in group.get("targets") or ()]

@@ -19,7 +19,6 @@ from qbl_trl.quant.importers.reader import Reader, dtype_name, stored_group_size
 from qbl_trl.quant.importers.shards import Shards, read_json
 
 _HEADS = ("lm_head", "embed_out")
-ROTATIONS = ("rotation_config", "spinquant_config")  # AutoRound's
 CODES_ARE_KEPT = "Load it with the library that wrote it and quantize the dequantized weights again (lossy)"
 
 
@@ -66,9 +65,13 @@ class FolderReader(Reader):
     def stated_group_size(self) -> int:
         """The configured group size; zero or less for one group per row."""
 
+    def own(self, name: str) -> dict[str, Any]:
+        """What the configuration says of one layer alone."""
+        return {}
+
     def group_size_of(self, name: str) -> int:
         """The group size that the file states for one layer."""
-        return self.stated_group_size
+        return int(self.own(name).get("group_size") or self.stated_group_size)
 
     def zeros_kind(self, name: str) -> str:
         """How the layer's zero points are stored; "packed" unless the format says otherwise."""
@@ -168,17 +171,27 @@ def refuse_activations(folder: Path, quantized: bool) -> None:
         )
 
 
-def refuse_rotations(folder: Path, settings: Mapping[str, Any], *names: str) -> None:
+def refuse_rotations(folder: Path, **settings: Any) -> None:
     """A model that rotates its activations while it runs computes something else than its weights say.
 
     Raises:
-        CheckpointError: if one of these settings says so.
+        CheckpointError: naming the setting that says so.
     """
-    for name in names:
-        if settings.get(name):
+    for name, given in settings.items():
+        if given:
             raise CheckpointError(
                 f"{folder}: {name} rotates activations while the model runs, which is not done here. {CODES_ARE_KEPT}"
             )
+
+
+def refuse_run_time(folder: Path, settings: Mapping[str, Any]) -> None:
+    """What AutoRound can have a model do beside its weights, in any of its packings.
+
+    Raises:
+        CheckpointError: if it rotates activations or quantizes the cache.
+    """
+    refuse_rotations(folder, **{name: settings.get(name) for name in ("rotation_config", "spinquant_config")})
+    refuse_activations(folder, bool(settings.get("static_kv_dtype")))
 
 
 def own_settings(settings: Mapping[str, Any], name: str) -> dict[str, Any]:

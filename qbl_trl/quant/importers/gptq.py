@@ -23,11 +23,10 @@ from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import Affine
 from qbl_trl.quant.importers.folders import (
     CODES_ARE_KEPT,
-    ROTATIONS,
     FolderReader,
     own_settings,
     refuse_activations,
-    refuse_rotations,
+    refuse_run_time,
 )
 from qbl_trl.quant.importers.reader import build, split_words
 from qbl_trl.quant.linear import GroupQuantLinear
@@ -49,16 +48,12 @@ class GPTQReader(FolderReader):
         width = str(self.quantization.get("pack_dtype") or "int32").removeprefix("torch.")
         if width != "int32":
             raise CheckpointError(f"{self.folder}: pack_dtype={width!r} is not read; allowed: int32")
-        quantized = int(self.quantization.get("act_bits") or 16) < 16 or bool(self.quantization.get("static_kv_dtype"))
-        refuse_activations(self.folder, quantized)
-        refuse_rotations(self.folder, self.quantization, *ROTATIONS)
+        refuse_activations(self.folder, int(self.quantization.get("act_bits") or 16) < 16)
+        refuse_run_time(self.folder, self.quantization)
 
     @property
     def stated_group_size(self) -> int:
         return int(self.quantization.get("group_size") or -1)
-
-    def group_size_of(self, name: str) -> int:
-        return int(self._own(name).get("group_size") or self.stated_group_size)
 
     def geometry(self, name: str) -> tuple[int, int, int]:
         groups, out_features = self.shards.shape(f"{name}.scales")
@@ -109,9 +104,9 @@ class GPTQReader(FolderReader):
         return str(self.quantization.get("checkpoint_format") or "gptq")
 
     def _symmetric(self, name: str) -> bool:
-        return bool(self._own(name).get("sym", self.quantization.get("sym", False)))
+        return bool(self.own(name).get("sym", self.quantization.get("sym", False)))
 
-    def _own(self, name: str) -> dict[str, Any]:
+    def own(self, name: str) -> dict[str, Any]:
         """Settings of one layer: of the first of GPTQModel's `dynamic` patterns that its name begins with."""
         for pattern, own in (self.quantization.get("dynamic") or {}).items():
             if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
