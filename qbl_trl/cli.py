@@ -86,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
         "export",
         "model folder -> ONNX graph at 4 bits",
         "merged onnx",
-        "merged onnx --accuracy-level 4 --prompt-accuracy-level 0 --logits last",
+        "merged onnx --accuracy-level 4 --prompt-accuracy-level 0 --kv-cache-dtype int8 --logits last",
         "merged onnx --provider cuda",
     )
     options.add_arguments(export)

@@ -29,6 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompt_accuracy_level", type=int, choices=(0, 4), help="of prompts; 0 beside 4: float32, faster"
     )
+    parser.add_argument("--kv_cache_dtype", choices=("int8",), help="of keys and values, on CPU: smaller and faster")
     parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
     parser.add_argument("--prompt", help="generate an answer with the exported folder")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="length of the answer")
@@ -45,6 +46,7 @@ def main(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         accuracy_level=args.accuracy_level,
         prompt_accuracy_level=args.prompt_accuracy_level,
+        kv_cache_dtype=args.kv_cache_dtype,
         overwrite=args.overwrite,
     )
     print(report)

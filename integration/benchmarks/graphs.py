@@ -1,5 +1,6 @@
 """The graphs that decode.py compares: ours, GenAI's, Optimum's, and a GGUF file, all of one model."""
 
+import json
 import subprocess
 import tempfile
 import time
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -37,6 +39,10 @@ def build(source: Path, work: Path, genai_python: str | None, seconds: dict[str,
     once("ours int8 activations, last logits", lambda out: ours(source, out, **quick, logits="last"))
     floats = {"logits": "last", "prompt_accuracy_level": 0}
     once("ours, float prompts, last logits", lambda out: ours(source, out, **quick, **floats))
+    cached = "ours, float prompts, last logits, int8 cache"
+    once(cached, lambda out: ours(source, out, **quick, **floats, kv_cache_dtype="int8"))
+    if genai_python:
+        once("genai int4, int8 cache", lambda out: genai_build_int8_cache(genai_python, source, out, folders[cached]))
     once("base int8 activations", lambda out: ours(source, out, merged=False, accuracy_level=4))
     once("ours exact, last logits", lambda out: ours(source, out, merged=True, logits="last"))
     once("ours int8 activations, Attention", lambda out: ours(source, out, **quick, attention="attention"))
@@ -78,6 +84,23 @@ def genai_build(python: str, source: Path, out: Path, *more: str) -> None:
     settings = ["int4_block_size=32", "int4_accuracy_level=4", *more]
     command = [python, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(out), *options, *settings]
     subprocess.run(command, check=True)
+
+
+def genai_build_int8_cache(python: str, source: Path, out: Path, measured: Path) -> None:
+    """The same over a cache of 8 bits, with the scales of a folder of ours: its own calibration needs a graph first."""
+    graph = onnx.load(measured / "model.onnx", load_external_data=False).graph
+    weights = [weight for weight in graph.initializer if weight.name.endswith((".key.scale", ".value.scale"))]
+    found = {weight.name: onnx.numpy_helper.to_array(weight).ravel() for weight in weights}
+    layers = len(found) // 2
+    scales = {
+        f"{part[0]}_scales": [found[f"past_key_values.{layer}.{part}.scale"].tolist() for layer in range(layers)]
+        for part in ("key", "value")
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump({"scales": scales}, file)
+        file.flush()
+        settings = ["kv_cache_quant_scheme=int8_per_channel", f"kv_cache_scale_file={file.name}"]
+        genai_build(python, source, out, *settings)
 
 
 def optimum_fp32(source: Path, out: Path) -> None:

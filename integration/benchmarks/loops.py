@@ -99,7 +99,12 @@ def step(
         shapes = {value.name: value.shape for value in outputs}
         sizes = next(shape for name, shape in shapes.items() if name == "present.0.key")
         head = sizes[3] if isinstance(sizes[3], int) else 64
-        cache = {n: np.zeros((1, sizes[1], 0, head), np.float32) for n in inputs if n.startswith("past")}
+        kinds = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
+        cache = {
+            n: np.zeros((1, sizes[1], 0, head), kinds[value.type])
+            for n, value in inputs.items()
+            if n.startswith("past")
+        }
     feed = {"input_ids": ids, "attention_mask": np.ones((1, length), np.int64), **cache}
     if "position_ids" in inputs:
         feed["position_ids"] = np.arange(length - ids.shape[1], length)[None]

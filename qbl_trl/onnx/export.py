@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -11,6 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError
@@ -23,6 +25,7 @@ from qbl_trl.onnx.digits import layout_for
 from qbl_trl.onnx.files import GENAI_FILE, MODEL_FILE, clear, graph_files, save
 from qbl_trl.onnx.gate import Disagreement, Gate, Unrunnable
 from qbl_trl.onnx.genai import write_genai_config
+from qbl_trl.onnx.int8_cache import LENGTH, ROWS, Ranges, measure, quantize_caches, write_text
 from qbl_trl.onnx.kernels import cuda_fallbacks
 from qbl_trl.onnx.linears import LoweredLayer
 from qbl_trl.onnx.options import TOLERANCE, check_choices
@@ -32,13 +35,16 @@ from qbl_trl.onnx.report import ExportReport
 from qbl_trl.onnx.retype import float16_to_bfloat16
 from qbl_trl.onnx.rewrite import Options, Rewritten, rewrite
 from qbl_trl.onnx.rotary import steady_length
+from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.onnx.skeleton import Unfusable, build_skeleton, fused_attention_traced
 from qbl_trl.onnx.sources import linear_sources
 from qbl_trl.onnx.threads import TRACING
 from qbl_trl.onnx.trace import Untraceable, check_supported, trace
 from qbl_trl.parity import ParityReport
 from qbl_trl.progress import progress, step
+from qbl_trl.quant.calibration import tokens_of
 
+_SEEN = 2  # rows of text that the gate reads, and no scale knows
 _USELESS = 1.0  # nats per token: a graph that types and 8-bit activations took this far from the model is broken
 _DIGITS_SHARE = 2.0  # times what 8-bit activations cost: beyond, a delta stays in float
 
@@ -53,6 +59,8 @@ def export_onnx(
     attention: str = "auto",
     accuracy_level: int | None = None,
     prompt_accuracy_level: int | None = None,
+    kv_cache_dtype: str | None = None,
+    calibration: Iterable[Any] | None = None,
     logits: str = "all",
     max_length: int | None = None,
     tolerance: float | None = TOLERANCE,
@@ -85,6 +93,11 @@ def export_onnx(
         prompt_accuracy_level: the same where more than one token is read at once; by default no other. 0 beside
             accuracy_level=4 reads prompts with float32 activations (an adapter's digits stay): faster from about 32
             tokens on where the processor multiplies floats well, with the weights twice in memory.
+        kv_cache_dtype: "int8" keeps keys and values in 8 bits on CPU, one scale for each feature of each key head: a
+            quarter of the memory, and faster the longer the text; not exact, reported. It needs GroupQueryAttention
+            and ONNX Runtime 1.32; None keeps them in the type of the graph.
+        calibration: texts for the scales of that cache, token ids (batch, tokens) without padding; by default some
+            that the model writes itself.
         logits: "all" positions, or the "last" one only, as `generate` needs: the head and the end of the last layer
             then see one position.
         max_length: positions of the rotary tables; the model's own maximum by default.
@@ -110,27 +123,33 @@ def export_onnx(
         attention=attention,
         accuracy_level=accuracy_level,
         prompt_accuracy_level=prompt_accuracy_level,
+        kv_cache_dtype=kv_cache_dtype,
+        calibration=calibration,
         logits=logits,
         max_length=max_length,
         tolerance=tolerance,
         tokenizer=tokenizer,
     )
+    if kv_cache_dtype and not takes_query_lengths(provider):
+        raise ExportError(f"export_onnx: kv_cache_dtype={kv_cache_dtype!r} needs ONNX Runtime 1.32 or newer")
     tokenizer = companions.check_tokenizer(tokenizer)
     float_type: torch.dtype = getattr(torch, named)
-    with progress(4, "reading the model", "step") as bar:
+    texts = None if calibration is None else [tokens_of(batch) for batch in calibration]
+    with progress(4 + bool(kv_cache_dtype), "reading the model", "step") as bar:
         held = companions.Held(model_or_path)
         check_supported(held.decoder())
         linear_sources(held.decoder())  # refuses what cannot be lowered before work starts
         options = Options(
             dtype=torch.float32,
             lowering=lowering,
-            attention=_kinds(attention, provider),
+            attention=("gqa",) if kv_cache_dtype else _kinds(attention, provider),
             accuracy_level=None,
             provider=provider,
             last_logits=logits == "last",
             max_length=max_length or companions.max_positions(held.config),
             spelled_out=float_type != torch.float32,
             grouped_steps=attention == "auto" and provider == "cpu" and float_type == torch.float32,
+            int8_cache=kv_cache_dtype is not None,
         )
         wanted = replace(
             options,
@@ -140,11 +159,8 @@ def export_onnx(
             digits=accuracy_level == 4 and lowering == "auto" and provider == "cpu" and _has_digits(held.decoder()),
         )
         step(bar, "computing its logits")
-        gate = Gate(
-            float32_reference(held.model()),
-            held.config.get_text_config().vocab_size,
-            min(options.max_length, steady_length(held.decoder())),
-        )
+        readable = int(min(options.max_length, steady_length(held.decoder())))
+        gate = Gate.on_noise(float32_reference(held.model()), held.config.get_text_config().vocab_size, readable)
         step(bar, "tracing, writing and checking the graph")
         with (
             new_folder(target, overwrite, ExportError) as folder,
@@ -153,6 +169,9 @@ def export_onnx(
             as_it_is = float_type == torch.float32 and not wanted.digits
             exact_folder = folder if as_it_is else Path(side)
             exact, reports = _exact(held, options, attention == "auto", gate, tolerance, exact_folder)
+            if options.int8_cache:
+                step(bar, "measuring its cache")
+                cached, ranges = _measured(exact_folder, held.config.get_text_config(), readable, texts)
             step(bar, "finishing the folder")
             final, lossy = exact, None
             if exact_folder is not folder:
@@ -162,9 +181,13 @@ def export_onnx(
             elif any(wanted.levels):
                 _set_levels(folder, wanted)
                 lossy = gate.look_at(folder)
+            if options.int8_cache:
+                quantize_caches(folder / MODEL_FILE, ranges)
+                lossy = cached.look_at(folder, buffer=exact.shares)
             if tolerance is not None and lossy is not None and lossy.kl_per_token > _USELESS:
                 raise ExportError(
-                    f"as it was to be written ({named}, accuracy levels {wanted.levels}), the graph is no longer the "
+                    f"as it was to be written ({named}, accuracy levels {wanted.levels}, cache in "
+                    f"{kv_cache_dtype or named}), the graph is no longer the "
                     f"model: {lossy}; nothing was written. Pass tolerance=None to write it all the same"
                 )
             companions.write(held, model_or_path, tokenizer, folder, float_type)
@@ -183,6 +206,7 @@ def export_onnx(
         parity=reports[0],
         parity_cached=reports[1],
         parity_as_written=lossy,
+        kv_cache_dtype=kv_cache_dtype or str(float_type).removeprefix("torch."),
         fallbacks=final.fallbacks,
         seconds=time.perf_counter() - began,
     )
@@ -235,6 +259,10 @@ def _exact(
                 ) from None
             raise
         reason = getattr(refusal, "brief", str(refusal))
+        if options.int8_cache:
+            raise ExportError(
+                f'kv_cache_dtype="int8" needs GroupQueryAttention, which does not fit this model: {reason}'
+            ) from None
         if not may_fall_back:
             raise ExportError(
                 f'attention="{options.attention[0]}" does not fit this model: {reason}; "auto" tries the others'
@@ -246,6 +274,15 @@ def _exact(
     built, reports = _exact(held, replace(options, attention=left), bool(left), gate, tolerance, folder)
     built.reason = "; ".join(filter(None, (reason, built.reason)))
     return built, reports
+
+
+def _measured(folder: Path, config: Any, longest: int, texts: list[Tensor] | None) -> tuple[Gate, Ranges]:
+    """What a cache in 8 bits has to hold, and a gate of other text, held against the graph of `folder`."""
+    graph = OnnxLogits(folder)
+    length = min(LENGTH, longest)
+    text = write_text(graph, config.vocab_size, config.bos_token_id, ROWS + _SEEN, length)
+    ranges = measure(graph, folder / MODEL_FILE, texts or [text[_SEEN:]])
+    return Gate(lambda ids, mask: graph.with_cache(ids, mask, 1), text[:_SEEN, : length // 2]), ranges
 
 
 def _build(held: companions.Held, options: Options, folder: Path) -> _Built:

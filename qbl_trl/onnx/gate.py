@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Self
 
 import onnxruntime
 import torch
@@ -25,20 +26,24 @@ class Disagreement(ExportError):
 
 
 class Gate:
-    """Reference logits of one torch model on a small batch with left padding.
+    """Reference logits of one model on a small batch with left padding.
 
     Args:
-        reference: torch model in float32.
-        vocabulary: number of tokens to draw from.
-        longest: tokens the model can read.
+        reference: in float32; anything that `qbl_trl.parity.logits_of` takes.
+        ids: (B, S); the first row is padded.
     """
 
-    def __init__(self, reference: nn.Module, vocabulary: int, longest: float = _LENGTH) -> None:
-        generator, length = torch.Generator().manual_seed(0), int(min(_LENGTH, longest))
-        self.ids = torch.randint(0, vocabulary, (_BATCH, length), generator=generator)
+    def __init__(self, reference: Any, ids: Tensor) -> None:
+        self.ids = ids
         self.mask = torch.ones_like(self.ids)
-        self.mask[0, : min(_PADDED, length // 3)] = 0
+        self.mask[0, : min(_PADDED, ids.shape[1] // 3)] = 0
         self.reference: Tensor = logits_of(reference)(self.ids, self.mask)
+
+    @classmethod
+    def on_noise(cls, reference: nn.Module, vocabulary: int, longest: float = _LENGTH) -> Self:
+        """Random tokens, as many as the model can read but no more than a few."""
+        generator, length = torch.Generator().manual_seed(0), int(min(_LENGTH, longest))
+        return cls(reference, torch.randint(0, vocabulary, (_BATCH, length), generator=generator))
 
     def measure(self, graph: OnnxLogits) -> tuple[ParityReport, ParityReport]:
         """One pass over all tokens, and token by token over the cache."""
@@ -88,16 +93,23 @@ class Gate:
         kept = slice(-found.shape[1], None)
         return compare(self.reference[:, kept], found, self.mask[:, kept])
 
-    def look_at(self, folder: Path) -> ParityReport | None:
+    def look_at(self, folder: Path, buffer: bool = False) -> ParityReport | None:
         """The larger difference of the graph of a folder: infinite where it overflows, None where the CPU lacks kernels
         for it (bfloat16).
+
+        Args:
+            buffer: over a cache that is longer than its text, too.
 
         Raises:
             Unrunnable: if ONNX Runtime does not run it for another reason.
         """
         try:
             with _run_errors():
-                return max(self.measure(OnnxLogits(folder)), key=lambda report: report.max_abs_difference)
+                graph = OnnxLogits(folder)
+                reports = [*self.measure(graph)]
+                if buffer:
+                    reports.append(self._over_cache(graph, self.ids.shape[1] + _PADDED))
+                return max(reports, key=lambda report: report.max_abs_difference)
         except (onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented, KeyError):
             return None
         except ConfigError:  # logits that are no numbers

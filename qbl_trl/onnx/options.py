@@ -14,6 +14,7 @@ LOWERINGS = ("auto", "factored", "float_zero_point", "low_rank")
 ATTENTIONS = ("auto", "attention", "gqa", "standard")
 LEVELS = (0, 1, 2, 3, 4)
 LOGITS = ("all", "last")
+KV_CACHE_DTYPES = (None, "int8")
 TOLERANCE = 1e-3
 SHORTEST = 4  # tokens: what the parity gate reads
 
@@ -47,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=LEVELS,
         help="where more than one token is read at once; 0 beside --accuracy-level 4: float32, weights twice in memory",
+    )
+    parser.add_argument(
+        "--kv-cache-dtype", choices=KV_CACHE_DTYPES[1:], help="of keys and values: a quarter of the memory, not exact"
     )
     parser.add_argument(
         "--logits", default="all", choices=LOGITS, help="positions the graph answers for; generating needs the last"
@@ -83,6 +87,8 @@ def check_choices(
     attention: str = "auto",
     accuracy_level: int | None = None,
     prompt_accuracy_level: int | None = None,
+    kv_cache_dtype: str | None = None,
+    calibration: Any = None,
     logits: str = "all",
     max_length: int | None = None,
     tolerance: float | None = None,
@@ -100,6 +106,7 @@ def check_choices(
         ("attention", attention, ATTENTIONS),
         ("accuracy_level", accuracy_level, (None, *LEVELS)),
         ("prompt_accuracy_level", prompt_accuracy_level, (None, *LEVELS)),
+        ("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES),
         ("logits", logits, LOGITS),
     ):
         if given not in allowed or isinstance(given, (bool, float)):
@@ -119,6 +126,15 @@ def check_choices(
             f"export_onnx: dtype={named} has no kernels on provider={provider!r}; allowed there: "
             f"{', '.join(DTYPES[provider])}"
         )
+    if kv_cache_dtype is None and calibration is not None:
+        raise ExportError(
+            'export_onnx: calibration is for kv_cache_dtype="int8"; without it there is nothing to measure'
+        )
+    if kv_cache_dtype is not None and (named != "float32" or attention not in ("auto", "gqa")):
+        raise ExportError(
+            f'export_onnx: kv_cache_dtype={kv_cache_dtype!r} is written for provider="cpu" in float32, with '
+            f'attention="auto" or "gqa"; not for {named} on {provider} with attention={attention!r}'
+        )
     return named
 
 
@@ -135,6 +151,7 @@ def run(args: argparse.Namespace) -> None:
             attention=args.attention,
             accuracy_level=args.accuracy_level,
             prompt_accuracy_level=args.prompt_accuracy_level,
+            kv_cache_dtype=args.kv_cache_dtype,
             logits=args.logits,
             max_length=args.max_length,
             tokenizer=args.tokenizer,

@@ -22,6 +22,8 @@ from onnx.onnx_pb import GraphProto, ModelProto, NodeProto
 
 from qbl_trl.onnx.choices import GROUPED, WHOLE, condition, needed, settled, subgraphs
 
+STEPS, PROMPTS = "steps", "prompts"  # names of the two branches
+
 
 def set_levels(path: Path, steps: int, prompts: int) -> None:
     """Give every MatMulNBits of a graph file its `accuracy_level`, in place; its weights are not touched."""
@@ -41,8 +43,8 @@ def _split(model: ModelProto, steps: int, prompts: int) -> None:
     first = _one_token(graph) if chosen is None else needed(graph.node, [chosen])
     outer = {value.name for value in [*graph.input, *graph.initializer]}
     branches = {
-        "then_branch": _branch(graph, GROUPED, "steps/", steps, outer),
-        "else_branch": _branch(graph, WHOLE, "prompts/", prompts, outer),
+        "then_branch": _branch(graph, GROUPED, STEPS, steps, outer),
+        "else_branch": _branch(graph, WHOLE, PROMPTS, prompts, outer),
     }
     outputs = [value.name for value in graph.output]
     for part in (graph.node, graph.value_info):
@@ -58,11 +60,11 @@ def _one_token(graph: GraphProto) -> list[NodeProto]:
     ]
 
 
-def _branch(graph: GraphProto, kind: str, prefix: str, level: int, outer: set[str]) -> GraphProto:
-    branch = GraphProto(name=prefix.rstrip("/"))
+def _branch(graph: GraphProto, kind: str, name: str, level: int, outer: set[str]) -> GraphProto:
+    branch = GraphProto(name=name)
     branch.node.extend(settled(graph, kind))
     branch.output.extend(graph.output)
-    _rename(branch, prefix, outer)
+    _rename(branch, f"{name}/", outer)
     _set_level(branch.node, level)
     return branch
 

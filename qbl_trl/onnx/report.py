@@ -21,7 +21,9 @@ class ExportReport:
         bytes: size of the folder.
         parity: graph against the torch model in float32, all tokens in one pass.
         parity_cached: the same over the cache, one token at a time.
-        parity_as_written: in the dtype and accuracy level asked for, where they are not exact float32.
+        parity_as_written: in the dtypes and accuracy level asked for, where they are not exact float32; over a cache of
+            8 bits, against the graph in float32 on text that the model wrote.
+        kv_cache_dtype: of the cache.
         fallbacks: nodes that the chosen provider would hand to the CPU, with the reason.
         seconds: wall clock of the export.
     """
@@ -38,6 +40,7 @@ class ExportReport:
     seconds: float
     attention_reason: str = ""
     parity_as_written: ParityReport | None = None
+    kv_cache_dtype: str = "float32"
     fallbacks: tuple[str, ...] = field(default_factory=tuple)
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,7 +51,9 @@ class ExportReport:
         kinds = Counter(f"{layer.operator} + {layer.correction}" for layer in self.layers)
         lines = [
             f"{self.path}: {self.bytes / 1e6:.1f} MB, {self.dtype}, {self.provider}, {self.seconds:.1f} s",
-            f"attention: {self.attention}" + (f" ({self.attention_reason})" if self.attention_reason else ""),
+            f"attention: {self.attention}"
+            + (f" ({self.attention_reason})" if self.attention_reason else "")
+            + (f", cache in {self.kv_cache_dtype}" if self.kv_cache_dtype != self.dtype else ""),
             "layers: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())),
             "nodes: " + ", ".join(f"{count} {name}" for name, count in sorted(self.operators.items(), key=_by_count)),
         ]

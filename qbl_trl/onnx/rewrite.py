@@ -40,6 +40,8 @@ class Options:
         digits: whether block deltas may be written in 8 bits, see `digits.py`.
         prompt_level: accuracy level of prompts, see `prompts.py`; None: the same as `accuracy_level`.
         grouped_steps: let GroupQueryAttention give way where `grouped.py` is faster.
+        int8_cache: keys and values get 8 bits once the graph is written (`int8_cache.py`), which grouped steps do not
+            read.
     """
 
     dtype: torch.dtype
@@ -53,6 +55,7 @@ class Options:
     digits: bool = False
     prompt_level: int | None = None
     grouped_steps: bool = False
+    int8_cache: bool = False
 
     @property
     def levels(self) -> tuple[int, int]:
@@ -100,7 +103,7 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> Rewritten:
     )
     for node in [node for node in editor.graph if node.domain == TRACE_DOMAIN and node.op_type == "Linear"]:
         lowering.lower(node, linears[attribute(node, "name")])
-    if options.grouped_steps:
+    if options.grouped_steps and not options.int8_cache:
         add_grouped_steps(editor)
     _finish(model)
     return Rewritten(lowering.layers, *attention)

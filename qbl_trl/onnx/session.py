@@ -16,7 +16,7 @@ from qbl_trl.onnx.files import MODEL_FILE, graph_files
 from qbl_trl.parity import positions
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 
 def graph_file(folder: Path) -> Path:

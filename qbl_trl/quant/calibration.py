@@ -186,6 +186,18 @@ def _arguments(batch: Batch, device: torch.device) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
 
+def tokens_of(batch: Batch) -> Tensor:
+    """The token ids of a batch, (batch, tokens).
+
+    Raises:
+        ConfigError: if there are none, or some are padding.
+    """
+    ids = _arguments(batch, torch.device("cpu")).get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
+        raise ConfigError("calibration: each batch must be integer token ids of (batch, tokens)")
+    return ids
+
+
 def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
     return lambda: module(*args, **kwargs)
 

@@ -146,7 +146,7 @@ def test_a_table_of_positions_takes_the_type_of_the_graph(tmp_path):
 
 
 def test_the_gate_is_no_wider_than_the_logits(tmp_path):
-    gate = Gate(merged_llama(), 100)
+    gate = Gate.on_noise(merged_llama(), 100)
     export_onnx(merged_llama(), tmp_path / "out")
     assert gate.reference.abs().max() < 1
     gate.reference += 9e-4
