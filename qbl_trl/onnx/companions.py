@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
@@ -28,6 +29,7 @@ class Held:
 
     Attributes:
         config, generation_config: the decoder's.
+        traces: graphs with placeholders, by what they depend on: one that is written twice is traced once.
 
     Raises:
         ExportError: if there is no decoder of transformers in it.
@@ -38,6 +40,7 @@ class Held:
         self._model: torch.nn.Module | None = load_model(model_or_path)
         decoder = self.decoder()
         self.config, self.generation_config = decoder.config, decoder.generation_config
+        self.traces: dict[Any, ir.Model] = {}
 
     def model(self) -> torch.nn.Module:
         """The model as it was given, or read (again) from its folder."""

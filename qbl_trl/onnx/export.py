@@ -286,7 +286,7 @@ def _measured(folder: Path, config: Any, longest: int, texts: list[Tensor] | Non
 
 
 def _build(held: companions.Held, options: Options, folder: Path) -> _Built:
-    graph, made = _trace_and_rewrite(held.decoder(), options)
+    graph, made = _trace_and_rewrite(held, options)
     save(graph, folder)
     save_settled(folder / MODEL_FILE, folder / GENAI_FILE, WHOLE)
     operators = dict(Counter(node.op_type for node in graph.graph.all_nodes()))
@@ -308,12 +308,15 @@ def _kinds(attention: str, provider: str) -> tuple[str, ...]:
     return () if attention == "standard" else (attention,)
 
 
-def _trace_and_rewrite(model: PreTrainedModel, options: Options) -> tuple[ir.Model, Rewritten]:
-    fused = bool(options.attention)
+def _trace_and_rewrite(held: companions.Held, options: Options) -> tuple[ir.Model, Rewritten]:
+    model, fused = held.decoder(), bool(options.attention)
     traced = torch.float16 if options.dtype == torch.bfloat16 else options.dtype
     skeleton = build_skeleton(model, linear_sources(model), traced, fused, options.spelled_out)
-    with TRACING, fused_attention_traced(skeleton) if fused else nullcontext():
-        graph = trace(skeleton, traced)
+    same = (traced, fused, options.spelled_out)
+    if same not in held.traces:
+        with TRACING, fused_attention_traced(skeleton) if fused else nullcontext():
+            held.traces[same] = trace(skeleton, traced)
+    graph = held.traces[same].clone()
     if traced != options.dtype:
         float16_to_bfloat16(graph)
     return graph, rewrite(graph, skeleton, options)
