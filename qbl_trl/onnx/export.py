@@ -28,7 +28,7 @@ from qbl_trl.onnx.genai import write_genai_config
 from qbl_trl.onnx.int8_cache import LENGTH, ROWS, Ranges, measure, quantize_caches, write_text
 from qbl_trl.onnx.kernels import cuda_fallbacks
 from qbl_trl.onnx.linears import LoweredLayer
-from qbl_trl.onnx.options import TOLERANCE, check_choices
+from qbl_trl.onnx.options import SHORTEST, TOLERANCE, check_choices
 from qbl_trl.onnx.prompts import set_levels
 from qbl_trl.onnx.reference import float32_reference
 from qbl_trl.onnx.report import ExportReport
@@ -281,8 +281,8 @@ def _measured(folder: Path, config: Any, longest: int, texts: list[Tensor] | Non
     graph = OnnxLogits(folder)
     length = min(LENGTH, longest)
     text = write_text(graph, config.vocab_size, config.bos_token_id, ROWS + _SEEN, length)
-    ranges = measure(graph, folder / MODEL_FILE, texts or [text[_SEEN:]])
-    return Gate(lambda ids, mask: graph.with_cache(ids, mask, 1), text[:_SEEN, : length // 2]), ranges
+    ranges = measure(graph, folder / MODEL_FILE, texts or text[_SEEN:].split(1))
+    return Gate(lambda ids, mask: graph.with_cache(ids, mask, 1), text[:_SEEN, : max(length // 2, SHORTEST)]), ranges
 
 
 def _build(held: companions.Held, options: Options, folder: Path) -> _Built:
