@@ -1,7 +1,6 @@
 """Graphs in which an If chooses at every layer (`grouped.py`), and the same with every layer as one branch has it."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import onnx
 from onnx.onnx_pb import GraphProto, NodeProto
@@ -31,23 +30,6 @@ def settled(graph: GraphProto, branch: str) -> list[NodeProto]:
         branches = _branches(node)
         nodes.extend(_inlined(node, branches[branch]) if branches else [node])
     return needed(nodes, (value.name for value in graph.output))
-
-
-def save_settled(source: Path, target: Path, branch: str) -> bool:
-    """Write the graph of a file with its choices settled, over the same weights; False, and no file, if it has none."""
-    model = onnx.load(source, load_external_data=False)
-    graph = model.graph
-    if condition(graph) is None:
-        return False
-    nodes = settled(graph, branch)
-    names = {name for node in nodes for name in _read(node)}
-    kept = [weight for weight in graph.initializer if weight.name in names]
-    for part in (graph.node, graph.initializer, graph.value_info):
-        del part[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend(kept)
-    onnx.save(model, target)
-    return True
 
 
 def subgraphs(node: NodeProto) -> Iterator[GraphProto]:

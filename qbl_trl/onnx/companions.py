@@ -29,7 +29,8 @@ class Held:
 
     Attributes:
         config, generation_config: the decoder's.
-        traces: graphs with placeholders, by what they depend on: one that is written twice is traced once.
+        traces: graphs with placeholders, by float type, fused and spelled-out attention: one that is written twice is
+            traced once. They hold no weight that has a placeholder, and stay when the model is let go.
 
     Raises:
         ExportError: if there is no decoder of transformers in it.
@@ -40,7 +41,7 @@ class Held:
         self._model: torch.nn.Module | None = load_model(model_or_path)
         decoder = self.decoder()
         self.config, self.generation_config = decoder.config, decoder.generation_config
-        self.traces: dict[Any, ir.Model] = {}
+        self.traces: dict[tuple[torch.dtype, bool, bool], ir.Model] = {}
 
     def model(self) -> torch.nn.Module:
         """The model as it was given, or read (again) from its folder."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError
@@ -20,22 +19,22 @@ from qbl_trl.folders import check_apart, check_free, folder_bytes, new_folder
 from qbl_trl.onnx import companions
 from qbl_trl.onnx.attention import takes_query_lengths
 from qbl_trl.onnx.branches import choose_branches
-from qbl_trl.onnx.choices import WHOLE, save_settled
 from qbl_trl.onnx.digits import layout_for
 from qbl_trl.onnx.files import GENAI_FILE, MODEL_FILE, clear, graph_files, save
 from qbl_trl.onnx.gate import Disagreement, Gate, Unrunnable
 from qbl_trl.onnx.genai import write_genai_config
-from qbl_trl.onnx.int8_cache import LENGTH, ROWS, Ranges, measure, quantize_caches, write_text
+from qbl_trl.onnx.int8_cache import quantize_caches
 from qbl_trl.onnx.kernels import cuda_fallbacks
 from qbl_trl.onnx.linears import LoweredLayer
-from qbl_trl.onnx.options import SHORTEST, TOLERANCE, check_choices
+from qbl_trl.onnx.options import TOLERANCE, check_choices
 from qbl_trl.onnx.prompts import set_levels
+from qbl_trl.onnx.ranges import Ranges, check_texts, measured
 from qbl_trl.onnx.reference import float32_reference
 from qbl_trl.onnx.report import ExportReport
 from qbl_trl.onnx.retype import float16_to_bfloat16
 from qbl_trl.onnx.rewrite import Options, Rewritten, rewrite
+from qbl_trl.onnx.right_padding import write_right_padded
 from qbl_trl.onnx.rotary import steady_length
-from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.onnx.skeleton import Unfusable, build_skeleton, fused_attention_traced
 from qbl_trl.onnx.sources import linear_sources
 from qbl_trl.onnx.threads import TRACING
@@ -44,8 +43,7 @@ from qbl_trl.parity import ParityReport
 from qbl_trl.progress import progress, step
 from qbl_trl.quant.calibration import tokens_of
 
-_SEEN = 2  # rows of text that the gate reads, and no scale knows
-_USELESS = 1.0  # nats per token: a graph that types and 8-bit activations took this far from the model is broken
+_USELESS = 1.0  # nats per token: a graph that types, 8-bit activations and caches took this far is broken
 _DIGITS_SHARE = 2.0  # times what 8-bit activations cost: beyond, a delta stays in float
 
 
@@ -69,9 +67,8 @@ def export_onnx(
 ) -> ExportReport:
     """Write a model as an ONNX folder for ORTModelForCausalLM and ONNX Runtime GenAI, still at 4 bits.
 
-    The folder appears whole or not at all, and only after its graph, in float32 and without 8-bit activations, gave
-    the logits of the torch model. What 8-bit activations change beyond that is measured, and kept only while it is what
-    the activations themselves cost. The model given is not changed.
+    The folder appears whole or not at all, and only after its graph, in float32 and without 8-bit activations or an
+    8-bit cache, gave the logits of the torch model. What these change is measured. The model given is not changed.
 
     Args:
         model_or_path: a transformers model (merged), a PEFT model (its adapters stay as branches), or a folder of one.
@@ -111,6 +108,7 @@ def export_onnx(
 
     Raises:
         ExportError: if a setting, a layer, or the parity gate stands against it. Nothing is written then.
+        ConfigError: if a batch of `calibration` is not token ids.
     """
     began = time.perf_counter()
     target = check_free(output_dir, overwrite, ExportError)
@@ -130,8 +128,6 @@ def export_onnx(
         tolerance=tolerance,
         tokenizer=tokenizer,
     )
-    if kv_cache_dtype and not takes_query_lengths(provider):
-        raise ExportError(f"export_onnx: kv_cache_dtype={kv_cache_dtype!r} needs ONNX Runtime 1.32 or newer")
     tokenizer = companions.check_tokenizer(tokenizer)
     float_type: torch.dtype = getattr(torch, named)
     texts = None if calibration is None else [tokens_of(batch) for batch in calibration]
@@ -148,7 +144,7 @@ def export_onnx(
             last_logits=logits == "last",
             max_length=max_length or companions.max_positions(held.config),
             spelled_out=float_type != torch.float32,
-            grouped_steps=attention == "auto" and provider == "cpu" and float_type == torch.float32,
+            grouped_steps=(attention, provider, named, kv_cache_dtype) == ("auto", "cpu", "float32", None),
             int8_cache=kv_cache_dtype is not None,
         )
         wanted = replace(
@@ -158,9 +154,12 @@ def export_onnx(
             prompt_level=prompt_accuracy_level,
             digits=accuracy_level == 4 and lowering == "auto" and provider == "cpu" and _has_digits(held.decoder()),
         )
-        step(bar, "computing its logits")
+        text_config = held.config.get_text_config()
         readable = int(min(options.max_length, steady_length(held.decoder())))
-        gate = Gate.on_noise(float32_reference(held.model()), held.config.get_text_config().vocab_size, readable)
+        if texts is not None:
+            check_texts(texts, text_config.vocab_size, readable)
+        step(bar, "computing its logits")
+        gate = Gate.on_noise(float32_reference(held.model()), text_config.vocab_size, readable)
         step(bar, "tracing, writing and checking the graph")
         with (
             new_folder(target, overwrite, ExportError) as folder,
@@ -169,30 +168,21 @@ def export_onnx(
             as_it_is = float_type == torch.float32 and not wanted.digits
             exact_folder = folder if as_it_is else Path(side)
             exact, reports = _exact(held, options, attention == "auto", gate, tolerance, exact_folder)
+            cache = None
             if options.int8_cache:
                 step(bar, "measuring its cache")
-                cached, ranges = _measured(exact_folder, held.config.get_text_config(), readable, texts)
+                cache = measured(exact_folder, text_config, readable, texts)
             step(bar, "finishing the folder")
-            final, lossy = exact, None
-            if exact_folder is not folder:
-                final, lossy = _as_wanted(
-                    held, replace(wanted, attention=_kinds(exact.attention, provider)), gate, folder, exact_folder
-                )
-            elif any(wanted.levels):
-                _set_levels(folder, wanted)
-                lossy = gate.look_at(folder)
-            if options.int8_cache:
-                quantize_caches(folder / MODEL_FILE, ranges)
-                lossy = cached.look_at(folder, buffer=exact.shares)
+            wanted = replace(wanted, attention=_kinds(exact.attention, provider))
+            final, lossy = _finish(held, exact, wanted, gate, folder, exact_folder, cache)
             if tolerance is not None and lossy is not None and lossy.kl_per_token > _USELESS:
+                cached = ", cache in int8" if cache else ""
                 raise ExportError(
-                    f"as it was to be written ({named}, accuracy levels {wanted.levels}, cache in "
-                    f"{kv_cache_dtype or named}), the graph is no longer the "
-                    f"model: {lossy}; nothing was written. Pass tolerance=None to write it all the same"
+                    f"as it was to be written ({named}, accuracy levels {wanted.levels}{cached}), the graph is no "
+                    f"longer the model: {lossy}; nothing was written. Pass tolerance=None to write it all the same"
                 )
             companions.write(held, model_or_path, tokenizer, folder, float_type)
-            text = held.config.get_text_config()
-            write_genai_config(text, held.generation_config, folder, provider, exact.shares, options.max_length)
+            write_genai_config(text_config, held.generation_config, folder, provider, exact.shares, options.max_length)
             size = folder_bytes(folder)
     return ExportReport(
         path=str(target),
@@ -260,6 +250,8 @@ def _exact(
             raise
         reason = getattr(refusal, "brief", str(refusal))
         if options.int8_cache:
+            if not isinstance(refusal, Unfusable):
+                raise
             raise ExportError(
                 f'kv_cache_dtype="int8" needs GroupQueryAttention, which does not fit this model: {reason}'
             ) from None
@@ -276,19 +268,10 @@ def _exact(
     return built, reports
 
 
-def _measured(folder: Path, config: Any, longest: int, texts: list[Tensor] | None) -> tuple[Gate, Ranges]:
-    """What a cache in 8 bits has to hold, and a gate of other text, held against the graph of `folder`."""
-    graph = OnnxLogits(folder)
-    length = min(LENGTH, longest)
-    text = write_text(graph, config.vocab_size, config.bos_token_id, ROWS + _SEEN, length)
-    ranges = measure(graph, folder / MODEL_FILE, texts or text[_SEEN:].split(1))
-    return Gate(lambda ids, mask: graph.with_cache(ids, mask, 1), text[:_SEEN, : max(length // 2, SHORTEST)]), ranges
-
-
 def _build(held: companions.Held, options: Options, folder: Path) -> _Built:
     graph, made = _trace_and_rewrite(held, options)
     save(graph, folder)
-    save_settled(folder / MODEL_FILE, folder / GENAI_FILE, WHOLE)
+    write_right_padded(folder / MODEL_FILE, folder / GENAI_FILE)
     operators = dict(Counter(node.op_type for node in graph.graph.all_nodes()))
     fallbacks = cuda_fallbacks(graph) if options.provider == "cuda" else ()
     return _Built(made.layers, operators, fallbacks, made.attention, made.reason)
@@ -312,14 +295,46 @@ def _trace_and_rewrite(held: companions.Held, options: Options) -> tuple[ir.Mode
     model, fused = held.decoder(), bool(options.attention)
     traced = torch.float16 if options.dtype == torch.bfloat16 else options.dtype
     skeleton = build_skeleton(model, linear_sources(model), traced, fused, options.spelled_out)
-    same = (traced, fused, options.spelled_out)
-    if same not in held.traces:
+    form = (traced, fused, options.spelled_out)
+    if form not in held.traces:
         with TRACING, fused_attention_traced(skeleton) if fused else nullcontext():
-            held.traces[same] = trace(skeleton, traced)
-    graph = held.traces[same].clone()
+            held.traces[form] = trace(skeleton, traced)
+    graph = held.traces[form].clone()
     if traced != options.dtype:
         float16_to_bfloat16(graph)
     return graph, rewrite(graph, skeleton, options)
+
+
+def _finish(
+    held: companions.Held,
+    exact: _Built,
+    wanted: Options,
+    gate: Gate,
+    folder: Path,
+    exact_folder: Path,
+    cache: tuple[Ranges, Gate] | None,
+) -> tuple[_Built, ParityReport | None]:
+    """The graphs of `folder` as they were asked for, and how far that is from the model where it is not exact.
+
+    Args:
+        cache: ranges of a cache of 8 bits, and the gate that looks at it.
+    """
+    final, lossy = exact, None
+    if exact_folder is not folder:
+        final, lossy = _as_wanted(held, wanted, gate, folder, exact_folder)
+        if not (exact_folder / GENAI_FILE).is_file():  # the gate did not let it through
+            (folder / GENAI_FILE).unlink(missing_ok=True)
+    elif any(wanted.levels):
+        _set_levels(folder, wanted)
+        lossy = None if cache else gate.look_at(folder)
+    if cache is not None:
+        ranges, own_text = cache
+        for file in graph_files(folder):
+            quantize_caches(file, ranges)
+        lossy = own_text.look_at(folder, buffer=exact.shares)
+        if lossy is None:
+            raise ExportError('kv_cache_dtype="int8": ONNX Runtime has no kernel for such a cache on this processor')
+    return final, lossy
 
 
 def _as_wanted(

@@ -1,7 +1,7 @@
 """The parity gate: a graph is kept only if it computes what the torch model computes."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qbl_trl.errors import ConfigError, ExportError
+from qbl_trl.onnx.files import GENAI_FILE
 from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.parity import ParityReport, compare, logits_of
 
@@ -74,15 +75,39 @@ class Gate:
                 f"the graph's logits differ from the torch model's by up to {largest:.2e}, allowed: {allowed:.0e}; "
                 "nothing was written. Pass tolerance=None to write the graph all the same"
             )
-        return *reports, buffer and self._right_in_a_buffer(graph, allowed)
+        shares = buffer and self._fits(lambda: self._over_cache(graph, self._buffer), allowed)
+        own = folder / GENAI_FILE
+        if own.is_file() and not self._fits(lambda: self._right_padded(OnnxLogits(own)), allowed):
+            own.unlink()
+        return *reports, shares
 
-    def _right_in_a_buffer(self, graph: OnnxLogits, allowed: float | None) -> bool:
+    @property
+    def _buffer(self) -> int:
+        return self.ids.shape[1] + _PADDED
+
+    def _fits(self, measured: Callable[[], ParityReport], allowed: float | None) -> bool:
         try:
             with _run_errors():
-                report = self._over_cache(graph, self.ids.shape[1] + _PADDED)
+                report = measured()
         except Unrunnable:
             return False
         return allowed is None or report.max_abs_difference <= allowed
+
+    def _right_padded(self, graph: OnnxLogits) -> ParityReport:
+        """A prefix whose padding stands on the right, then token by token over a buffer, as ONNX Runtime GenAI does."""
+        length = self.ids.shape[1]
+        prefix = min(_PREFIX, length - 2)
+        gaps = [int(gap) for gap in (1 - self.mask[:, :prefix]).sum(1)]
+        mask, cache = _roll(self.mask[:, :prefix], gaps, -1), graph.empty_cache(len(gaps), self._buffer)
+        logits, cache = graph.step(_roll(self.ids[:, :prefix], gaps, -1), mask, cache)
+        parts = [_roll(logits, gaps, 1) if logits.shape[1] == prefix else logits]
+        for start in range(prefix, length):
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            logits, cache = graph.step(self.ids[:, start : start + 1], mask, cache)
+            parts.append(logits)
+        found = torch.cat(parts, 1)
+        kept = slice(-found.shape[1], None)
+        return compare(self.reference[:, kept], found, self.mask[:, kept])
 
     def _over_cache(self, graph: OnnxLogits, buffer: int = 0) -> ParityReport:
         """A prefix, then token by token; `buffer` as `OnnxLogits.with_cache` has it."""
@@ -108,12 +133,17 @@ class Gate:
                 graph = OnnxLogits(folder)
                 reports = [*self.measure(graph)]
                 if buffer:
-                    reports.append(self._over_cache(graph, self.ids.shape[1] + _PADDED))
+                    reports.append(self._over_cache(graph, self._buffer))
                 return max(reports, key=lambda report: report.max_abs_difference)
         except (onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented, KeyError):
             return None
         except ConfigError:  # logits that are no numbers
             return ParityReport(int(self.mask.sum()), math.inf, math.inf, math.inf, 0.0, 0)
+
+
+def _roll(rows: Tensor, gaps: list[int], sign: int) -> Tensor:
+    """Every row moved by its gap."""
+    return torch.stack([row.roll(sign * gap, 0) for row, gap in zip(rows, gaps, strict=True)])
 
 
 @contextmanager

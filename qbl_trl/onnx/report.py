@@ -17,12 +17,13 @@ class ExportReport:
         provider, dtype: what the graph is for.
         attention: "gqa", "attention" or "standard"; attention_reason: why "auto" did not choose the first.
         layers: how each linear layer was written.
-        operators: number of nodes by operator, those inside an If too; where prompts have a level, of one branch.
+        operators: number of nodes by operator, those inside an If too; where prompts have a level, of one branch, and
+            as they were before a cache got 8 bits.
         bytes: size of the folder.
         parity: graph against the torch model in float32, all tokens in one pass.
         parity_cached: the same over the cache, one token at a time.
-        parity_as_written: in the dtypes and accuracy level asked for, where they are not exact float32; over a cache of
-            8 bits, against the graph in float32 on text that the model wrote.
+        parity_as_written: as asked for, where that is not exact float32; with a cache of 8 bits, against the exact
+            graph on text that the model wrote.
         kv_cache_dtype: of the cache.
         fallbacks: nodes that the chosen provider would hand to the CPU, with the reason.
         seconds: wall clock of the export.

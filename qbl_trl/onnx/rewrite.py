@@ -40,8 +40,7 @@ class Options:
         digits: whether block deltas may be written in 8 bits, see `digits.py`.
         prompt_level: accuracy level of prompts, see `prompts.py`; None: the same as `accuracy_level`.
         grouped_steps: let GroupQueryAttention give way where `grouped.py` is faster.
-        int8_cache: keys and values get 8 bits once the graph is written (`int8_cache.py`), which grouped steps do not
-            read.
+        int8_cache: the cache gets 8 bits after the graph is written, and only GroupQueryAttention reads such a one.
     """
 
     dtype: torch.dtype
@@ -103,7 +102,7 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> Rewritten:
     )
     for node in [node for node in editor.graph if node.domain == TRACE_DOMAIN and node.op_type == "Linear"]:
         lowering.lower(node, linears[attribute(node, "name")])
-    if options.grouped_steps and not options.int8_cache:
+    if options.grouped_steps:
         add_grouped_steps(editor)
     _finish(model)
     return Rewritten(lowering.layers, *attention)

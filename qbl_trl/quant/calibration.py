@@ -192,10 +192,12 @@ def tokens_of(batch: Batch) -> Tensor:
     Raises:
         ConfigError: if there are none, or some are padding.
     """
-    ids = _arguments(batch, torch.device("cpu")).get("input_ids")
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
-        raise ConfigError("calibration: each batch must be integer token ids of (batch, tokens)")
-    return ids
+    known = isinstance(batch, (Tensor, Mapping))
+    ids = _arguments(batch, torch.device("cpu")).get("input_ids") if known else None
+    whole = isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool
+    if not isinstance(ids, Tensor) or not whole or ids.dim() != 2 or not ids.numel():
+        raise ConfigError("calibration: each batch must be a tensor of integer token ids, (batch, tokens)")
+    return ids.long()
 
 
 def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:

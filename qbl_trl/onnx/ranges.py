@@ -1,0 +1,103 @@
+"""How large keys and values become, measured on text: the caller's, or what the model writes when left to itself.
+
+Text of its own begins with random tokens, in every other row behind the token that begins its texts. Features that the
+rotary embedding turns into each other share one range, the norm of the pair: rotation leaves it as it is, so that short
+texts tell of all positions.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx.onnx_pb import GraphProto
+from torch import Tensor
+
+from qbl_trl.errors import ExportError
+from qbl_trl.onnx.files import MODEL_FILE
+from qbl_trl.onnx.gate import Gate
+from qbl_trl.onnx.options import SHORTEST
+from qbl_trl.onnx.session import OnnxLogits
+
+Ranges = Mapping[str, np.ndarray]  # largest absolute values (heads, features) by the name of the cache's input
+
+KEY, COS = 3, 7  # among GroupQueryAttention's inputs
+_ROWS, _LENGTH = 16, 64  # of the text that a model writes for this
+_HELD_OUT = 2  # rows more, which the gate reads and no range has seen
+
+
+def check_texts(texts: list[Tensor], vocabulary: int, longest: int) -> None:
+    """Raise ExportError if a model cannot read texts, token ids (B, S)."""
+    if not texts:
+        raise ExportError("export_onnx: calibration holds no text; leave it out for text that the model writes itself")
+    if any(int(ids.min()) < 0 or int(ids.max()) >= vocabulary for ids in texts):
+        raise ExportError(f"export_onnx: calibration holds token ids beyond the model's vocabulary of {vocabulary}")
+    if any(ids.shape[1] > longest for ids in texts):
+        raise ExportError(f"export_onnx: calibration holds a text of more tokens than the graph reads ({longest})")
+
+
+def measured(folder: Path, config: Any, longest: int, texts: list[Tensor] | None) -> tuple[Ranges, Gate]:
+    """Ranges of the cache of an exact graph, and a gate of other text that is held against it.
+
+    Args:
+        config: of the text model.
+        longest: tokens the graph reads.
+        texts: token ids (B, S) without padding; None for the model's own.
+    """
+    graph, length = OnnxLogits(folder), min(_LENGTH, longest)
+    own = write_text(graph, config.vocab_size, config.bos_token_id, _HELD_OUT + _ROWS, length)
+    ranges = largest(graph, folder / MODEL_FILE, own[_HELD_OUT:].split(1) if texts is None else texts)
+    read = own[:_HELD_OUT, : max(length // 2, SHORTEST)]  # token by token, twice: long enough
+    return ranges, Gate(lambda ids, mask: graph.with_cache(ids, mask, 1), read)  # a graph of last logits gives all so
+
+
+def write_text(graph: OnnxLogits, vocabulary: int, first: Any, rows: int, length: int) -> Tensor:
+    """Tokens (rows, length) drawn from a model's own distribution; odd rows begin with `first`, where that is one."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocabulary, (rows, min(2, length)), generator=generator)
+    if isinstance(first, int) and 0 <= first < vocabulary:
+        tokens[1::2, 0] = first  # odd rows: a gate pads its first
+    cache, start = graph.empty_cache(rows), 0
+    while tokens.shape[1] < length:
+        logits, cache = graph.step(tokens[:, start:], torch.ones_like(tokens), cache)
+        start = tokens.shape[1]
+        drawn = torch.multinomial(logits[:, -1].softmax(-1), 1, generator=generator)
+        tokens = torch.cat([tokens, drawn], 1)
+    return tokens
+
+
+def largest(graph: OnnxLogits, file: Path, texts: Iterable[Tensor]) -> Ranges:
+    """The largest keys and values of texts, token ids (B, S) without padding.
+
+    Args:
+        graph: of the same file.
+    """
+    widths = rotary_widths(onnx.load(file, load_external_data=False).graph)
+    found = dict[str, np.ndarray]()
+    for row in (row for text in texts for row in text.split(1)):  # the logits of one row are enough memory
+        _, cache = graph.step(row, torch.ones_like(row), graph.empty_cache(1))
+        for name, values in cache.items():
+            here = spread_over_pairs(values.astype(np.float32), widths.get(name, 0)).max((0, 2))
+            found[name] = np.maximum(found.get(name, 0.0), here)
+    return found
+
+
+def spread_over_pairs(values: np.ndarray, width: int) -> np.ndarray:
+    """Absolute values, with the norm of a pair in place of the two features of (..., width) that are rotated."""
+    half = width // 2
+    norm = np.hypot(values[..., :half], values[..., half:width])
+    return np.concatenate([norm, norm, np.abs(values[..., width:])], -1)
+
+
+def rotary_widths(graph: GraphProto) -> dict[str, int]:
+    """By the name of a cache of keys, how many features of each head are rotated."""
+    sizes = {weight.name: weight.dims for weight in graph.initializer}
+    sources = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Reshape"}
+    widths = {}
+    for node in graph.node:
+        if node.op_type == "GroupQueryAttention" and node.input[COS]:
+            key = node.input[KEY]
+            widths[sources.get(key, key)] = 2 * sizes[node.input[COS]][-1]
+    return widths
