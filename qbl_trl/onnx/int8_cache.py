@@ -28,7 +28,7 @@ from qbl_trl.onnx.ranges import Ranges
 
 _PAST, _SCALES = slice(3, 5), slice(12, 14)  # inputs of GroupQueryAttention
 _HEADROOM = 1.1
-_SMALLEST = 1e-6  # of a range: a feature that is always zero
+_SMALLEST = 1e-20  # of a range: a feature that is always zero
 
 
 def quantize_caches(path: Path, ranges: Ranges) -> None:

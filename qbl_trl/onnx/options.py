@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qbl_trl.errors import ExportError
+from qbl_trl.quant.calibration import tokens_of
 
 DTYPES = {"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")}  # by provider, the default first
 LOWERINGS = ("auto", "factored", "float_zero_point", "low_rank")
@@ -141,6 +142,8 @@ def check_choices(
             raise ExportError(f"export_onnx: kv_cache_dtype={kv_cache_dtype!r} needs ONNX Runtime 1.32 or newer")
         if calibration is not None and (isinstance(calibration, (str, bytes)) or not isinstance(calibration, Iterable)):
             raise ExportError(f"export_onnx: calibration takes batches of token ids, not {calibration!r}")
+        for batch in calibration if isinstance(calibration, (list, tuple)) else ():
+            tokens_of(batch)
     return named
 
 

@@ -81,6 +81,11 @@ class OnnxLogits:
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = {value.name: value for value in self.session.get_outputs()}
 
+    @property
+    def rounds_cache(self) -> bool:
+        """Whether keys and values have 8 bits: one pass over a text does not read them, its steps do."""
+        return any(value.type == "tensor(int8)" for value in self.inputs.values())
+
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """One pass over all tokens."""
         logits, _ = self.step(input_ids, attention_mask, self.empty_cache(input_ids.shape[0]))

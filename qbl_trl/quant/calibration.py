@@ -186,17 +186,21 @@ def _arguments(batch: Batch, device: torch.device) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
 
-def tokens_of(batch: Batch) -> Tensor:
-    """The token ids of a batch, (batch, tokens).
+def tokens_of(batch: Any) -> Tensor:
+    """The token ids of a batch, (batch, tokens): a tensor, an array, nested lists, or a mapping that holds one.
 
     Raises:
         ConfigError: if there are none, or some are padding.
     """
-    known = isinstance(batch, (Tensor, Mapping))
-    ids = _arguments(batch, torch.device("cpu")).get("input_ids") if known else None
-    whole = isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool
-    if not isinstance(ids, Tensor) or not whole or ids.dim() != 2 or not ids.numel():
-        raise ConfigError("calibration: each batch must be a tensor of integer token ids, (batch, tokens)")
+    try:
+        whole = batch if isinstance(batch, Mapping) else torch.as_tensor(batch)
+        ids = torch.as_tensor(_arguments(whole, torch.device("cpu")).get("input_ids"))
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, RuntimeError):
+        ids = torch.empty(0)
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() != 2 or not ids.numel():
+        raise ConfigError("calibration: each batch must be integer token ids, (batch, tokens)")
     return ids.long()
 
 

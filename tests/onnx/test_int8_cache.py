@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from qbl_trl import export_onnx
+from qbl_trl import export_onnx, verify
 from qbl_trl.errors import ConfigError, ExportError
 from qbl_trl.onnx import export
 from qbl_trl.onnx.choices import subgraphs
@@ -179,7 +179,7 @@ def test_the_report_says_what_rounding_costs(tmp_path):
 
 def test_texts_of_the_caller_set_the_scales(tmp_path):
     text = [{"input_ids": tokens(1, 12), "attention_mask": torch.ones(1, 12)}, tokens(1, 7, seed=3)]
-    text.append(tokens(2, 5, seed=4).int())
+    text += [tokens(2, 5, seed=4).int(), tokens(1, 5, seed=5).numpy(), [[5, 6, 7]]]
     for name, calibration in (("own", None), ("given", text), ("again", iter(text))):
         export_onnx(merged_llama(), tmp_path / name, kv_cache_dtype="int8", calibration=calibration)
     own, given, again = (scales(tmp_path / name) for name in ("own", "given", "again"))
@@ -187,6 +187,17 @@ def test_texts_of_the_caller_set_the_scales(tmp_path):
         assert scale.shape == (1, 2, 1, 16)
         assert not np.allclose(scale, own[name])
         np.testing.assert_array_equal(scale, again[name])
+
+
+def test_verify_reads_the_cache(tmp_path):
+    model, ids = merged_llama(), tokens()
+    for name, options in (("all", {}), ("last", {"logits": "last"})):
+        export_onnx(model, tmp_path / name, kv_cache_dtype="int8", **options)
+        assert 1e-5 < verify(model, tmp_path / name, ids).max_abs_difference < 0.05
+    export_onnx(model, tmp_path / "float", logits="last")
+    export_onnx(model, tmp_path / "again", logits="last", attention="gqa")
+    assert verify(tmp_path / "float", tmp_path / "again", ids).max_abs_difference < FP32
+    assert verify(tmp_path / "float", tmp_path / "last", ids).tokens == 2
 
 
 def test_a_feature_that_is_always_zero_has_a_scale(tmp_path):
@@ -223,7 +234,8 @@ def test_what_does_not_go_together_is_refused_before_work_starts(tmp_path, setti
         ([torch.ones(2, 0, dtype=torch.long)], "token ids"),
         ([tokens() > 3], "token ids"),
         ([{"labels": tokens()}], "token ids"),
-        ([[[1, 2, 3]]], "token ids"),
+        (["a text"], "token ids"),
+        ([None], "token ids"),
         ([{"input_ids": tokens(), "attention_mask": torch.zeros(2, 9)}], "padded"),
         ([], "holds no text"),
         ([tokens() + 100], "vocabulary of 100"),
