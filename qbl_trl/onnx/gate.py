@@ -58,7 +58,8 @@ class Gate:
         """Measure the graph of a folder.
 
         Args:
-            buffer: look also whether it is as right over a cache that is longer than its text: the last result.
+            buffer: look also whether it is as right over a cache that is longer than its text: the last result. Where
+                there is a graph for ONNX Runtime GenAI, that is the one looked at, and removed if it is not.
 
         Raises:
             Unrunnable: if ONNX Runtime does not run it.
@@ -66,8 +67,7 @@ class Gate:
                 with random weights, the tolerance shrinks with the largest of them.
         """
         with _run_errors():
-            graph = OnnxLogits(folder)
-            reports = self.measure(graph)
+            reports = self.measure(OnnxLogits(folder))  # one session in memory at a time
         largest = max(report.max_abs_difference for report in reports)
         allowed = None if tolerance is None else tolerance * min(1.0, float(self.reference.abs().max()))
         if allowed is not None and not largest <= allowed:
@@ -75,10 +75,11 @@ class Gate:
                 f"the graph's logits differ from the torch model's by up to {largest:.2e}, allowed: {allowed:.0e}; "
                 "nothing was written. Pass tolerance=None to write the graph all the same"
             )
-        shares = buffer and self._fits(lambda: self._over_cache(graph, self._buffer), allowed)
         own = folder / GENAI_FILE
-        if own.is_file() and not self._fits(lambda: self._right_padded(OnnxLogits(own)), allowed):
-            own.unlink()
+        shares = own.is_file() and self._fits(lambda: self._right_padded(OnnxLogits(own)), allowed)
+        if not shares:
+            own.unlink(missing_ok=True)
+            shares = buffer and self._fits(lambda: self._over_cache(OnnxLogits(folder), self._buffer), allowed)
         return *reports, shares
 
     @property
