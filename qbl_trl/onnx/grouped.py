@@ -9,7 +9,7 @@ between them to hide, so that standard operators do the same with one copy:
 
 An If chooses at every step, by lengths alone: one new token, and a past that is shorter than the text by just that
 token. Prompts, and buffers that past and present share, stay with GroupQueryAttention. ONNX Runtime GenAI, which shares
-them, reads a graph without the choice (`choices.py`).
+them, reads a graph without the choice (`right_padding.py`).
 """
 
 from collections.abc import Mapping, Sequence
