@@ -2,15 +2,12 @@
 
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
@@ -20,31 +17,21 @@ from qbl_trl.onnx import companions
 from qbl_trl.onnx.attention import takes_query_lengths
 from qbl_trl.onnx.branches import choose_branches
 from qbl_trl.onnx.digits import layout_for
-from qbl_trl.onnx.files import GENAI_FILE, MODEL_FILE, clear, graph_files, save
-from qbl_trl.onnx.gate import Disagreement, Gate, Unrunnable
+from qbl_trl.onnx.gate import Gate
 from qbl_trl.onnx.genai import write_genai_config
-from qbl_trl.onnx.int8_cache import quantize_caches
-from qbl_trl.onnx.kernels import cuda_fallbacks
-from qbl_trl.onnx.linears import LoweredLayer
+from qbl_trl.onnx.making import finish, make_exact
 from qbl_trl.onnx.options import TOLERANCE, check_choices
-from qbl_trl.onnx.prompts import set_levels
-from qbl_trl.onnx.ranges import Ranges, check_texts, measured
+from qbl_trl.onnx.ranges import check_texts, measured
 from qbl_trl.onnx.reference import float32_reference
 from qbl_trl.onnx.report import ExportReport
-from qbl_trl.onnx.retype import float16_to_bfloat16
-from qbl_trl.onnx.rewrite import Options, Rewritten, rewrite
-from qbl_trl.onnx.right_padding import write_right_padded
+from qbl_trl.onnx.rewrite import Options
 from qbl_trl.onnx.rotary import steady_length
-from qbl_trl.onnx.skeleton import Unfusable, build_skeleton, fused_attention_traced
 from qbl_trl.onnx.sources import linear_sources
-from qbl_trl.onnx.threads import TRACING
-from qbl_trl.onnx.trace import Untraceable, check_supported, trace
-from qbl_trl.parity import ParityReport
+from qbl_trl.onnx.trace import check_supported
 from qbl_trl.progress import progress, step
 from qbl_trl.quant.calibration import tokens_of
 
 _USELESS = 1.0  # nats per token: a graph that types, 8-bit activations and caches took this far is broken
-_DIGITS_SHARE = 2.0  # times what 8-bit activations cost: beyond, a delta stays in float
 
 
 def export_onnx(
@@ -167,14 +154,14 @@ def export_onnx(
         ):
             as_it_is = float_type == torch.float32 and not wanted.digits
             exact_folder = folder if as_it_is else Path(side)
-            exact, reports = _exact(held, options, attention == "auto", gate, tolerance, exact_folder)
+            exact, reports = make_exact(held, options, attention == "auto", gate, tolerance, exact_folder)
             cache = None
             if options.int8_cache:
                 step(bar, "measuring its cache")
                 cache = measured(exact_folder, text_config, readable, texts)
             step(bar, "finishing the folder")
             wanted = replace(wanted, attention=_kinds(exact.attention, provider))
-            final, lossy = _finish(held, exact, wanted, gate, folder, exact_folder, cache)
+            final, lossy = finish(held, exact, wanted, gate, folder, exact_folder, cache)
             if tolerance is not None and lossy is not None and lossy.kl_per_token > _USELESS:
                 cached = ", cache in int8" if cache else ""
                 raise ExportError(
@@ -202,160 +189,12 @@ def export_onnx(
     )
 
 
-@dataclass
-class _Built:
-    """What is kept of a graph once it is written: its weights are the model's own.
-
-    `shares`: past and present of its cache may be one buffer.
-    """
-
-    layers: list[LoweredLayer]
-    operators: dict[str, int]
-    fallbacks: tuple[str, ...]
-    attention: str
-    reason: str = ""
-    shares: bool = False
-
-
-def _exact(
-    held: companions.Held,
-    options: Options,
-    may_fall_back: bool,
-    gate: Gate,
-    tolerance: float | None,
-    folder: Path,
-) -> tuple[_Built, tuple[ParityReport, ParityReport]]:
-    """The graph in float32, through the gate: with the fused operator, or with standard ones where that is left open.
-
-    Raises:
-        ExportError: if none computes what the model computes.
-    """
-    try:
-        built = _build(held, options, folder)
-        held.let_go()
-        whole, cached, built.shares = gate.pass_(folder, tolerance, buffer=built.attention == "gqa")
-        return built, (whole, cached)
-    except (Unfusable, Untraceable, Unrunnable, Disagreement) as refusal:
-        if not options.attention:
-            if (
-                isinstance(refusal, Disagreement)
-                and options.spelled_out
-                and held.config._attn_implementation != "eager"
-            ):
-                raise ExportError(
-                    f"{refusal}. Half precision is written with the model's eager attention, and the model runs "
-                    f'{held.config._attn_implementation}; load it with attn_implementation="eager" to see whether it '
-                    "is the two that differ"
-                ) from None
-            raise
-        reason = getattr(refusal, "brief", str(refusal))
-        if options.int8_cache:
-            if not isinstance(refusal, Unfusable):
-                raise
-            raise ExportError(
-                f'kv_cache_dtype="int8" needs GroupQueryAttention, which does not fit this model: {reason}'
-            ) from None
-        if not may_fall_back:
-            raise ExportError(
-                f'attention="{options.attention[0]}" does not fit this model: {reason}; "auto" tries the others'
-            ) from None
-        # A graph that is wrong says nothing of the next operator; one that was not written would fail there too.
-        wrong = isinstance(refusal, (Unrunnable, Disagreement))
-        left = options.attention[options.attention.index(built.attention) + 1 :] if wrong else ()
-    clear(folder)
-    built, reports = _exact(held, replace(options, attention=left), bool(left), gate, tolerance, folder)
-    built.reason = "; ".join(filter(None, (reason, built.reason)))
-    return built, reports
-
-
-def _build(held: companions.Held, options: Options, folder: Path) -> _Built:
-    graph, made = _trace_and_rewrite(held, options)
-    save(graph, folder)
-    write_right_padded(folder / MODEL_FILE, folder / GENAI_FILE)
-    operators = dict(Counter(node.op_type for node in graph.graph.all_nodes()))
-    fallbacks = cuda_fallbacks(graph) if options.provider == "cuda" else ()
-    return _Built(made.layers, operators, fallbacks, made.attention, made.reason)
-
-
-def _set_levels(folder: Path, options: Options) -> None:
-    if any(options.levels):
-        for file in graph_files(folder):
-            set_levels(file, *options.levels)
-
-
 def _kinds(attention: str, provider: str) -> tuple[str, ...]:
     if attention == "auto":
         if provider == "cuda":
             return ("gqa",)
         return ("gqa", "attention") if takes_query_lengths(provider) else ("attention",)
     return () if attention == "standard" else (attention,)
-
-
-def _trace_and_rewrite(held: companions.Held, options: Options) -> tuple[ir.Model, Rewritten]:
-    model, fused = held.decoder(), bool(options.attention)
-    traced = torch.float16 if options.dtype == torch.bfloat16 else options.dtype
-    skeleton = build_skeleton(model, linear_sources(model), traced, fused, options.spelled_out)
-    form = (traced, fused, options.spelled_out)
-    if form not in held.traces:
-        with TRACING, fused_attention_traced(skeleton) if fused else nullcontext():
-            held.traces[form] = trace(skeleton, traced)
-    graph = held.traces[form].clone()
-    if traced != options.dtype:
-        float16_to_bfloat16(graph)
-    return graph, rewrite(graph, skeleton, options)
-
-
-def _finish(
-    held: companions.Held,
-    exact: _Built,
-    wanted: Options,
-    gate: Gate,
-    folder: Path,
-    exact_folder: Path,
-    cache: tuple[Ranges, Gate] | None,
-) -> tuple[_Built, ParityReport | None]:
-    """The graphs of `folder` as they were asked for, and how far that is from the model where it is not exact.
-
-    Args:
-        cache: ranges of a cache of 8 bits, and the gate that looks at it.
-    """
-    final, lossy = exact, None
-    if exact_folder is not folder:
-        final, lossy = _as_wanted(held, wanted, gate, folder, exact_folder)
-        if not (exact_folder / GENAI_FILE).is_file():  # the gate did not let it through
-            (folder / GENAI_FILE).unlink(missing_ok=True)
-    elif any(wanted.levels):
-        _set_levels(folder, wanted)
-        lossy = None if cache else gate.look_at(folder)
-    if cache is not None:
-        ranges, own_text = cache
-        for file in graph_files(folder):
-            quantize_caches(file, ranges)
-        lossy = own_text.look_at(folder, buffer=exact.shares)
-        if lossy is None:
-            raise ExportError('kv_cache_dtype="int8": ONNX Runtime has no kernel for such a cache on this processor')
-    return final, lossy
-
-
-def _as_wanted(
-    held: companions.Held, wanted: Options, gate: Gate, folder: Path, exact_folder: Path
-) -> tuple[_Built, ParityReport | None]:
-    """The graph in the types asked for, and how far it is from the model: with digits only where they cost little.
-
-    That is, where it is as near as the exact graph is once its activations have 8 bits.
-    """
-    built = _build(held, wanted, folder)
-    held.let_go()
-    _set_levels(folder, wanted)
-    found = gate.look_at(folder)
-    if not wanted.digits:
-        return built, found
-    _set_levels(exact_folder, wanted)
-    factored = gate.look_at(exact_folder)
-    if found and factored and found.mean_abs_difference <= _DIGITS_SHARE * factored.mean_abs_difference:
-        return built, found
-    clear(folder)
-    return _as_wanted(held, replace(wanted, digits=False), gate, folder, exact_folder)
 
 
 def _has_digits(decoder: PreTrainedModel) -> bool:

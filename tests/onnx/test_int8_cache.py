@@ -11,7 +11,7 @@ import transformers
 
 from qbl_trl import export_onnx, verify
 from qbl_trl.errors import ConfigError, ExportError
-from qbl_trl.onnx import export
+from qbl_trl.onnx import making
 from qbl_trl.onnx.choices import subgraphs
 from qbl_trl.onnx.ranges import measured, spread_over_pairs
 from qbl_trl.onnx.session import OnnxLogits
@@ -162,8 +162,8 @@ def test_a_text_of_one_token_and_digits_go_with_it(tmp_path):
 
 
 def test_a_graph_that_is_written_twice_is_traced_once(tmp_path, monkeypatch):
-    traced, trace = [], export.trace
-    monkeypatch.setattr(export, "trace", lambda *given: traced.append(given) or trace(*given))
+    traced, trace = [], making.trace
+    monkeypatch.setattr(making, "trace", lambda *given: traced.append(given) or trace(*given))
     export_onnx(merged_llama(), tmp_path / "digits", accuracy_level=4)
     assert len(traced) == 1
     export_onnx(merged_llama(), tmp_path / "half", dtype="float16")
