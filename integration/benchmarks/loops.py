@@ -1,6 +1,8 @@
 """The loops that decode.py times: a bare session, ORTModelForCausalLM, ONNX Runtime GenAI, llama.cpp, torch.
 
-Graphs of one loop take turns by whole generations, so that the machine's moods hit all of them alike.
+Graphs of one loop take turns by whole generations, so that the machine's moods hit all of them alike. ONNX Runtime's
+open theirs anew for every turn, alone: where the weights come to lie in memory makes the steps of one and the same
+graph up to a tenth slower, for as long as its session lives.
 """
 
 import argparse
@@ -65,11 +67,10 @@ def take_turns(loop: str, names: list[str], rounds: int, turn: Callable[[str], T
 
 def bare_sessions(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
     """numpy in, numpy out, nothing shared between steps. The first prefill and steps of a turn only warm it up."""
-    sessions = {name: session(folder, args.threads) for name, folder in folders.items()}
     ids = np.arange(1, args.prompt + 1)[None]
 
     def turn(name: str) -> Turn:
-        opened = sessions[name]
+        opened = session(folders[name], args.threads)
         step(opened, ids, args.prompt, None)
         prefill, cache = step(opened, ids, args.prompt, None)
         times = []
@@ -78,7 +79,7 @@ def bare_sessions(folders: dict[str, Path], args: argparse.Namespace, bandwidth:
             times.append(taken)
         return prefill, median(times[_WARM_UP:])
 
-    found = take_turns("bare session", list(sessions), args.rounds, turn)
+    found = take_turns("bare session", list(folders), args.rounds, turn)
     return rows_of("bare session", sizes_of(folders), found, args, bandwidth)
 
 
@@ -121,17 +122,15 @@ def optimum_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: 
 
     torch.set_num_threads(1)
     ids = torch.arange(1, args.prompt + 1).unsqueeze(0)
-    models = {}
-    for name, folder in folders.items():
+
+    def turn(name: str) -> Turn:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = args.threads
-        if not (folder / "config.json").is_file():  # GenAI's builder writes none
-            (folder / "config.json").write_text((args.model / "config.json").read_text())
-        models[name] = ORTModelForCausalLM.from_pretrained(folder, session_options=options)
+        if not (folders[name] / "config.json").is_file():  # GenAI's builder writes none
+            (folders[name] / "config.json").write_text((args.model / "config.json").read_text())
+        return generation(ORTModelForCausalLM.from_pretrained(folders[name], session_options=options), ids, args)
 
-    found = take_turns(
-        "ORTModelForCausalLM", list(models), args.rounds, lambda name: generation(models[name], ids, args)
-    )
+    found = take_turns("ORTModelForCausalLM", list(folders), args.rounds, turn)
     torch.set_num_threads(args.threads)
     return rows_of("ORTModelForCausalLM", sizes_of(folders), found, args, bandwidth)
 
@@ -168,30 +167,32 @@ def genai_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: fl
         import onnxruntime_genai as genai
     except ImportError:
         return []
-    models = {}
-    for name, folder in folders.items():
-        if (folder / "genai_config.json").is_file():
-            config = json.loads((folder / "genai_config.json").read_text())
-            config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = args.threads
-            (folder / "genai_config.json").write_text(json.dumps(config, indent=2))
-            models[name] = genai.Model(str(folder))
 
     def turn(name: str) -> Turn:
-        params = genai.GeneratorParams(models[name])
+        config = json.loads((folders[name] / "genai_config.json").read_text())
+        config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = args.threads
+        (folders[name] / "genai_config.json").write_text(json.dumps(config, indent=2))
+        model = genai.Model(str(folders[name]))
         length = args.prompt + args.new
-        params.set_search_options(max_length=length, min_length=length, do_sample=False)
-        generator = genai.Generator(models[name], params)
-        start = time.perf_counter()
-        generator.append_tokens(list(range(1, args.prompt + 1)))
-        generator.generate_next_token()
-        first = time.perf_counter() - start
+
+        def started() -> tuple[Any, float]:
+            params = genai.GeneratorParams(model)
+            params.set_search_options(max_length=length, min_length=length, do_sample=False)
+            generator, start = genai.Generator(model, params), time.perf_counter()
+            generator.append_tokens(list(range(1, args.prompt + 1)))
+            generator.generate_next_token()
+            return generator, time.perf_counter() - start
+
+        started()
+        generator, first = started()
         start, count = time.perf_counter(), 0
         while not generator.is_done():
             generator.generate_next_token()
             count += 1
         return first, (time.perf_counter() - start) / max(count, 1)
 
-    found = take_turns("GenAI runtime", list(models), args.rounds, turn)
+    runnable = [name for name, folder in folders.items() if (folder / "genai_config.json").is_file()]
+    found = take_turns("GenAI runtime", runnable, args.rounds, turn)
     return rows_of("GenAI runtime", sizes_of(folders), found, args, bandwidth)
 
 

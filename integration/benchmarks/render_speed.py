@@ -85,11 +85,14 @@ def decoding(found: dict[str, Any]) -> str:
             ]
             for row in entry["rows"]
         ]
-        built = ", ".join(f"{graph} {seconds:.0f} s" for graph, seconds in entry["build_seconds"].items())
+        seconds = entry["build_seconds"].items()
+        built = (
+            "Written in: " + ", ".join(f"{graph} {taken:.0f} s" for graph, taken in seconds) + "." if seconds else ""
+        )
         parts.append(
             f"{name}, {entry['threads']} threads, ONNX Runtime {entry['versions']['onnxruntime']}; in brackets the "
             f"ratio to the first graph of the loop (median over turns); the last column is the share of the "
-            f"{entry['bandwidth_gb_s']:.0f} GB/s that this machine reads. Written in: {built}.\n"
+            f"{entry['bandwidth_gb_s']:.0f} GB/s that this machine reads. {built}\n"
         )
         parts.append(table(["loop", "graph", "MB", "prefill", "decode", "of memory bandwidth"], rows))
     return "\n".join(parts)

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 
-import onnx
 from onnx.onnx_pb import GraphProto, NodeProto
+
+from qbl_trl.onnx.protos import subgraphs
 
 GROUPED, WHOLE = "grouped", "whole"  # last part of the branches' names
 
@@ -30,11 +31,6 @@ def settled(graph: GraphProto, branch: str) -> list[NodeProto]:
         branches = _branches(node)
         nodes.extend(_inlined(node, branches[branch]) if branches else [node])
     return needed(nodes, (value.name for value in graph.output))
-
-
-def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
-    """The graphs inside a node."""
-    return (attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH)
 
 
 def _branches(node: NodeProto) -> dict[str, GraphProto]:

@@ -15,7 +15,7 @@ from qbl_trl.onnx.files import GENAI_FILE
 from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.parity import ParityReport, compare, logits_of
 
-_BATCH, _LENGTH, _PADDED, _PREFIX = 2, 24, 5, 16
+_BATCH, _LENGTH, _PADDED, _PREFIX = 2, 24, 5, 20
 
 
 class Unrunnable(ExportError):

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from onnx.onnx_pb import GraphProto, NodeProto
 
-from qbl_trl.onnx.choices import subgraphs
+from qbl_trl.onnx import protos
 from qbl_trl.onnx.prompts import STEPS
 from qbl_trl.onnx.ranges import Ranges
 
@@ -40,11 +40,11 @@ def quantize_caches(path: Path, ranges: Ranges) -> None:
     graph = model.graph
     for name, largest in ranges.items():
         scale = np.maximum(largest, _SMALLEST)[None, :, None, :] * (_HEADROOM / 127)
-        _constant(graph, _scale(name), scale.astype(np.float32))
+        protos.constant(graph, _scale(name), scale.astype(np.float32))
     for name, place in (("start", 0), ("end", 2**62), ("axis", 2)):
-        _constant(graph, f"cache/{name}", np.array([place], np.int64))
-    _constant(graph, "cache/one", np.array(1, np.float32))
-    _constant(graph, "cache/zero", np.array(0, np.int8))
+        protos.constant(graph, f"cache/{name}", np.array([place], np.int64))
+    protos.constant(graph, "cache/one", np.array(1, np.float32))
+    protos.constant(graph, "cache/zero", np.array(0, np.int8))
     for value in [*graph.input, *graph.output]:
         if value.name in ranges or value.name.startswith("present."):
             value.type.tensor_type.elem_type = TensorProto.INT8
@@ -55,7 +55,7 @@ def quantize_caches(path: Path, ranges: Ranges) -> None:
 def _rewrite(graph: GraphProto, reads_texts: bool) -> None:
     """One graph; `reads_texts`: from their beginning, not only steps over a cache."""
     for node in graph.node:
-        for branch in subgraphs(node):
+        for branch in protos.subgraphs(node):
             _rewrite(branch, reads_texts and branch.name != STEPS)
     attentions = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
     if not attentions:
@@ -82,9 +82,9 @@ def _rewrite(graph: GraphProto, reads_texts: bool) -> None:
 def _from_beginning(prefix: str) -> list[NodeProto]:
     """Whether the new tokens are all of the text."""
     return [
-        _node("Shape", ["attention_mask"], f"{prefix}/length", start=1, end=2),
-        _node("Shape", ["input_ids"], f"{prefix}/tokens", start=1, end=2),
-        _node("Equal", [f"{prefix}/length", f"{prefix}/tokens"], f"{prefix}/from_beginning"),
+        protos.node("Shape", ["attention_mask"], f"{prefix}/length", start=1, end=2),
+        protos.node("Shape", ["input_ids"], f"{prefix}/tokens", start=1, end=2),
+        protos.node("Equal", [f"{prefix}/length", f"{prefix}/tokens"], f"{prefix}/from_beginning"),
     ]
 
 
@@ -126,21 +126,15 @@ def _over_text(node: NodeProto, names: Sequence[str], tokens: str) -> list[NodeP
     before, after = list[NodeProto](), list[NodeProto]()
     for past, name, present in zip(node.input[_PAST], names, node.output[1:], strict=True):
         none = ["cache/start", "cache/start", "cache/axis"]
-        before.append(_node("Slice", [past, *none], f"{present}/nothing"))
-        before.append(_node("Cast", [f"{present}/nothing"], f"{present}/empty", to=TensorProto.FLOAT))
-        after.append(_node("Div", [f"{present}/text", _scale(name)], f"{present}/divided"))
-        after.append(_node("QuantizeLinear", [f"{present}/divided", "cache/one", "cache/zero"], f"{present}/rounded"))
-        after.append(_node("Slice", [past, tokens, "cache/end", "cache/axis"], f"{present}/rest"))
-        after.append(_node("Concat", [f"{present}/rounded", f"{present}/rest"], f"{present}/joined", axis=2))
+        before.append(protos.node("Slice", [past, *none], f"{present}/nothing"))
+        before.append(protos.node("Cast", [f"{present}/nothing"], f"{present}/empty", to=TensorProto.FLOAT))
+        after.append(protos.node("Div", [f"{present}/text", _scale(name)], f"{present}/divided"))
+        after.append(
+            protos.node("QuantizeLinear", [f"{present}/divided", "cache/one", "cache/zero"], f"{present}/rounded")
+        )
+        after.append(protos.node("Slice", [past, tokens, "cache/end", "cache/axis"], f"{present}/rest"))
+        after.append(protos.node("Concat", [f"{present}/rounded", f"{present}/rest"], f"{present}/joined", axis=2))
     return [*before, attention, *after]
-
-
-def _node(op: str, inputs: Sequence[str], output: str, **attributes: int) -> NodeProto:
-    return helper.make_node(op, inputs, [output], output, **attributes)
-
-
-def _constant(graph: GraphProto, name: str, value: np.ndarray) -> None:
-    graph.initializer.append(numpy_helper.from_array(value, name))
 
 
 def _scale(name: str) -> str:

@@ -28,7 +28,6 @@ class LoweredLayer:
     name: str
     operator: str
     correction: str
-    reason: str = ""
 
 
 class LinearLowering:

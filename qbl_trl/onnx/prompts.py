@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 from onnx.onnx_pb import GraphProto, ModelProto, NodeProto
 
-from qbl_trl.onnx.choices import GROUPED, WHOLE, condition, needed, settled, subgraphs
+from qbl_trl.onnx import protos
+from qbl_trl.onnx.choices import GROUPED, WHOLE, condition, needed, settled
 
 STEPS, PROMPTS = "steps", "prompts"  # names of the two branches
 
@@ -53,10 +54,10 @@ def _split(model: ModelProto, steps: int, prompts: int) -> None:
 
 
 def _one_token(graph: GraphProto) -> list[NodeProto]:
-    graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "one"))
+    protos.constant(graph, "one", np.array([1], np.int64))
     return [
-        helper.make_node("Shape", ["input_ids"], ["tokens"], name="tokens", start=1, end=2),
-        helper.make_node("Equal", ["tokens", "one"], ["one_token"], name="one_token"),
+        protos.node("Shape", ["input_ids"], "tokens", start=1, end=2),
+        protos.node("Equal", ["tokens", "one"], "one_token"),
     ]
 
 
@@ -77,7 +78,7 @@ def _rename(graph: GraphProto, prefix: str, outer: set[str]) -> None:
         node.name = prefix + node.name
         for names in (node.input, node.output):
             names[:] = [name if not name or name in outer else prefix + name for name in names]
-        for inner in subgraphs(node):
+        for inner in protos.subgraphs(node):
             _rename(inner, prefix, outer)
 
 
@@ -87,5 +88,5 @@ def _set_level(nodes: Iterable[NodeProto], level: int) -> None:
             kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
             del node.attribute[:]
             node.attribute.extend(kept + ([helper.make_attribute("accuracy_level", level)] if level else []))
-        for inner in subgraphs(node):
+        for inner in protos.subgraphs(node):
             _set_level(inner.node, level)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qbl_trl.onnx.layers import Bnb4Base
-from qbl_trl.onnx.sources import linear_source
+from qbl_trl.onnx.sources import is_bnb4, linear_source
 from qbl_trl.quant.embedding import GroupQuantEmbedding
 from qbl_trl.quant.modules import plain_forward_
 from qbl_trl.quant.packed import PackedWeight
@@ -19,14 +19,14 @@ def float32_reference(model: nn.Module) -> nn.Module:
     bitsandbytes layers are always replaced by their dequantized equals: their own eval-mode forward may repack the
     codes on CPUs, and what would be exported afterwards is garbage.
     """
-    foreign = any(_is_bnb4(module) for module in model.modules())
+    foreign = any(is_bnb4(module) for module in model.modules())
     floats = [p for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()]
     packed = {id(buffer) for module in _packed(model) for buffer in [*module.buffers(), *module.parameters()]}
     if not foreign and all(p.dtype == torch.float32 or id(p) in packed for p in floats):
         return model
     memo: dict[int, Any] = {id(module): _Shared(module) for module in _packed(model)}
     for name, module in model.named_modules():
-        if _is_bnb4(module):
+        if is_bnb4(module):
             memo[id(module)] = _Dequantized(name, module)
     made = plain_forward_(copy.deepcopy(model, memo))
     # Not `made.float()`: transformers forbids it on a quantized model, whose packed layers are left alone here.
@@ -35,10 +35,6 @@ def float32_reference(model: nn.Module) -> nn.Module:
 
 def _packed(model: nn.Module) -> list[PackedWeight]:
     return [module for module in model.modules() if isinstance(module, PackedWeight)]
-
-
-def _is_bnb4(module: nn.Module) -> bool:
-    return type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes")
 
 
 class _Shared(nn.Module):

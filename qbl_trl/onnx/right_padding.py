@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 from onnx.onnx_pb import GraphProto, NodeProto
 
+from qbl_trl.onnx import protos
 from qbl_trl.onnx.choices import WHOLE, needed, settled
 
 _SEQLENS, _BIAS, _QUERIES = 5, 10, 16  # inputs of GroupQueryAttention
@@ -43,20 +44,16 @@ def write_right_padded(source: Path, target: Path) -> None:
 def _counts(graph: GraphProto) -> list[NodeProto]:
     """seqlens_k and query_seqlens from the mask."""
     for name, value in (("zero", [0]), ("axis", [1]), ("end", [2**62])):
-        graph.initializer.append(numpy_helper.from_array(np.array(value), f"right/{name}"))
-    graph.initializer.append(numpy_helper.from_array(np.array(1, np.int32), "right/one"))
+        protos.constant(graph, f"right/{name}", np.array(value))
+    protos.constant(graph, "right/one", np.array(1, np.int32))
     new = ["attention_mask", "right/start", "right/end", "right/axis"]
     return [
-        _node("ReduceSum", ["attention_mask", "right/axis"], "right/tokens", keepdims=0),
-        _node("Cast", ["right/tokens"], "right/counted", to=TensorProto.INT32),
-        _node("Sub", ["right/counted", "right/one"], "right/seqlens"),
-        _node("Shape", ["input_ids"], "right/length", start=1, end=2),
-        _node("Sub", ["right/zero", "right/length"], "right/start"),
-        _node("Slice", new, "right/new"),
-        _node("ReduceSum", ["right/new", "right/axis"], "right/asked", keepdims=0),
-        _node("Cast", ["right/asked"], "right/queries", to=TensorProto.INT32),
+        protos.node("ReduceSum", ["attention_mask", "right/axis"], "right/tokens", keepdims=0),
+        protos.node("Cast", ["right/tokens"], "right/counted", to=TensorProto.INT32),
+        protos.node("Sub", ["right/counted", "right/one"], "right/seqlens"),
+        protos.node("Shape", ["input_ids"], "right/length", start=1, end=2),
+        protos.node("Sub", ["right/zero", "right/length"], "right/start"),
+        protos.node("Slice", new, "right/new"),
+        protos.node("ReduceSum", ["right/new", "right/axis"], "right/asked", keepdims=0),
+        protos.node("Cast", ["right/asked"], "right/queries", to=TensorProto.INT32),
     ]
-
-
-def _node(op: str, inputs: list[str], output: str, **attributes: int) -> NodeProto:
-    return helper.make_node(op, inputs, [output], output, **attributes)

@@ -47,7 +47,7 @@ def linear_source(name: str, module: nn.Module) -> LinearSource | None:
     if isinstance(module, Conv1D):
         rows, columns = module.weight.shape
         return LinearSource(name, rows, columns, DenseBase(Stored.of(module.weight), True), Stored.of(module.bias))
-    if _is_bnb4(module):
+    if is_bnb4(module):
         return _bnb4_source(name, module)
     if isinstance(module, nn.Linear) and _is_plain(module):
         dense = DenseBase(Stored.of(module.weight))
@@ -147,7 +147,8 @@ def _branch(layer: BalancedLinear, adapter: str) -> Branch:
     return LowRank(down, up, layer.gain(adapter), p, e)
 
 
-def _is_bnb4(module: nn.Module) -> bool:
+def is_bnb4(module: nn.Module) -> bool:
+    """Whether bitsandbytes holds a layer in 4 bits."""
     return type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes")
 
 

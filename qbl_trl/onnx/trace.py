@@ -3,6 +3,7 @@ ORTModelForCausalLM expects, for every architecture that Optimum knows."""
 
 import inspect
 import logging
+import random
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -56,7 +57,7 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
     """
     config = _onnx_config(skeleton, dtype)
     shapes = {"batch_size": 2, "sequence_length": traced_tokens(skeleton.model.config)}
-    with tempfile.TemporaryDirectory() as folder, _quiet(), every_expert_asked():
+    with tempfile.TemporaryDirectory() as folder, _quiet(), _same_random_state(), every_expert_asked():
         path = Path(folder, "model.onnx")
         try:
             sizes = cache_sizes(skeleton.model)
@@ -152,6 +153,15 @@ def _correct_caches(config: Any, sizes: list[tuple[int, int, int]]) -> None:
 def _resized(cache: torch.Tensor, heads: int, size: int) -> torch.Tensor:
     fits = cache.shape[1] == heads and cache.shape[3] == size
     return cache if fits else cache.new_zeros(cache.shape[0], heads, cache.shape[2], size)
+
+
+@contextmanager
+def _same_random_state() -> Iterator[None]:
+    """Optimum draws its example inputs: the caller's next random numbers are those that would have come without."""
+    state = random.getstate()
+    with torch.random.fork_rng([]):  # they lie on the CPU
+        yield
+    random.setstate(state)
 
 
 @contextmanager

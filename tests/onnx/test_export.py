@@ -1,6 +1,7 @@
 """export_onnx: what is written computes the same function, and nothing is written otherwise."""
 
 import json
+import random
 import shutil
 
 import onnx
@@ -334,3 +335,11 @@ def test_scales_of_16_bits_stay_so_in_the_file(exported):
     stored = [tensor for tensor in graph.initializer if tensor.name.endswith(".scales")]
     assert stored
     assert all(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in stored)
+
+
+def test_an_export_leaves_random_numbers_as_they_were(tmp_path):
+    model = merged_llama()
+    states = torch.get_rng_state(), random.getstate()
+    export_onnx(model, tmp_path / "out", accuracy_level=4, kv_cache_dtype="int8")
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()

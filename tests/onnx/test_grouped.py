@@ -10,8 +10,8 @@ import torch
 
 from qbl_trl import export_onnx
 from qbl_trl.errors import ExportError
-from qbl_trl.onnx.choices import subgraphs
 from qbl_trl.onnx.digits import Layout
+from qbl_trl.onnx.protos import subgraphs
 from qbl_trl.onnx.session import OnnxLogits
 from tests.onnx.models import merged_llama, operators, padded_batch
 from tests.onnx.test_runtimes import ARCHITECTURES, build

@@ -12,7 +12,7 @@ import transformers
 from qbl_trl import export_onnx, verify
 from qbl_trl.errors import ConfigError, ExportError
 from qbl_trl.onnx import making
-from qbl_trl.onnx.choices import subgraphs
+from qbl_trl.onnx.protos import subgraphs
 from qbl_trl.onnx.ranges import measured, spread_over_pairs
 from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.parity import positions

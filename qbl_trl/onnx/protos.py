@@ -1,0 +1,23 @@
+"""What every edit of a written graph needs: nodes named after what they make, constants, the graphs inside a node."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from onnx import AttributeProto, helper, numpy_helper
+from onnx.onnx_pb import GraphProto, NodeProto
+
+
+def node(op: str, inputs: Sequence[str], output: str, **attributes: Any) -> NodeProto:
+    """A node of one output, which is its name too."""
+    return helper.make_node(op, inputs, [output], output, **attributes)
+
+
+def constant(graph: GraphProto, name: str, value: np.ndarray) -> None:
+    """A weight of the graph, inside its file."""
+    graph.initializer.append(numpy_helper.from_array(value, name))
+
+
+def subgraphs(of: NodeProto) -> Iterator[GraphProto]:
+    """The graphs inside a node."""
+    return (attribute.g for attribute in of.attribute if attribute.type == AttributeProto.GRAPH)
