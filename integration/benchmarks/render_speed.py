@@ -85,14 +85,12 @@ def decoding(found: dict[str, Any]) -> str:
             ]
             for row in entry["rows"]
         ]
-        seconds = entry["build_seconds"].items()
-        built = (
-            "Written in: " + ", ".join(f"{graph} {taken:.0f} s" for graph, taken in seconds) + "." if seconds else ""
-        )
+        seconds = ", ".join(f"{graph} {taken:.0f} s" for graph, taken in entry["build_seconds"].items())
+        built = f" Written in: {seconds}." if seconds else ""
         parts.append(
             f"{name}, {entry['threads']} threads, ONNX Runtime {entry['versions']['onnxruntime']}; in brackets the "
             f"ratio to the first graph of the loop (median over turns); the last column is the share of the "
-            f"{entry['bandwidth_gb_s']:.0f} GB/s that this machine reads. {built}\n"
+            f"{entry['bandwidth_gb_s']:.0f} GB/s that this machine reads.{built}\n"
         )
         parts.append(table(["loop", "graph", "MB", "prefill", "decode", "of memory bandwidth"], rows))
     return "\n".join(parts)
