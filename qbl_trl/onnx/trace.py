@@ -159,9 +159,11 @@ def _resized(cache: torch.Tensor, heads: int, size: int) -> torch.Tensor:
 def _same_random_state() -> Iterator[None]:
     """Optimum draws its example inputs: the caller's next random numbers are those that would have come without."""
     state = random.getstate()
-    with torch.random.fork_rng([]):  # they lie on the CPU
-        yield
-    random.setstate(state)
+    try:
+        with torch.random.fork_rng([]):  # they lie on the CPU
+            yield
+    finally:
+        random.setstate(state)
 
 
 @contextmanager
