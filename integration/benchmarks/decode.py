@@ -81,13 +81,17 @@ def main(args: argparse.Namespace) -> None:
 
 def known_seconds(output: Path, name: str) -> dict[str, float]:
     """How long the graphs of an earlier run took to write: those that are kept are not written again."""
-    known = json.loads(output.read_text()) if output.is_file() else {}
-    return dict(known.get(name, {}).get("build_seconds", {}))
+    return dict(read(output).get(name, {}).get("build_seconds", {}))
+
+
+def read(output: Path) -> dict[str, Any]:
+    """All models' entries."""
+    return dict(json.loads(output.read_text())) if output.is_file() else {}
 
 
 def write(output: Path, name: str, entry: dict[str, Any]) -> None:
     """Replace one model's entry."""
-    known = json.loads(output.read_text()) if output.is_file() else {}
+    known = read(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({**known, name: entry}, indent=1) + "\n")
 

@@ -123,11 +123,13 @@ def optimum_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: 
     torch.set_num_threads(1)
     ids = torch.arange(1, args.prompt + 1).unsqueeze(0)
 
+    for folder in folders.values():
+        if not (folder / "config.json").is_file():  # GenAI's builder writes none
+            (folder / "config.json").write_text((args.model / "config.json").read_text())
+
     def turn(name: str) -> Turn:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = args.threads
-        if not (folders[name] / "config.json").is_file():  # GenAI's builder writes none
-            (folders[name] / "config.json").write_text((args.model / "config.json").read_text())
         return generation(ORTModelForCausalLM.from_pretrained(folders[name], session_options=options), ids, args)
 
     found = take_turns("ORTModelForCausalLM", list(folders), args.rounds, turn)
@@ -167,11 +169,14 @@ def genai_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: fl
         import onnxruntime_genai as genai
     except ImportError:
         return []
+    runnable = {name: folder / "genai_config.json" for name, folder in folders.items()}
+    runnable = {name: file for name, file in runnable.items() if file.is_file()}
+    for file in runnable.values():
+        config = json.loads(file.read_text())
+        config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = args.threads
+        file.write_text(json.dumps(config, indent=2))
 
     def turn(name: str) -> Turn:
-        config = json.loads((folders[name] / "genai_config.json").read_text())
-        config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = args.threads
-        (folders[name] / "genai_config.json").write_text(json.dumps(config, indent=2))
         model = genai.Model(str(folders[name]))
         length = args.prompt + args.new
 
@@ -191,8 +196,7 @@ def genai_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: fl
             count += 1
         return first, (time.perf_counter() - start) / max(count, 1)
 
-    runnable = [name for name, folder in folders.items() if (folder / "genai_config.json").is_file()]
-    found = take_turns("GenAI runtime", runnable, args.rounds, turn)
+    found = take_turns("GenAI runtime", list(runnable), args.rounds, turn)
     return rows_of("GenAI runtime", sizes_of(folders), found, args, bandwidth)
 
 

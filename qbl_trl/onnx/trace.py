@@ -3,7 +3,6 @@ ORTModelForCausalLM expects, for every architecture that Optimum knows."""
 
 import inspect
 import logging
-import random
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.experts import every_expert_asked, traced_tokens
 from qbl_trl.onnx.skeleton import Skeleton, Unfusable
+from qbl_trl.random_state import same_random_state
 
 _TASK = "text-generation-with-past"
 _OPSET = 18
@@ -57,7 +57,7 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
     """
     config = _onnx_config(skeleton, dtype)
     shapes = {"batch_size": 2, "sequence_length": traced_tokens(skeleton.model.config)}
-    with tempfile.TemporaryDirectory() as folder, _quiet(), _same_random_state(), every_expert_asked():
+    with tempfile.TemporaryDirectory() as folder, _quiet(), same_random_state(), every_expert_asked():
         path = Path(folder, "model.onnx")
         try:
             sizes = cache_sizes(skeleton.model)
@@ -153,17 +153,6 @@ def _correct_caches(config: Any, sizes: list[tuple[int, int, int]]) -> None:
 def _resized(cache: torch.Tensor, heads: int, size: int) -> torch.Tensor:
     fits = cache.shape[1] == heads and cache.shape[3] == size
     return cache if fits else cache.new_zeros(cache.shape[0], heads, cache.shape[2], size)
-
-
-@contextmanager
-def _same_random_state() -> Iterator[None]:
-    """Optimum draws its example inputs: the caller's next random numbers are those that would have come without."""
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng([]):  # they lie on the CPU
-            yield
-    finally:
-        random.setstate(state)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from qbl_trl.trl.shadow import computing_merged, same_random_state
+from qbl_trl.random_state import same_random_state
+from qbl_trl.trl.shadow import computing_merged
 
 _ACCUMULATED = ("_metrics", "_total_train_tokens")  # running averages TRL's trainers collect while computing a loss
 

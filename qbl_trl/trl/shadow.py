@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
@@ -71,12 +70,4 @@ def _either(layer: BalancedLinear, merged: nn.Module) -> Any:
     return forward
 
 
-@contextmanager
-def same_random_state() -> Iterator[None]:
-    """Random numbers drawn while open are not missing afterwards: training goes on as if nothing had been drawn."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        yield
-
-
-__all__ = ["computing_merged", "merged_base", "same_random_state", "shadow"]
+__all__ = ["computing_merged", "merged_base", "shadow"]

@@ -1,0 +1,19 @@
+"""What is done in passing takes no random numbers from what comes after it."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def same_random_state() -> Iterator[None]:
+    """Numbers that Python, or torch on the CPU and the current GPU, draws while open come again afterwards."""
+    state = random.getstate()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(state)
