@@ -89,6 +89,8 @@ def _attention(
         positions = _rows(editor, site, masks, skeleton)
         width = 2 * int(tables[0].shape[-1])  # type: ignore[index, arg-type]
         partial = {} if width == site.head_size else {"rotary_embedding_dim": width}
+        if site.interleaved:
+            partial["interleaved"] = 1
         query, key = (
             editor.add(
                 site.node, "RotaryEmbedding", [value, *tables, positions], {"num_heads": heads, **partial}, like=value
@@ -155,6 +157,8 @@ def _group_query(
         "scale": site.scale,
         "do_rotary": int(tables is not None),
     }
+    if site.interleaved:
+        attributes["rotary_interleaved"] = 1
     if site.window:  # both count the token itself
         attributes["local_window_size"] = site.window
     if site.softcap:
@@ -193,13 +197,12 @@ def _merges_heads(reshape: ir.Node) -> bool:
 def _tables(editor: Editor, table: ir.Node, skeleton: Skeleton, max_length: int) -> tuple[ir.Value, ir.Value]:
     name = attribute(table, "name")
     rotary = skeleton.rotary[name]
-    half = rotary.width // 2
     # GroupQueryAttention wants a row for every place of the cache, padding included.
     length = max_length + min(max_length, _SPARE_ROWS)
-    shape = (rotary.rows(length), half)
+    shape = (rotary.rows(length), rotary.width // 2)
 
     def read(which: int) -> torch.Tensor:
-        return rotary.read(length)[which][:, :half]
+        return rotary.angles(length)[which]
 
     cos = editor.weight(f"{name}.cos", shape, editor.dtype, lambda: read(0))
     sin = editor.weight(f"{name}.sin", shape, editor.dtype, lambda: read(1))

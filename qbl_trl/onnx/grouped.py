@@ -122,6 +122,8 @@ def _rotate(body: _Body, masks: Masks, value: ir.Value, size: int) -> ir.Value:
     positions = masks.last_place() if told is None else told  # untold, the operator counts the cache
     width = 2 * int(cos.shape[-1])  # type: ignore[arg-type]
     partial = {} if width == size else {"rotary_embedding_dim": width}
+    if _optional(body.node, "rotary_interleaved"):
+        partial["interleaved"] = 1
     return body.add("RotaryEmbedding", [value, cos, sin, positions], partial)[0]
 
 

@@ -10,8 +10,9 @@ nodes afterwards, with weights read from the real model. No node of this domain 
 | Linear | x (..., K) | (..., N) | name |
 | Embedding | ids (...) | (..., N) | name |
 | Norm | x (..., K) | (..., K) | name |
+| Gelu | x (..., K) | (..., K) | form ("none" or "tanh") |
 | RotaryTable | x, position_ids (B, S) | cos or sin (B, S, R) | name, part (0: cos, 1: sin) |
-| Rotary | x (B, H, S, D), cos, sin | (B, H, S, D) | |
+| Rotary | x (B, H, S, D), cos, sin | (B, H, S, D) | interleaved (1: pairs of neighbours) |
 | Attention | query (B, H, S, D), key, value (B, KV, T, D) | (B, S, H, D) | heads, scale, window, softcap |
 
 During the trace no weight is read and only shapes matter, with one exception: a router chooses experts by its values,
@@ -75,6 +76,16 @@ class _Norm(torch.autograd.Function):
         return _typed(g.op(f"{TRACE_DOMAIN}::Norm", x, name_s=name), x, _sizes(x))
 
 
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, form: str) -> Tensor:  # type: ignore[override]
+        return torch.nn.functional.gelu(x, approximate=form)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, form: str) -> Any:
+        return _typed(g.op(f"{TRACE_DOMAIN}::Gelu", x, form_s=form), x, _sizes(x))
+
+
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, like: Tensor, name: str, features: int) -> Tensor:  # type: ignore[override]
@@ -101,12 +112,12 @@ class _RotaryTable(torch.autograd.Function):
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:  # type: ignore[override]
         return torch.zeros_like(x)
 
     @staticmethod
-    def symbolic(g: Any, x: Any, cos: Any, sin: Any) -> Any:
-        return _typed(g.op(f"{TRACE_DOMAIN}::Rotary", x, cos, sin), x, _sizes(x))
+    def symbolic(g: Any, x: Any, cos: Any, sin: Any, interleaved: bool) -> Any:
+        return _typed(g.op(f"{TRACE_DOMAIN}::Rotary", x, cos, sin, interleaved_i=int(interleaved)), x, _sizes(x))
 
 
 class _Attention(torch.autograd.Function):
@@ -166,6 +177,18 @@ class NormMarker(nn.Module):
         return y
 
 
+class GeluMarker(nn.Module):
+    """Stands for a GELU, exact (form "none") or through tanh (form "tanh")."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _emit(_Gelu, x, self.form)
+        return y
+
+
 class RotaryTableMarker(nn.Module):
     """Stands for the module that turns positions into cosines and sines, (B, S) -> two of (B, S, width)."""
 
@@ -178,9 +201,11 @@ class RotaryTableMarker(nn.Module):
         return cos, sin
 
 
-def mark_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+def mark_rotary(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, interleaved: bool, **__: Any
+) -> tuple[Tensor, Tensor]:
     """Stands for `apply_rotary_pos_emb` of a modeling file."""
-    return _emit(_Rotary, q, cos, sin), _emit(_Rotary, k, cos, sin)
+    return _emit(_Rotary, q, cos, sin, interleaved), _emit(_Rotary, k, cos, sin, interleaved)
 
 
 def mark_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float) -> Tensor:

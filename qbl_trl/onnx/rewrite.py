@@ -7,6 +7,7 @@ import onnx_ir.passes.common as passes
 import torch
 
 from qbl_trl.errors import ExportError
+from qbl_trl.onnx.activations import lower_activations
 from qbl_trl.onnx.attention import fuse_attention
 from qbl_trl.onnx.branches import choose_branches
 from qbl_trl.onnx.caches import accept_guessed_caches
@@ -81,6 +82,7 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> Rewritten:
     """
     editor = Editor(model, options.dtype)
     answer_shapes(editor, skeleton)
+    lower_activations(editor)
     attention = "standard", ""
     if options.attention:
         attention = fuse_attention(editor, skeleton, options.attention, options.max_length, options.provider)

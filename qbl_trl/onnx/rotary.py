@@ -10,6 +10,7 @@ A traced rotary embedding of the last two types would keep the angles of the tex
 """
 
 import copy
+from collections.abc import Callable
 
 import onnx_ir as ir
 import torch
@@ -19,6 +20,10 @@ from qbl_trl.onnx.graph import Editor, attribute
 from qbl_trl.onnx.markers import TRACE_DOMAIN
 
 _SOME = 4  # positions that tell how a table is laid out
+_REPEATED: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {  # a table's two copies of its angles
+    "halves": lambda table: (table[..., : table.shape[-1] // 2], table[..., table.shape[-1] // 2 :]),
+    "neighbours": lambda table: (table[..., ::2], table[..., 1::2]),
+}
 
 
 class NoTable(Exception):
@@ -30,7 +35,8 @@ class Rotary:
 
     Attributes:
         width: features that are rotated.
-        halves: the table consists of two equal halves, as fused operators want it.
+        repeats: how the table repeats its angles, one for each pair of features: "halves" (Llama) or "neighbours"
+            (Cohere); None where it does neither, and fused operators cannot read it.
         switch: texts longer than this read the second part of the table; 0 where there is one part.
         limit: the longest text whose angles are fixed, or None.
 
@@ -45,9 +51,8 @@ class Rotary:
             cos, sin = self._rows(_SOME)
         except Exception as error:  # whatever else its forward may want or return
             raise NoTable(f"a {type(module).__name__} does not turn positions into cosines and sines") from error
-        half = cos.shape[-1] // 2
         self.width = int(cos.shape[-1])
-        self.halves = torch.equal(cos[:, :half], cos[:, half:]) and torch.equal(sin[:, :half], sin[:, half:])
+        self.repeats = next((how for how in _REPEATED if all(_is_repeated(part, how) for part in (cos, sin))), None)
 
     def rows(self, max_length: int) -> int:
         """Height of the table for texts of up to `max_length` tokens."""
@@ -61,12 +66,24 @@ class Rotary:
         cos, sin = (torch.cat(columns)[: self.rows(max_length)] for columns in zip(*parts, strict=True))
         return cos, sin
 
+    def angles(self, max_length: int) -> tuple[Tensor, Tensor]:
+        """The same with each angle once, two of (rows, width / 2) float32, for fused operators."""
+        if self.repeats is None:
+            raise NoTable("its table repeats its angles in no known way")
+        cos, sin = (_REPEATED[self.repeats](part)[0] for part in self.read(max_length))
+        return cos, sin
+
     def _rows(self, length: int) -> tuple[Tensor, Tensor]:
         module, positions = self._module, torch.arange(length).unsqueeze(0)
         device = next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
         with torch.no_grad():
             cos, sin = module(torch.zeros(1, dtype=torch.float32, device=device), positions.to(device))
         return cos[0].float().cpu(), sin[0].float().cpu()
+
+
+def _is_repeated(table: Tensor, how: str) -> bool:
+    first, second = _REPEATED[how](table)
+    return torch.equal(first, second)
 
 
 def is_rotary(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qbl_trl.onnx.graph import Editor, attribute, produced_by
+from qbl_trl.onnx.graph import Editor, attribute, constant_of, produced_by
 from qbl_trl.onnx.markers import TRACE_DOMAIN
 from qbl_trl.onnx.skeleton import Unfusable
 
@@ -18,6 +18,7 @@ class Site:
         query, key, value: before rotation, (B, S, heads * head_size).
         past_key, past_value: graph inputs (B, kv_heads, P, head_size); present_*: the graph outputs to replace.
         table: the RotaryTable placeholder of its cosines, or None.
+        interleaved: features are rotated in pairs of neighbours.
         window: keys a query sees, itself included; 0 for all.
         softcap: 0 for none.
     """
@@ -31,6 +32,7 @@ class Site:
     present_key: ir.Value
     present_value: ir.Value
     table: ir.Node | None
+    interleaved: bool
     heads: int
     kv_heads: int
     head_size: int
@@ -50,9 +52,10 @@ def read_site(editor: Editor, node: ir.Node) -> Site:
         raise Unfusable(f"{node.name}: an input is missing")
     past_key, key_now = _cache(node, key)
     past_value, value_now = _cache(node, value)
-    query, table = _unrotated(query)
-    key_now, key_table = _unrotated(key_now)
-    if table is not key_table:
+    query, rotary = _unrotated(query)
+    key_now, key_rotary = _unrotated(key_now)
+    table = _table(rotary)
+    if table is not _table(key_rotary):
         raise Unfusable(f"{node.name}: queries and keys are rotated differently")
     heads, kv_heads, head_size = attribute(node, "heads"), _size(past_value, 1), _size(past_value, 3)
     if _size(past_key, 3) != head_size:
@@ -67,6 +70,7 @@ def read_site(editor: Editor, node: ir.Node) -> Site:
         present_key=key,
         present_value=value,
         table=table,
+        interleaved=rotary is not None and bool(attribute(rotary, "interleaved")),
         heads=heads,
         kv_heads=kv_heads,
         head_size=head_size,
@@ -88,13 +92,44 @@ def _cache(node: ir.Node, value: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 
 def _unrotated(value: ir.Value) -> tuple[ir.Value, ir.Node | None]:
-    rotary = produced_by(value, "Rotary", TRACE_DOMAIN)
+    """What is rotated, and the placeholder that does it; the first features of each head alone may be."""
+    joined = produced_by(value, "Concat")
+    parts = list(joined.inputs) if joined is not None else [value]
+    rotary = produced_by(parts[0], "Rotary", TRACE_DOMAIN)
     if rotary is None or rotary.inputs[0] is None:
         return value, None
+    if len(parts) == 1:
+        return rotary.inputs[0], rotary
+    pieces = [produced_by(piece, "Slice") for piece in (rotary.inputs[0], *parts[1:])]
+    whole = None if pieces[0] is None else pieces[0].inputs[0]
+    if whole is None or attribute(joined, "axis") not in (-1, 3) or not _follow(pieces, whole):  # type: ignore[arg-type]
+        raise Unfusable(f"{rotary.name}: what is rotated is not the first part of each head")
+    return whole, rotary
+
+
+def _follow(pieces: list[ir.Node | None], whole: ir.Value) -> bool:
+    """Whether slices along the last axis of four, laid end to end, are the value they are cut from."""
+    end = 0
+    for piece in pieces:
+        if piece is None or piece.inputs[0] is not whole:
+            return False
+        start, stop, axis, *step = (constant_of(value) for value in piece.inputs[1:])
+        if start is None or stop is None or axis is None or axis.item() not in (-1, 3) or start.item() != end:
+            return False
+        if step and (step[0] is None or step[0].item() != 1):
+            return False
+        end = stop.item()
+    size = None if whole.shape is None else whole.shape[-1]
+    return end == size or end >= 2**31 - 1
+
+
+def _table(rotary: ir.Node | None) -> ir.Node | None:
+    if rotary is None:
+        return None
     table = produced_by(rotary.inputs[1], "RotaryTable", TRACE_DOMAIN)
     if table is None:
         raise Unfusable(f"{rotary.name}: its angles are not those of the model's rotary embedding")
-    return rotary.inputs[0], table
+    return table
 
 
 def _flat(editor: Editor, node: ir.Node, value: ir.Value, width: int) -> ir.Value:

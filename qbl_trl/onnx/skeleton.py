@@ -18,9 +18,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 from qbl_trl.errors import ExportError
+from qbl_trl.onnx.activations import gelu_form
 from qbl_trl.onnx.layers import EmbeddingSource, LinearSource
 from qbl_trl.onnx.markers import (
     EmbeddingMarker,
+    GeluMarker,
     LinearMarker,
     NormMarker,
     RotaryTableMarker,
@@ -113,6 +115,9 @@ def _marker(name: str, module: nn.Module, made: Skeleton, dtype: torch.dtype, fu
     if norm is not None:
         made.norms[name] = norm
         return NormMarker(name)
+    form = gelu_form(module)
+    if form is not None:
+        return GeluMarker(form)
     if is_rotary(module) and (fused or changes_with_length(module) or _interleaves(module)):
         made.rotary[name] = _rotary(name, module, fused)
         return RotaryTableMarker(name, made.rotary[name].width)
@@ -122,7 +127,7 @@ def _marker(name: str, module: nn.Module, made: Skeleton, dtype: torch.dtype, fu
 def _interleaves(module: nn.Module) -> bool:
     """Whether its angles alternate between features: how they are repeated, the tracer loses the ranks over."""
     try:
-        return not Rotary(module).halves
+        return Rotary(module).repeats != "halves"
     except NoTable:
         return False
 
@@ -136,8 +141,8 @@ def _rotary(name: str, module: nn.Module, fused: bool) -> Rotary:
         raise ExportError(
             f"{name}: {error}, and its angles depend on how long a text is; a graph cannot hold that"
         ) from error
-    if fused and not rotary.halves:
-        raise Unfusable(f"{name}: rotary angles are not laid out in two equal halves")
+    if fused and rotary.repeats is None:
+        raise Unfusable(f"{name}: its table holds no angle twice, in halves or side by side")
     return rotary
 
 
@@ -177,28 +182,39 @@ def fused_attention_traced(skeleton: Skeleton) -> Iterator[None]:
                 module = sys.modules[file]
                 original = module.__dict__.get("apply_rotary_pos_emb")
                 if original is not None:
-                    _check_rotation(file, original)
+                    mark = partial(mark_rotary, interleaved=_pairs_neighbours(file, original, skeleton))
                     replaced.append((module, original))
-                    module.apply_rotary_pos_emb = here_only(mark_rotary, original)  # type: ignore[attr-defined]
+                    module.apply_rotary_pos_emb = here_only(mark, original)  # type: ignore[attr-defined]
         yield
     finally:
         for module, original in replaced:
             module.apply_rotary_pos_emb = original
 
 
-def _check_rotation(file: str, rotate: Callable[..., Any]) -> None:
+def _pairs_neighbours(file: str, rotate: Callable[..., Any], skeleton: Skeleton) -> bool:
+    """Whether a modeling file rotates pairs of neighbours (2i, 2i + 1), or pairs (i, i + width / 2), as Llama does.
+
+    Found by rotating: its tables may repeat their angles in one way and its features be paired in the other.
+    """
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(1, 2, 3, 8, generator=generator), torch.randn(1, 1, 3, 8, generator=generator)
     angles = torch.randn(1, 3, 4, generator=generator)
-    cos, sin = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
+    repeats = {rotary.repeats for rotary in skeleton.rotary.values()}
+    given = angles.repeat_interleave(2, -1) if repeats == {"neighbours"} else torch.cat([angles, angles], -1)
+    rotated = rotate(q, k, given.cos(), given.sin())
+    for interleaved in (False, True):
+        expected = (_rotated(x, angles.unsqueeze(1), interleaved) for x in (q, k))
+        if all(torch.allclose(y, wanted, atol=1e-5) for y, wanted in zip(rotated, expected, strict=True)):
+            return interleaved
+    raise Unfusable(f"{file}: its rotary embedding pairs features in another way than the fused operator")
 
-    def expected(x: Tensor) -> Tensor:
-        half = torch.cat([-x[..., 4:], x[..., :4]], -1)
-        return x * cos.unsqueeze(1) + half * sin.unsqueeze(1)
 
-    rotated = rotate(q, k, cos, sin)
-    if not all(torch.allclose(y, expected(x), atol=1e-5) for x, y in zip((q, k), rotated, strict=True)):
-        raise Unfusable(f"{file}: its rotary embedding pairs features in another way than the fused operator")
+def _rotated(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
+    """Complex numbers, turned: their real and imaginary parts are neighbours, or two halves."""
+    pairs = x.unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    real, imaginary = pairs.unbind(-1 if interleaved else -2)
+    turned = real * angles.cos() - imaginary * angles.sin(), real * angles.sin() + imaginary * angles.cos()
+    return torch.stack(turned, -1 if interleaved else -2).flatten(-2)
 
 
 def _traced_attention(
