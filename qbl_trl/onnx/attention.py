@@ -176,6 +176,9 @@ def _group_query(
 def _attach_output(editor: Editor, site: Site, attended: ir.Value) -> None:
     """Users of the placeholder see (B, S, H, D); those that only merge the heads again take the flat result."""
     old = site.node.outputs[0]
+    for there in [user for user, _ in old.uses() if _swaps_heads(user)]:  # and back: the model wants heads first
+        for back in [user for user, _ in there.outputs[0].uses() if _swaps_heads(user)]:
+            editor.replace(back.outputs[0], old)
     for user, _ in list(old.uses()):
         if user.op_type == "Reshape" and not user.domain and _merges_heads(user):
             editor.replace(user.outputs[0], attended)
@@ -183,6 +186,10 @@ def _attach_output(editor: Editor, site: Site, attended: ir.Value) -> None:
         target = editor.constant([0, 0, -1, site.head_size])
         editor.replace(old, editor.add(site.node, "Reshape", [attended, target], like=attended).outputs[0])
     editor.remove(site.node)
+
+
+def _swaps_heads(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and not node.domain and list(attribute(node, "perm")) == [0, 2, 1, 3]
 
 
 def _merges_heads(reshape: ir.Node) -> bool:

@@ -196,7 +196,7 @@ class RotaryTableMarker(nn.Module):
         super().__init__()
         self.name, self.width = name, width
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, position_ids: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
         cos, sin = (_emit(_RotaryTable, x, position_ids, self.name, self.width, part) for part in (0, 1))
         return cos, sin
 

@@ -5,18 +5,25 @@ keys and values go into GroupQueryAttention as they are; other results are cut a
 """
 
 import math
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute
 from qbl_trl.onnx.layers import BlockDelta, Branch, GroupBase, LinearSource, Made, Stack, Stored
 from qbl_trl.onnx.markers import TRACE_DOMAIN
+from qbl_trl.onnx.shapes import cuts
 
 
 def pack_projections(editor: Editor, sources: dict[str, LinearSource]) -> dict[str, LinearSource]:
     """Join Linear placeholders that share their input, in place; returns the sources with the joined ones added."""
     known = dict(sources)
     for node in [node for node in editor.graph if node.op_type == "GroupQueryAttention" and node.domain == MS_DOMAIN]:
+        joined = _cut_from(node.inputs[:3])
+        if joined is not None:  # joined by the model itself
+            for index, value in enumerate((joined, None, None)):
+                node.replace_input_with(index, value)
+            continue
         markers = [_marker(value) for value in node.inputs[:3]]
         found = [marker for marker in markers if marker is not None]
         if len(found) == 3 and len(set(found)) == 3 and all(len(marker.outputs[0].uses()) == 1 for marker in found):
@@ -36,6 +43,19 @@ def pack_projections(editor: Editor, sources: dict[str, LinearSource]) -> dict[s
                 editor.replace(node.outputs[0], part)
             _remove(editor, group)
     return known
+
+
+def _cut_from(values: Sequence[ir.Value | None]) -> ir.Value | None:
+    """The value that others are cut from, if they are all of it, one behind the other."""
+    producers = [None if value is None else value.producer() for value in values]
+    whole, end = None if producers[0] is None else producers[0].inputs[0], 0
+    for value, node in zip(values, producers, strict=True):
+        found = [] if node is None or node.inputs[0] is not whole else cuts(node)
+        ends = next(((start, stop) for output, start, stop in found if output is value), None)
+        if ends is None or ends[0] != end:
+            return None
+        end = ends[1]
+    return whole if whole is not None and whole.shape is not None and whole.shape[-1] == end else None
 
 
 def _marker(value: ir.Value | None) -> ir.Node | None:

@@ -1,4 +1,4 @@
-"""What the traced graph asks of shapes at every step, answered once.
+"""What the traced graph asks of shapes at every step, answered once; and shapes that the tracer forgot.
 
 a width       Gather(Shape(y), -1)                      the layer's own number of outputs
 a reshape     Reshape(y, [Shape(x)[0], Shape(x)[1], ...])    0, 0, ...: as in y, where y has the rows of x
@@ -12,6 +12,8 @@ from qbl_trl.onnx.markers import TRACE_DOMAIN
 from qbl_trl.onnx.skeleton import Skeleton
 
 _ROWWISE = {(TRACE_DOMAIN, "Linear"), (TRACE_DOMAIN, "Norm"), ("", "Cast"), ("", "Split"), ("", "Slice")}
+_KEPT = {(TRACE_DOMAIN, "Norm"), (TRACE_DOMAIN, "Gelu"), *(("", op) for op in ("LayerNormalization", "Relu", "Sigmoid"))}
+_JOINED = ("Add", "Mul")
 
 
 def answer_shapes(editor: Editor, skeleton: Skeleton) -> None:
@@ -22,11 +24,53 @@ def answer_shapes(editor: Editor, skeleton: Skeleton) -> None:
             if output.shape is not None:  # the tracer forgets it where it is unsure of the layer's input
                 output.shape = ir.Shape([*list(output.shape)[:-1], width])
                 _answer_for_width(editor, output, len(output.shape), width)
+    for node in editor.graph:
+        _spread(node)
     for node in [node for node in editor.graph if node.op_type == "Reshape" and not node.domain]:
         _answer_for_rows(editor, node)
 
 
+def _spread(node: ir.Node) -> None:
+    """Tell the outputs of a node their shape where that of its inputs, (B, S, width), says it."""
+    values = [value for value in node.inputs if value is not None and constant_of(value) is None]
+    whole = values[0].shape if values else None
+    if whole is None or len(whole) != 3 or not isinstance(whole[2], int):
+        return
+    joined = not node.domain and node.op_type in _JOINED and all(_has_width(value, whole[2]) for value in values)
+    if joined or (node.domain, node.op_type) in _KEPT:
+        node.outputs[0].shape, node.outputs[0].type = whole, values[0].type
+    for output, start, stop in cuts(node):
+        output.shape, output.type = ir.Shape([*whole[:2], stop - start]), values[0].type
+
+
+def cuts(node: ir.Node) -> list[tuple[ir.Value, int, int]]:
+    """What a Slice or a Split along the last axis cuts out, from where to where; nothing where that is not known."""
+    if node.domain or not node.inputs or node.inputs[0] is None or node.inputs[0].shape is None:
+        return []
+    if not _along_last_axis(node):
+        return []
+    if node.op_type == "Slice":
+        start, stop, *step = (constant_of(value) for value in (*node.inputs[1:3], *node.inputs[4:]))
+        if start is None or stop is None or any(by is None or by.item() != 1 for by in step):
+            return []
+        width = node.inputs[0].shape[-1]  # type: ignore[union-attr, index]
+        end = min(int(stop.item()), width) if isinstance(width, int) else int(stop.item())
+        return [(node.outputs[0], int(start.item()), end)] if 0 <= start.item() < end else []
+    sizes = constant_of(node.inputs[1]) if node.op_type == "Split" and len(node.inputs) > 1 else None
+    if sizes is None:
+        return []
+    stops = np.cumsum(sizes)
+    return [(part, int(b - n), int(b)) for part, b, n in zip(node.outputs, stops, sizes, strict=True)]
+
+
+def _has_width(value: ir.Value, width: int) -> bool:
+    return value.shape is not None and len(value.shape) == 3 and value.shape[2] == width
+
+
 def _answer_for_width(editor: Editor, output: ir.Value, rank: int, width: int) -> None:
+    for turned in [use.node for use in output.uses() if use.node.op_type == "Transpose"]:
+        if attribute(turned, "perm")[-1] == rank - 1:
+            _answer_for_width(editor, turned.outputs[0], rank, width)
     for shape in [use.node for use in output.uses() if use.node.op_type == "Shape" and not use.node.attributes]:
         for use in list(shape.outputs[0].uses()):
             index = constant_of(use.node.inputs[1]) if use.node.op_type == "Gather" else None
@@ -54,6 +98,9 @@ def _answer_for_rows(editor: Editor, reshape: ir.Node) -> None:
     if 0 in numbers:  # which means: as it was, as long as no zero is meant
         reshape.attributes.pop("allowzero", None)
         reshape.replace_input_with(1, editor.constant(numbers))
+        output, width = reshape.outputs[0], numbers[-1]
+        if output.shape is None and width > 0:
+            _answer_for_width(editor, output, len(numbers), width)
 
 
 def _is_size(part: ir.Value | None, axis: int, data: ir.Value) -> bool:

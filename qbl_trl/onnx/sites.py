@@ -134,16 +134,31 @@ def _table(rotary: ir.Node | None) -> ir.Node | None:
 
 def _flat(editor: Editor, node: ir.Node, value: ir.Value, width: int) -> ir.Value:
     """(B, H, S, D) -> (B, S, width = H * D), undoing the model's own reshape where there is one."""
-    transpose = produced_by(value, "Transpose")
-    if transpose is not None and list(attribute(transpose, "perm")) == [0, 2, 1, 3]:
-        split = transpose.inputs[0]
-        reshape = produced_by(split, "Reshape")
-        source = None if reshape is None else reshape.inputs[0]
-        if source is not None and source.shape is not None and len(source.shape) == 3 and source.shape[2] == width:
-            return source
-    else:
+    split = _tokens_first(editor, node, value)
+    if split is None:
         split = editor.add(node, "Transpose", [value], {"perm": [0, 2, 1, 3]}, like=value).outputs[0]
+    reshape = produced_by(split, "Reshape")
+    source = None if reshape is None else reshape.inputs[0]
+    if source is not None and source.shape is not None and len(source.shape) == 3 and source.shape[2] == width:
+        return source
     return editor.add(node, "Reshape", [split, editor.constant([0, 0, width])], like=value).outputs[0]
+
+
+def _tokens_first(editor: Editor, node: ir.Node, value: ir.Value) -> ir.Value | None:
+    """(B, S, H, D) of what was turned to (B, H, S, D); where each head was normed or cut since, that is done again."""
+    turned = value.producer()
+    if turned is None or turned.inputs[0] is None:
+        return None
+    if produced_by(value, "Transpose") is not None:
+        return turned.inputs[0] if list(attribute(turned, "perm")) == [0, 2, 1, 3] else None
+    axes = constant_of(turned.inputs[3]) if turned.op_type == "Slice" and len(turned.inputs) > 3 else None
+    if (turned.domain, turned.op_type) != (TRACE_DOMAIN, "Norm") and (axes is None or axes.tolist() not in ([-1], [3])):
+        return None
+    whole = _tokens_first(editor, node, turned.inputs[0])
+    if whole is None:
+        return None
+    inputs = [whole, *turned.inputs[1:]]
+    return editor.add(node, turned.op_type, inputs, turned.attributes, domain=turned.domain, like=value).outputs[0]
 
 
 def _size(value: ir.Value, axis: int) -> int:

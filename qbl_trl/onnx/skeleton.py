@@ -7,7 +7,7 @@ not copied. The caller's model is never touched.
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from qbl_trl.onnx.markers import (
     mark_attention,
     mark_rotary,
 )
+from qbl_trl.onnx.own_attention import calls_torch, own_attention_traced
 from qbl_trl.onnx.rotary import NoTable, Rotary, changes_with_length, is_rotary
 from qbl_trl.onnx.sources import embedding_source
 from qbl_trl.onnx.threads import here_only
@@ -98,7 +99,7 @@ def build_skeleton(
     own = str(model.config._attn_implementation)
     # The tracer writes torch's attention with float32 constants: half precision takes the spelled-out one.
     standard = "eager" if own == "eager" or spelled_out else "sdpa"
-    skeleton.config._attn_implementation = TRACED_ATTENTION if fused_attention else standard
+    skeleton.config._attn_implementation = TRACED_ATTENTION if fused_attention and not calls_torch(model) else standard
     made.model, made.caps_scores = skeleton, own != "sdpa"
     return made
 
@@ -185,7 +186,8 @@ def fused_attention_traced(skeleton: Skeleton) -> Iterator[None]:
                     mark = partial(mark_rotary, interleaved=_pairs_neighbours(file, original, skeleton))
                     replaced.append((module, original))
                     module.apply_rotary_pos_emb = here_only(mark, original)  # type: ignore[attr-defined]
-        yield
+        with own_attention_traced(skeleton.model) if calls_torch(skeleton.model) else nullcontext():
+            yield
     finally:
         for module, original in replaced:
             module.apply_rotary_pos_emb = original
@@ -234,12 +236,14 @@ def _traced_attention(
     extra = sorted(name for name, given in others.items() if given is not None and name in _MEANINGFUL)
     if extra or not getattr(module, "is_causal", True):
         raise Unfusable(f"{where}: attention with {', '.join(extra) or 'is_causal=False'} has no fused form")
-    if attention_mask is not None:
+    if attention_mask is not None and getattr(module.config, "model_type", None) not in _CAUSAL_MASKS:
         raise Unfusable(f"{where}: attention with a mask of its own has no fused form")
     cap = float(softcap or 0) if caps_scores else 0.0
     scale = int(query.shape[-1]) ** -0.5 if scaling is None else float(scaling)
     return mark_attention(query, key, value, scale, sliding_window or 0, cap), None
 
 
+# They make the causal mask themselves, whatever the attention; nothing else is in it.
+_CAUSAL_MASKS = ("opt", "persimmon")
 # Arguments of attention functions that change the result; the others (position_ids, cache_position, ...) do not.
 _MEANINGFUL = ("head_mask", "s_aux", "position_bias", "relative_position", "block_bias", "alibi")

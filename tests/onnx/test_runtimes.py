@@ -43,24 +43,27 @@ ARCHITECTURES = {
         {**MOE, **DEEPSEEK, **LATENT, "num_key_value_heads": 4},
         "standard",
     ),
-    "phi with grouped heads": ("Phi", GATED, "standard"),
-    "falcon with grouped heads": (
-        "Falcon",
-        {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
-        "standard",
-    ),
+    "phi with grouped heads": ("Phi", GATED, "attention"),
+    "phi, which rotates half of each head": ("Phi", {**GATED, "hidden_size": 128}, "gqa"),
+    "stablelm, which calls torch's attention": ("StableLm", {**GATED, "hidden_size": 256}, "gqa"),
+    "nemotron, which calls torch's attention": ("Nemotron", {**GATED, "hidden_size": 128}, "gqa"),
+    "glm, which rotates half of each head in pairs": ("Glm", {**GATED, "head_dim": 32}, "gqa"),
+    "ernie with pairs of neighbours": ("Ernie4_5", GATED, "gqa"),
+    "olmo2 with norms behind": ("Olmo2", GATED, "gqa"),
+    "gemma3 with norms of heads": ("Gemma3Text", {**GATED, "head_dim": 32, "sliding_window": 6}, "gqa"),
+    "falcon with grouped heads": ("Falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}, "gqa"),
     "falcon with alibi": ("Falcon", {**FALCON, "alibi": True}, "standard"),
     "gpt_bigcode with one key head": ("GPTBigCode", {**TOKENS, "n_embd": 64, "n_layer": 2, "n_head": 4}, "gqa"),
     "cohere2 with windows and interleaved angles": (
         "Cohere2",
         {**GATED, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
-        "standard",
+        "gqa",
     ),
     "starcoder2, which Optimum does not know": ("Starcoder2", {**GATED, "sliding_window": 6}, "gqa"),
     "opt with learned positions": (
         "OPT",
         {**WIDE, **TOKENS, "ffn_dim": 96, "max_position_embeddings": 64, "word_embed_proj_dim": 64},
-        "standard",
+        "gqa",
     ),
 }
 
@@ -68,7 +71,8 @@ ARCHITECTURES = {
 def build(kind, settings):
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**settings)
-    return quantize(getattr(transformers, f"{kind}ForCausalLM")(config).eval())
+    decoder = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")
+    return quantize(decoder(config).eval())
 
 
 def test_gemma3_with_a_vision_tower_generates_text(tmp_path):

@@ -33,6 +33,10 @@ def test_a_layer_adds_no_arithmetic_on_shapes(tmp_path, attention):
         "gemma2 with windows",
         "phi3 with joined projections",
         "starcoder2, which Optimum does not know",
+        "gpt_neox with partial rotary",
+        "olmo2 with norms behind",
+        "gemma3 with norms of heads",
+        "stablelm, which calls torch's attention",
     ],
 )
 def test_neither_do_layers_whose_heads_the_trace_takes_apart(tmp_path, case):
