@@ -15,6 +15,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qbl_trl.adapter.bases import float_weight, foreign_kind
 from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
@@ -253,6 +254,9 @@ def _plain_(model: nn.Module) -> nn.Module:
         model.gradient_checkpointing_disable()  # type: ignore[operator]
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = True  # type: ignore[union-attr]
+    text = model.config.get_text_config() if isinstance(model, PreTrainedModel) else None
+    if getattr(text, "output_router_logits", False):  # TRL wants them for a mixture's loss; `generate` fails over them
+        text.output_router_logits = False  # type: ignore[union-attr]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return plain_forward_(model).eval()

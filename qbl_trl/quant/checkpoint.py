@@ -7,7 +7,7 @@ flipped inside the data is beyond this check; a cut file, a damaged header, a wr
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,23 +54,19 @@ def read_headers(folder: Path) -> dict[str, Stored]:
 
 
 def check_tensors(
-    folder: Path,
-    expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    names_in_model: Callable[[Iterable[str]], Mapping[str, str]] | None = None,
+    folder: Path, stored: Mapping[str, Stored], expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 ) -> None:
     """Compare what a folder holds with what the model's packed layers need.
 
     Args:
         folder: of safetensors files.
-        expected: shape and dtype by the tensor's name in the model.
-        names_in_model: what the model calls the stored tensors; None where the names are the same.
+        stored: what it holds, by the tensor's name in the model.
+        expected: shape and dtype by the same names.
 
     Raises:
         CheckpointError: on a missing tensor, a wrong shape or a wrong dtype, and on one that a packed layer would
             leave out.
     """
-    found = read_headers(folder)
-    stored = {name: found[origin] for origin, name in names_in_model(found).items()} if names_in_model else found
     for name, (shape, dtype) in expected.items():
         if name not in stored:
             raise CheckpointError(

@@ -7,29 +7,29 @@ are served: transformers 4.57 calls `create_quantized_param`, transformers 5 run
 
 import json
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers import __version__ as transformers_version
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from qbl_trl.config import ALLOWED_GROUP_SIZES, QUANT_METHOD, SCALE_DTYPES, GroupQuantConfig
-from qbl_trl.errors import ConfigError
+from qbl_trl.errors import CheckpointError, ConfigError
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.quant.algorithms import quantize
-from qbl_trl.quant.checkpoint import check_tensors, read_headers
+from qbl_trl.quant.checkpoint import Stored, check_tensors, read_headers
 from qbl_trl.quant.head import empty_embeddings_, quantize_embeddings_, tie_again_
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import BESIDE_CODES, PackedWeight
 from qbl_trl.quant.renaming import names_in_model
-from qbl_trl.quant.targets import target_layers
+from qbl_trl.quant.targets import is_linear, target_layers
 from qbl_trl.rope import restore_rope_
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,10 @@ class GroupQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         _refuse_disk(kwargs.get("device_map"))
+        folder = _folder_of(model.config) if self.pre_quantized else None
         self.targets = target_layers(model, self.quantization_config)
+        if folder is not None:
+            self.targets = _stored_layers(model, folder, self.targets)
         if not self.targets:
             raise ConfigError(
                 f"{type(model).__name__} has no linear layer to quantize once its head, layers with fewer inputs than "
@@ -76,9 +79,8 @@ class GroupQuantizer(HfQuantizer):
                 replace(model, name, _empty_layer(model.get_submodule(name), self.quantization_config, name))
             if self.quantization_config.quantize_embeddings:
                 empty_embeddings_(model, self.quantization_config)
-            folder = _folder_of(model.config)
             if folder is not None:
-                check_tensors(folder, _expected_tensors(model), partial(names_in_model, model))
+                check_tensors(folder, _stored(model, folder), _expected_tensors(model))
         return model
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
@@ -255,6 +257,38 @@ def _folder_of(config: Any) -> Path | None:
     own = config.to_dict()
     same = all(stored[key] == own.get(key) for key in ("model_type", "architectures", *_SIZES) if key in stored)
     return folder if same else None
+
+
+def _stored(model: nn.Module, folder: Path) -> dict[str, Stored]:
+    """What a folder holds, by the tensors' names in the model."""
+    found = read_headers(folder)
+    return {name: found[origin] for origin, name in names_in_model(model, found).items()}  # type: ignore[arg-type]
+
+
+def _stored_layers(model: nn.Module, folder: Path, usual: list[str]) -> list[str]:
+    """The layers that a folder holds packed: `usual`, but for those that another version of transformers chose.
+
+    Raises:
+        CheckpointError: if it holds experts packed one by one, and this model has them in one tensor.
+    """
+    found = read_headers(folder)
+    names = names_in_model(model, [name for name in found if name.endswith(".weight")])  # type: ignore[arg-type]
+    packed, plain = set(), set()
+    for origin, name in names.items():
+        scaled = f"{origin.removesuffix('.weight')}.scales" in found
+        dtype = found[origin].dtype
+        if scaled or (dtype is not None and dtype.is_floating_point):
+            (packed if scaled else plain).add(name.removesuffix(".weight"))
+    modules, head = dict(model.named_modules()), getattr(model, "get_output_embeddings", lambda: None)()
+    lost = next((name for name in sorted(packed) if ".experts." in name and name not in modules), None)
+    if lost is not None:
+        made_with = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_version")
+        raise CheckpointError(
+            f"{folder}: {lost!r} is packed by itself, and transformers {transformers_version} holds the experts of a "
+            f"layer in one tensor; open this folder with the version it was written with ({made_with or 'before 5'})"
+        )
+    chosen = packed | (set(usual) - plain)
+    return [name for name, layer in modules.items() if name in chosen and layer is not head and is_linear(layer)]
 
 
 def _warn_of_float_experts(model: nn.Module) -> None:

@@ -17,6 +17,16 @@ from qbl_trl.config import ALLOWED_GROUP_SIZES, GroupQuantConfig
 from qbl_trl.quant.modules import same_module_name
 
 
+_READ_ELSEWHERE = {
+    "longcat_flash": ("router.classifier",),
+    "rwkv": ("attention.output", "feed_forward.value"),  # divided in place for inference
+    # by the fused kernels of state space models
+    **dict.fromkeys(("falcon_mamba", "mamba"), ("x_proj", "dt_proj", "out_proj")),
+    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "zamba2"), ("mamba.out_proj",)),
+    **dict.fromkeys(("mamba2", "nemotron_h"), ("out_proj",)),
+}
+
+
 def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
     """Full names of the linear layers to quantize."""
     skipped = {*HfQuantizer.get_modules_to_not_convert(model, None), *_kept_in_float(model)}
@@ -63,6 +73,9 @@ def _is_wide(module: Any) -> bool:
 
 
 def _kept_in_float(model: nn.Module) -> set[str]:
-    """Modules that a model class declares to need float32 (T5 even casts its activations to their dtype)."""
+    """Modules that a model class declares to need float32 (T5 even casts its activations to their dtype), and those
+    whose weight is read by others."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
     lists = [getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")]
-    return {name.removesuffix(".weight") for names in lists if isinstance(names, (list, set)) for name in names}
+    wanted = {name.removesuffix(".weight") for names in lists if isinstance(names, (list, set)) for name in names}
+    return wanted | set(_READ_ELSEWHERE.get(str(kind), ()))

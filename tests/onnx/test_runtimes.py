@@ -45,7 +45,7 @@ ARCHITECTURES = {
     ),
     "phi with grouped heads": ("Phi", GATED, "attention"),
     "phi, which rotates half of each head": ("Phi", {**GATED, "hidden_size": 128}, "gqa"),
-    "stablelm, which calls torch's attention": ("StableLm", {**GATED, "hidden_size": 256}, "gqa"),
+    "stablelm, which calls torch's attention": ("StableLm", {**GATED, "hidden_size": 128, "partial_rotary_factor": 0.5}, "gqa"),
     "nemotron, which calls torch's attention": ("Nemotron", {**GATED, "hidden_size": 128}, "gqa"),
     "glm, which rotates half of each head in pairs": ("Glm", {**GATED, "head_dim": 32}, "gqa"),
     "ernie with pairs of neighbours": ("Ernie4_5", GATED, "gqa"),
@@ -60,6 +60,11 @@ ARCHITECTURES = {
         "gqa",
     ),
     "starcoder2, which Optimum does not know": ("Starcoder2", {**GATED, "sliding_window": 6}, "gqa"),
+    "gptj, which rotates in a way of its own": (
+        "GPTJ",
+        {**TOKENS, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64, "vocab_size": 100},
+        "standard",
+    ),
     "opt with learned positions": (
         "OPT",
         {**WIDE, **TOKENS, "ffn_dim": 96, "max_position_embeddings": 64, "word_embed_proj_dim": 64},
