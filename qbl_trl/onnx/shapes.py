@@ -12,7 +12,11 @@ from qbl_trl.onnx.markers import TRACE_DOMAIN
 from qbl_trl.onnx.skeleton import Skeleton
 
 _ROWWISE = {(TRACE_DOMAIN, "Linear"), (TRACE_DOMAIN, "Norm"), ("", "Cast"), ("", "Split"), ("", "Slice")}
-_KEPT = {(TRACE_DOMAIN, "Norm"), (TRACE_DOMAIN, "Gelu"), *(("", op) for op in ("LayerNormalization", "Relu", "Sigmoid"))}
+_KEPT = {
+    (TRACE_DOMAIN, "Norm"),
+    (TRACE_DOMAIN, "Gelu"),
+    *(("", op) for op in ("LayerNormalization", "Relu", "Sigmoid")),
+}
 _JOINED = ("Add", "Mul")
 
 

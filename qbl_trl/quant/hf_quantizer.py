@@ -273,7 +273,7 @@ def _stored_layers(model: nn.Module, folder: Path, usual: list[str]) -> list[str
     """
     found = read_headers(folder)
     names = names_in_model(model, [name for name in found if name.endswith(".weight")])  # type: ignore[arg-type]
-    packed, plain = set(), set()
+    packed, plain = set[str](), set[str]()
     for origin, name in names.items():
         scaled = f"{origin.removesuffix('.weight')}.scales" in found
         dtype = found[origin].dtype

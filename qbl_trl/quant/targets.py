@@ -16,7 +16,6 @@ from transformers.quantizers.base import HfQuantizer
 from qbl_trl.config import ALLOWED_GROUP_SIZES, GroupQuantConfig
 from qbl_trl.quant.modules import same_module_name
 
-
 _READ_ELSEWHERE = {
     "longcat_flash": ("router.classifier",),
     "rwkv": ("attention.output", "feed_forward.value"),  # divided in place for inference

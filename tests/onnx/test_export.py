@@ -312,7 +312,9 @@ def test_an_operator_or_type_without_a_cuda_kernel_is_named():
     assert "OperatorKernels.md" in cuda_table()["source"]
 
 
-@pytest.mark.parametrize("case", ["opt with learned positions", "gptj, which rotates in a way of its own", "phi with grouped heads"])
+@pytest.mark.parametrize(
+    "case", ["opt with learned positions", "gptj, which rotates in a way of its own", "phi with grouped heads"]
+)
 def test_what_the_tracer_writes_has_cuda_kernels(tmp_path, case):
     kind, settings, _ = ARCHITECTURES[case]
     assert export_onnx(build(kind, settings), tmp_path / "out", provider="cuda").fallbacks == ()

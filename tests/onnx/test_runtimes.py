@@ -45,7 +45,11 @@ ARCHITECTURES = {
     ),
     "phi with grouped heads": ("Phi", GATED, "attention"),
     "phi, which rotates half of each head": ("Phi", {**GATED, "hidden_size": 128}, "gqa"),
-    "stablelm, which calls torch's attention": ("StableLm", {**GATED, "hidden_size": 128, "partial_rotary_factor": 0.5}, "gqa"),
+    "stablelm, which calls torch's attention": (
+        "StableLm",
+        {**GATED, "hidden_size": 128, "partial_rotary_factor": 0.5},
+        "gqa",
+    ),
     "nemotron, which calls torch's attention": ("Nemotron", {**GATED, "hidden_size": 128}, "gqa"),
     "glm, which rotates half of each head in pairs": ("Glm", {**GATED, "head_dim": 32}, "gqa"),
     "ernie with pairs of neighbours": ("Ernie4_5", GATED, "gqa"),
