@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge, to_lora
 from qbl_trl.adapter.layer import adapter_layers
@@ -322,3 +322,15 @@ def test_adapters_that_are_merged_in_part_merge_whole():
 
 def two_targets():
     return QBLoRAConfig(r=4, target_modules=["q_proj", "o_proj"], quantization_aware=True, init_lora_weights=False)
+
+
+def test_a_merged_mixture_generates_though_its_loss_wanted_the_routers():
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=50, num_local_experts=2)
+    model = get_peft_model(MixtralForCausalLM(config), QBLoRAConfig(in_factor=1, out_factor=1, r=2))
+    model.config.output_router_logits = True  # as TRL sets it
+    merged = merge(model)
+    ids = tokens(2, 5, vocabulary=50)
+    written = merged.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, min_new_tokens=2)
+    assert written.shape == (2, 7)
+    assert model.config.output_router_logits  # the trained model goes on training

@@ -74,30 +74,37 @@ def largest(graph: OnnxLogits, file: Path, texts: Iterable[Tensor]) -> Ranges:
     Args:
         graph: of the same file.
     """
-    widths = rotary_widths(onnx.load(file, load_external_data=False).graph)
+    turned = rotated_features(onnx.load(file, load_external_data=False).graph)
     found = dict[str, np.ndarray]()
     for row in (row for text in texts for row in text.split(1)):  # the logits of one row are enough memory
         _, cache = graph.step(row, torch.ones_like(row), graph.empty_cache(1))
         for name, values in cache.items():
-            here = spread_over_pairs(values.astype(np.float32), widths.get(name, 0)).max((0, 2))
+            here = spread_over_pairs(values.astype(np.float32), *turned.get(name, (0, False))).max((0, 2))
             found[name] = np.maximum(found.get(name, 0.0), here)
     return found
 
 
-def spread_over_pairs(values: np.ndarray, width: int) -> np.ndarray:
-    """Absolute values, with the norm of a pair in place of the two features of (..., width) that are rotated."""
-    half = width // 2
-    norm = np.hypot(values[..., :half], values[..., half:width])
-    return np.concatenate([norm, norm, np.abs(values[..., width:])], -1)
+def spread_over_pairs(values: np.ndarray, width: int, neighbours: bool = False) -> np.ndarray:
+    """Absolute values, with the norm of a pair in place of the two features of (..., width) that are rotated.
+
+    Args:
+        neighbours: pairs are (2i, 2i + 1), not (i, i + width / 2).
+    """
+    pairs = [slice(0, width, 2), slice(1, width, 2)] if neighbours else [slice(width // 2), slice(width // 2, width)]
+    spread, norm = np.abs(values), np.hypot(*(values[..., part] for part in pairs))
+    for part in pairs:
+        spread[..., part] = norm
+    return spread
 
 
-def rotary_widths(graph: GraphProto) -> dict[str, int]:
-    """By the name of a cache of keys, how many features of each head are rotated."""
+def rotated_features(graph: GraphProto) -> dict[str, tuple[int, bool]]:
+    """By the name of a cache of keys: how many features of each head are rotated, and whether as neighbours."""
     sizes = {weight.name: weight.dims for weight in graph.initializer}
     sources = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Reshape"}
-    widths = {}
+    found = {}
     for node in graph.node:
         if node.op_type == "GroupQueryAttention" and node.input[COS]:
             key = node.input[KEY]
-            widths[sources.get(key, key)] = 2 * sizes[node.input[COS]][-1]
-    return widths
+            neighbours = any(one.name == "rotary_interleaved" and one.i for one in node.attribute)
+            found[sources.get(key, key)] = 2 * sizes[node.input[COS]][-1], neighbours
+    return found

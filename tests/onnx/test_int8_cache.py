@@ -31,13 +31,15 @@ def scales(folder):
     return {name.removesuffix(".scale"): array for name, array in made.items() if name.endswith(".scale")}
 
 
-def test_rotation_stays_inside_the_range_of_a_pair():
+@pytest.mark.parametrize("neighbours", [False, True])
+def test_rotation_stays_inside_the_range_of_a_pair(neighbours):
     width, values = 8, np.random.default_rng(0).standard_normal((2, 3, 5, 12)).astype(np.float32)
-    ranges = spread_over_pairs(values, width).max((0, 2))
-    first, second = values[..., : width // 2], values[..., width // 2 : width]
+    ranges = spread_over_pairs(values, width, neighbours).max((0, 2))
+    one, other = (np.s_[:width:2], np.s_[1:width:2]) if neighbours else (np.s_[: width // 2], np.s_[width // 2 : width])
+    first, second, turned = values[..., one], values[..., other], values.copy()
     for angle in np.linspace(0, 2 * np.pi, 17):
         c, s = np.cos(angle), np.sin(angle)
-        turned = np.concatenate([c * first - s * second, s * first + c * second, values[..., width:]], -1)
+        turned[..., one], turned[..., other] = c * first - s * second, s * first + c * second
         assert (np.abs(turned).max((0, 2)) <= ranges * (1 + 1e-6)).all()
     np.testing.assert_array_equal(ranges[:, width:], np.abs(values[..., width:]).max((0, 2)))
 
@@ -45,7 +47,7 @@ def test_rotation_stays_inside_the_range_of_a_pair():
 PARTIAL = ("Phi3", {**GATED, "partial_rotary_factor": 0.5, "num_attention_heads": 2}, "gqa")
 
 
-@pytest.mark.parametrize("case", ["llama", "phi3 with partial rotary"])
+@pytest.mark.parametrize("case", ["llama", "phi3 with partial rotary", "ernie with pairs of neighbours"])
 def test_keys_fit_at_positions_that_were_not_measured(tmp_path, case, monkeypatch):
     kind, settings, _ = ARCHITECTURES.get(case, PARTIAL)
     export_onnx(build(kind, {**settings, "max_position_embeddings": 512}), tmp_path / "out", attention="gqa")

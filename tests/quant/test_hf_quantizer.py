@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, MambaConfig, MambaForCausalLM
 
 from qbl_trl import GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError
@@ -220,3 +220,37 @@ def test_layers_on_disk_are_refused_by_name(tmp_path, packed):
     quantize = {} if packed else {"quantization_config": GroupQuantConfig()}
     with pytest.raises(ConfigError, match=r"'model\.layers\.1' on disk"):
         load(tmp_path, device_map={**places, "lm_head": "cpu", "model.layers.1": "disk"}, **quantize)
+
+
+def test_a_folder_says_which_layers_it_holds_packed(tmp_path):
+    """Another version of transformers, or of this package, may have left other layers in float."""
+    model = tiny_llama()
+    quantize_model_(model, GroupQuantConfig(group_size=16, modules_to_not_convert=["down_proj"]))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"] = ["up_proj"]  # what this version would leave in float
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = load(tmp_path)
+    assert type(again.model.layers[0].mlp.down_proj) is nn.Linear
+    assert isinstance(again.model.layers[0].mlp.up_proj, GroupQuantLinear)
+    torch.testing.assert_close(logits(again, tokens()), logits(model, tokens()), rtol=0, atol=0)
+
+
+def test_experts_packed_one_by_one_are_refused_where_they_are_one_tensor(tmp_path):
+    model = tiny_llama()
+    quantize_model_(model, GroupQuantConfig(group_size=16))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    packed = {k.replace("0.mlp.up_proj", "0.mlp.experts.0.up_proj"): v for k, v in load_file(file).items()}
+    save_file(packed, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"'model.layers.0.mlp.experts.0.up_proj' is packed by itself"):
+        load(tmp_path)
+
+
+def test_layers_whose_weight_others_read_stay_in_float():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 50, "state_size": 8, "time_step_rank": 16}
+    model = MambaForCausalLM(MambaConfig(**sizes))
+    quantize_model_(model, GroupQuantConfig(group_size=16))
+    mixer = model.backbone.layers[0].mixer
+    assert isinstance(mixer.in_proj, GroupQuantLinear)  # called
+    assert all(type(layer) is nn.Linear for layer in (mixer.x_proj, mixer.dt_proj, mixer.out_proj))  # read by kernels
