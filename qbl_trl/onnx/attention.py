@@ -19,7 +19,7 @@ from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute, constant_of, produc
 from qbl_trl.onnx.markers import TRACE_DOMAIN
 from qbl_trl.onnx.masks import Masks
 from qbl_trl.onnx.rotary import table_rows
-from qbl_trl.onnx.sites import Site, read_site
+from qbl_trl.onnx.sites import Site, read_site, swaps_heads
 from qbl_trl.onnx.skeleton import Skeleton, Unfusable
 
 _SPARE_ROWS = 1024
@@ -176,8 +176,8 @@ def _group_query(
 def _attach_output(editor: Editor, site: Site, attended: ir.Value) -> None:
     """Users of the placeholder see (B, S, H, D); those that only merge the heads again take the flat result."""
     old = site.node.outputs[0]
-    for there in [user for user, _ in old.uses() if _swaps_heads(user)]:  # and back: the model wants heads first
-        for back in [user for user, _ in there.outputs[0].uses() if _swaps_heads(user)]:
+    for there in [user for user, _ in old.uses() if swaps_heads(user)]:  # and back: the model wants heads first
+        for back in [user for user, _ in there.outputs[0].uses() if swaps_heads(user)]:
             editor.replace(back.outputs[0], old)
     for user, _ in list(old.uses()):
         if user.op_type == "Reshape" and not user.domain and _merges_heads(user):
@@ -186,10 +186,6 @@ def _attach_output(editor: Editor, site: Site, attended: ir.Value) -> None:
         target = editor.constant([0, 0, -1, site.head_size])
         editor.replace(old, editor.add(site.node, "Reshape", [attended, target], like=attended).outputs[0])
     editor.remove(site.node)
-
-
-def _swaps_heads(node: ir.Node) -> bool:
-    return node.op_type == "Transpose" and not node.domain and list(attribute(node, "perm")) == [0, 2, 1, 3]
 
 
 def _merges_heads(reshape: ir.Node) -> bool:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from qbl_trl.onnx.markers import mark_attention
 from qbl_trl.onnx.threads import here_only
 
-_PLAIN = ("dbrx", "falcon", "nemotron", "olmoe", "phimoe", "qwen2_moe", "stablelm")
+_PLAIN = ("dbrx", "falcon", "nemotron", "olmoe", "qwen2_moe", "stablelm")
 
 
 def calls_torch(model: PreTrainedModel) -> bool:

@@ -144,13 +144,18 @@ def _flat(editor: Editor, node: ir.Node, value: ir.Value, width: int) -> ir.Valu
     return editor.add(node, "Reshape", [split, editor.constant([0, 0, width])], like=value).outputs[0]
 
 
+def swaps_heads(node: ir.Node) -> bool:
+    """Whether a node turns (B, S, H, D) to (B, H, S, D), or back."""
+    return node.op_type == "Transpose" and not node.domain and list(attribute(node, "perm")) == [0, 2, 1, 3]
+
+
 def _tokens_first(editor: Editor, node: ir.Node, value: ir.Value) -> ir.Value | None:
     """(B, S, H, D) of what was turned to (B, H, S, D); where each head was normed or cut since, that is done again."""
     turned = value.producer()
     if turned is None or turned.inputs[0] is None:
         return None
-    if produced_by(value, "Transpose") is not None:
-        return turned.inputs[0] if list(attribute(turned, "perm")) == [0, 2, 1, 3] else None
+    if swaps_heads(turned):
+        return turned.inputs[0]
     axes = constant_of(turned.inputs[3]) if turned.op_type == "Slice" and len(turned.inputs) > 3 else None
     if (turned.domain, turned.op_type) != (TRACE_DOMAIN, "Norm") and (axes is None or axes.tolist() not in ([-1], [3])):
         return None

@@ -66,8 +66,9 @@ class GroupQuantizer(HfQuantizer):
         _refuse_disk(kwargs.get("device_map"))
         folder = _folder_of(model.config) if self.pre_quantized else None
         self.targets = target_layers(model, self.quantization_config)
+        found = {} if folder is None else read_headers(folder)
         if folder is not None:
-            self.targets = _stored_layers(model, folder, self.targets)
+            self.targets = _stored_layers(model, folder, found, self.targets)
         if not self.targets:
             raise ConfigError(
                 f"{type(model).__name__} has no linear layer to quantize once its head, layers with fewer inputs than "
@@ -80,7 +81,8 @@ class GroupQuantizer(HfQuantizer):
             if self.quantization_config.quantize_embeddings:
                 empty_embeddings_(model, self.quantization_config)
             if folder is not None:
-                check_tensors(folder, _stored(model, folder), _expected_tensors(model))
+                stored = {name: found[origin] for origin, name in names_in_model(model, found).items()}  # type: ignore[arg-type]
+                check_tensors(folder, stored, _expected_tensors(model))
         return model
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
@@ -259,19 +261,12 @@ def _folder_of(config: Any) -> Path | None:
     return folder if same else None
 
 
-def _stored(model: nn.Module, folder: Path) -> dict[str, Stored]:
-    """What a folder holds, by the tensors' names in the model."""
-    found = read_headers(folder)
-    return {name: found[origin] for origin, name in names_in_model(model, found).items()}  # type: ignore[arg-type]
-
-
-def _stored_layers(model: nn.Module, folder: Path, usual: list[str]) -> list[str]:
+def _stored_layers(model: nn.Module, folder: Path, found: dict[str, Stored], usual: list[str]) -> list[str]:
     """The layers that a folder holds packed: `usual`, but for those that another version of transformers chose.
 
     Raises:
         CheckpointError: if it holds experts packed one by one, and this model has them in one tensor.
     """
-    found = read_headers(folder)
     names = names_in_model(model, [name for name in found if name.endswith(".weight")])  # type: ignore[arg-type]
     packed, plain = set[str](), set[str]()
     for origin, name in names.items():
