@@ -37,9 +37,14 @@ def test_the_figures_are_those_of_the_definition():
     assert report.kl_per_token == pytest.approx((kl([2.0, 0.0], [2.5, 0.0]) + kl([0.0, 1.0], [2.0, 1.0])) / 2, rel=1e-5)
 
 
-def test_a_disagreement_within_the_difference_is_a_tie():
+def test_a_disagreement_over_two_equal_tokens_is_a_tie():
     report = compare(torch.tensor([[[1.0, 1.0001]]]), torch.tensor([[[1.0002, 1.0]]]))
     assert (report.top1_agreement, report.ties) == (0, 1)
+
+
+def test_a_disagreement_over_a_clear_best_token_is_none_however_large_the_difference():
+    report = compare(torch.tensor([[[1.0, 1.01]]]), torch.tensor([[[9.0, 1.0]]]))
+    assert (report.top1_agreement, report.ties) == (0, 0)
 
 
 def test_padding_is_not_compared():

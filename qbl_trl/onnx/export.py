@@ -28,6 +28,7 @@ from qbl_trl.onnx.rewrite import Options
 from qbl_trl.onnx.rotary import steady_length
 from qbl_trl.onnx.sources import linear_sources
 from qbl_trl.onnx.trace import check_supported
+from qbl_trl.parity import compare
 from qbl_trl.progress import progress, step
 from qbl_trl.quant.calibration import tokens_of
 
@@ -44,6 +45,7 @@ def export_onnx(
     attention: str = "auto",
     accuracy_level: int | None = None,
     prompt_accuracy_level: int | None = None,
+    embedding_bits: int | None = None,
     kv_cache_dtype: str | None = None,
     calibration: Iterable[Any] | None = None,
     logits: str = "all",
@@ -55,7 +57,8 @@ def export_onnx(
     """Write a model as an ONNX folder for ORTModelForCausalLM and ONNX Runtime GenAI, still at 4 bits.
 
     The folder appears whole or not at all, and only after its graph, in float32 and without 8-bit activations or an
-    8-bit cache, gave the logits of the torch model. What these change is measured. The model given is not changed.
+    8-bit cache, gave the logits of the torch model. What these change, and packed embeddings, is measured. The model
+    given is not changed.
 
     Args:
         model_or_path: a transformers model (merged), a PEFT model (its adapters stay as branches), or a folder of one.
@@ -77,6 +80,8 @@ def export_onnx(
         prompt_accuracy_level: the same where more than one token is read at once; by default no other. 0 beside
             accuracy_level=4 reads prompts with float32 activations (an adapter's digits stay): faster from about 32
             tokens on where the processor multiplies floats well, with the weights twice in memory.
+        embedding_bits: 4 or 8 packs an embedding and a head that are float, tied or not, for the graph alone: a model
+            this small loses most of its bytes there, and the head is read at every step. Not exact; reported.
         kv_cache_dtype: "int8" keeps keys and values in 8 bits on CPU, one scale for each feature of each key head: a
             quarter of the memory, and faster the longer the text; not exact, reported. It needs GroupQueryAttention
             and ONNX Runtime 1.32; None keeps them in the type of the graph.
@@ -108,6 +113,7 @@ def export_onnx(
         attention=attention,
         accuracy_level=accuracy_level,
         prompt_accuracy_level=prompt_accuracy_level,
+        embedding_bits=embedding_bits,
         kv_cache_dtype=kv_cache_dtype,
         calibration=calibration,
         logits=logits,
@@ -147,6 +153,12 @@ def export_onnx(
             check_texts(texts, text_config.vocab_size, readable)
         step(bar, "computing its logits")
         gate = Gate.on_noise(float32_reference(held.model()), text_config.vocab_size, readable)
+        packed_tables = None
+        if embedding_bits is not None:
+            floats = gate.reference
+            held.pack_tables(embedding_bits)
+            gate = Gate.on_noise(float32_reference(held.model()), text_config.vocab_size, readable)
+            packed_tables = compare(floats, gate.reference, gate.mask)
         step(bar, "tracing, writing and checking the graph")
         with (
             new_folder(target, overwrite, ExportError) as folder,
@@ -182,6 +194,7 @@ def export_onnx(
         bytes=size,
         parity=reports[0],
         parity_cached=reports[1],
+        parity_embeddings=packed_tables,
         parity_as_written=lossy,
         kv_cache_dtype=kv_cache_dtype or str(float_type).removeprefix("torch."),
         fallbacks=final.fallbacks,

@@ -164,9 +164,10 @@ class LinearSource:
 
 @dataclass(frozen=True)
 class EmbeddingSource:
-    """One token embedding, ids (...) -> (..., N); weight (V, N), dense or in groups along N."""
+    """One token embedding, ids (...) -> (..., N); weight (V, N), dense or in groups along N; rows times `scale`."""
 
     name: str
     num_embeddings: int
     embedding_dim: int
     base: GroupBase | DenseBase
+    scale: float = 1.0

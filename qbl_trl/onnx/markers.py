@@ -153,16 +153,18 @@ class LinearMarker(nn.Module):
 
 
 class EmbeddingMarker(nn.Module):
-    """Stands for a token embedding: ids (...) -> (..., embedding_dim)."""
+    """Stands for a token embedding: ids (...) -> (..., embedding_dim). Multiplying its rows is traced as it is."""
 
-    def __init__(self, name: str, num_embeddings: int, embedding_dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, name: str, num_embeddings: int, embedding_dim: int, dtype: torch.dtype, scale: float = 1.0
+    ) -> None:
         super().__init__()
-        self.name, self.num_embeddings, self.embedding_dim = name, num_embeddings, embedding_dim
+        self.name, self.num_embeddings, self.embedding_dim, self.scale = name, num_embeddings, embedding_dim, scale
         self.register_buffer("weight", torch.zeros(1, dtype=dtype), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         y: Tensor = _emit(_Embedding, ids, self.weight, self.name, self.embedding_dim)
-        return y
+        return y if self.scale == 1 else y * self.scale
 
 
 class NormMarker(nn.Module):

@@ -15,6 +15,7 @@ DTYPES = {"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")}  # by 
 LOWERINGS = ("auto", "factored", "float_zero_point", "low_rank")
 ATTENTIONS = ("auto", "attention", "gqa", "standard")
 LEVELS = (0, 1, 2, 3, 4)
+EMBEDDING_BITS = (None, 4, 8)
 LOGITS = ("all", "last")
 KV_CACHE_DTYPES = (None, "int8")
 TOLERANCE = 1e-3
@@ -50,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=LEVELS,
         help="where more than one token is read at once; 0 beside --accuracy-level 4: float32, weights twice in memory",
+    )
+    parser.add_argument(
+        "--embedding-bits",
+        type=int,
+        choices=EMBEDDING_BITS[1:],
+        help="of an embedding and a head that the model holds in float: smaller and faster, not exact",
     )
     parser.add_argument(
         "--kv-cache-dtype", choices=KV_CACHE_DTYPES[1:], help="of keys and values: a quarter of the memory, not exact"
@@ -89,6 +96,7 @@ def check_choices(
     attention: str = "auto",
     accuracy_level: int | None = None,
     prompt_accuracy_level: int | None = None,
+    embedding_bits: int | None = None,
     kv_cache_dtype: str | None = None,
     calibration: Any = None,
     logits: str = "all",
@@ -108,6 +116,7 @@ def check_choices(
         ("attention", attention, ATTENTIONS),
         ("accuracy_level", accuracy_level, (None, *LEVELS)),
         ("prompt_accuracy_level", prompt_accuracy_level, (None, *LEVELS)),
+        ("embedding_bits", embedding_bits, EMBEDDING_BITS),
         ("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES),
         ("logits", logits, LOGITS),
     ):
@@ -160,6 +169,7 @@ def run(args: argparse.Namespace) -> None:
             attention=args.attention,
             accuracy_level=args.accuracy_level,
             prompt_accuracy_level=args.prompt_accuracy_level,
+            embedding_bits=args.embedding_bits,
             kv_cache_dtype=args.kv_cache_dtype,
             logits=args.logits,
             max_length=args.max_length,

@@ -52,7 +52,7 @@ class _Shared(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layer = self._run[0]
         if isinstance(layer, GroupQuantEmbedding):  # its own forward rounds to the dtype of the model
-            return layer.dequantize_rows(x.reshape(-1)).view(*x.shape, layer.embedding_dim)
+            return layer.look_up(x, torch.float32)
         y: Tensor = layer(x)
         return y
 

@@ -22,6 +22,7 @@ class ExportReport:
         bytes: size of the folder.
         parity: graph against the torch model in float32, all tokens in one pass.
         parity_cached: the same over the cache, one token at a time.
+        parity_embeddings: the torch model with its embedding and head packed, as in the graph, against the model.
         parity_as_written: as asked for, where that is not exact float32; with a cache of 8 bits, against the exact
             graph on text that the model wrote.
         kv_cache_dtype: of the cache.
@@ -40,6 +41,7 @@ class ExportReport:
     parity_cached: ParityReport | None
     seconds: float
     attention_reason: str = ""
+    parity_embeddings: ParityReport | None = None
     parity_as_written: ParityReport | None = None
     kv_cache_dtype: str = "float32"
     fallbacks: tuple[str, ...] = field(default_factory=tuple)
@@ -61,6 +63,7 @@ class ExportReport:
         for title, parity in (
             ("parity", self.parity),
             ("parity over the cache", self.parity_cached),
+            ("embedding and head packed", self.parity_embeddings),
             ("parity as written", self.parity_as_written),
         ):
             if parity is not None:

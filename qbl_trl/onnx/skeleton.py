@@ -111,7 +111,7 @@ def _marker(name: str, module: nn.Module, made: Skeleton, dtype: torch.dtype, fu
     embedding = embedding_source(name, module)
     if embedding is not None:
         made.embeddings[name] = embedding
-        return EmbeddingMarker(name, embedding.num_embeddings, embedding.embedding_dim, dtype)
+        return EmbeddingMarker(name, embedding.num_embeddings, embedding.embedding_dim, dtype, embedding.scale)
     norm = _rms_norm(module)
     if norm is not None:
         made.norms[name] = norm

@@ -23,7 +23,7 @@ from qbl_trl.onnx.layers import (
     LowRank,
     Stored,
 )
-from qbl_trl.quant.embedding import GroupQuantEmbedding
+from qbl_trl.quant.embedding import GroupQuantEmbedding, embedding_scale
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.packed import PackedWeight
 
@@ -49,7 +49,7 @@ def linear_source(name: str, module: nn.Module) -> LinearSource | None:
         return LinearSource(name, rows, columns, DenseBase(Stored.of(module.weight), True), Stored.of(module.bias))
     if is_bnb4(module):
         return _bnb4_source(name, module)
-    if isinstance(module, nn.Linear) and _is_plain(module):
+    if isinstance(module, nn.Linear) and is_plain(module):
         dense = DenseBase(Stored.of(module.weight))
         return LinearSource(name, module.in_features, module.out_features, dense, _stored(module.bias))
     if _is_foreign_quantized(module):
@@ -57,7 +57,7 @@ def linear_source(name: str, module: nn.Module) -> LinearSource | None:
     return None
 
 
-def _is_plain(layer: nn.Linear) -> bool:
+def is_plain(layer: nn.Linear) -> bool:
     """Whether a layer computes W x + b: by its class, or, where that has a forward of its own, by its output."""
     if type(layer).forward is nn.Linear.forward:
         return True
@@ -80,10 +80,11 @@ def embedding_source(name: str, module: nn.Module) -> EmbeddingSource | None:
             raise ExportError(
                 f"{name}: an embedding with a merged delta has no exact ONNX form here; leave it unadapted"
             )
-        return EmbeddingSource(name, module.num_embeddings, module.embedding_dim, group_base(module))
-    if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward and module.max_norm is None:
+        return EmbeddingSource(name, module.num_embeddings, module.embedding_dim, group_base(module), module.scale)
+    scale = embedding_scale(module)
+    if isinstance(module, nn.Embedding) and scale is not None:
         dense = DenseBase(Stored.of(module.weight))
-        return EmbeddingSource(name, module.num_embeddings, module.embedding_dim, dense)
+        return EmbeddingSource(name, module.num_embeddings, module.embedding_dim, dense, scale)
     return None
 
 

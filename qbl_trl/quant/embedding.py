@@ -6,7 +6,7 @@ Only the rows that are looked up are dequantized. A tied output head is a GroupQ
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qbl_trl.config import LayerFormat
 from qbl_trl.quant.linear import GroupQuantLinear
@@ -18,6 +18,7 @@ class GroupQuantEmbedding(PackedWeight):
 
     Attributes:
         num_embeddings, embedding_dim: rows and columns of the table.
+        scale: what looked-up rows are multiplied with (Gemma 3 has such tables).
         like: an empty tensor whose dtype is that of the output; it follows `.to(dtype)` as a float table would.
     """
 
@@ -32,8 +33,10 @@ class GroupQuantEmbedding(PackedWeight):
         format: LayerFormat | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
+        self.scale = scale
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.in_features, self.out_features = embedding_dim, num_embeddings
         self._allocate(format or LayerFormat(), device)
@@ -45,8 +48,12 @@ class GroupQuantEmbedding(PackedWeight):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) integer ids -> (..., embedding_dim)."""
-        rows = self.dequantize_rows(ids.reshape(-1))
-        return rows.view(*ids.shape, self.embedding_dim).to(self.like.dtype)
+        return self.look_up(ids, self.like.dtype)
+
+    def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """(...) integer ids -> (..., embedding_dim) of a float type."""
+        rows = self.dequantize_rows(ids.reshape(-1)).view(*ids.shape, self.embedding_dim).to(dtype)
+        return rows if self.scale == 1 else rows * rows.new_tensor(self.scale)
 
     def as_head_(self, head: GroupQuantLinear) -> None:
         """Make an output head a view of this table: one set of tensors, saved once."""
@@ -56,3 +63,22 @@ class GroupQuantEmbedding(PackedWeight):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, group_size={self.group_size}"
+
+
+def embedding_scale(module: nn.Module) -> float | None:
+    """The factor of a float embedding that looks rows up and multiplies them; None of one that does something else.
+
+    Found by looking two rows up: the name of a class says nothing of what it computes.
+    """
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+        return None
+    if type(module).forward is nn.Embedding.forward:
+        return 1.0
+    scale = getattr(module, "embed_scale", None)
+    if not isinstance(scale, (int, float, Tensor)):
+        return None
+    factor, ids = float(scale), torch.tensor([0, module.num_embeddings - 1], device=module.weight.device)
+    with torch.no_grad():
+        expected, found = module.weight[ids].float() * factor, module(ids).float()
+    tolerance = 1e-5 if module.weight.dtype == torch.float32 else 3e-2
+    return factor if torch.allclose(found, expected, rtol=tolerance, atol=tolerance) else None

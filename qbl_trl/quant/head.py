@@ -26,26 +26,30 @@ def quantize_embeddings_(model: nn.Module, config: GroupQuantConfig) -> None:
     """
     table, head = _pair(model)
     tied = head is not None and head.weight is table.weight
-    packed = GroupQuantEmbedding.from_affine(
-        _affine(table.weight, config),
-        bits=config.bits,
-        group_size=config.group_size,
-        symmetric=config.symmetric,
-        padding_idx=table.padding_idx,
-        dtype=table.weight.dtype,
-    )
+    packed = packed_table(table, config)
     replace(model, same_module_name(model, table), packed)
-    if head is None:
-        return
-    if tied:
-        packed_head = GroupQuantLinear(head.in_features, head.out_features, format=packed.format, device="meta")
-        packed.as_head_(packed_head)
+    if head is not None:
+        replace(model, same_module_name(model, head), packed_head(head, config, packed if tied else None))
+
+
+def packed_table(table: nn.Embedding, config: GroupQuantConfig, scale: float = 1.0) -> GroupQuantEmbedding:
+    """A float embedding at the bits of a configuration."""
+    settings = {"bits": config.bits, "group_size": config.group_size, "symmetric": config.symmetric}
+    more = {"padding_idx": table.padding_idx, "dtype": table.weight.dtype, "scale": scale}
+    return GroupQuantEmbedding.from_affine(_affine(table.weight, config), **settings, **more)  # type: ignore[arg-type]
+
+
+def packed_head(head: nn.Linear, config: GroupQuantConfig, tied_to: GroupQuantEmbedding | None) -> GroupQuantLinear:
+    """A float head at the bits of a configuration, or as a view of the embedding that it is tied to."""
+    if tied_to is not None:
+        packed = GroupQuantLinear(head.in_features, head.out_features, format=tied_to.format, device="meta")
+        tied_to.as_head_(packed)
     else:
-        packed_head = GroupQuantLinear.from_affine(
+        packed = GroupQuantLinear.from_affine(
             _affine(head.weight, config), bits=config.bits, group_size=config.group_size, symmetric=config.symmetric
         )
-    packed_head.bias = head.bias
-    replace(model, same_module_name(model, head), packed_head)
+    packed.bias = head.bias
+    return packed
 
 
 def empty_embeddings_(model: nn.Module, config: GroupQuantConfig) -> None:

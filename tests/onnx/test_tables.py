@@ -1,0 +1,109 @@
+"""embedding_bits: the embedding and the head are packed for the graph alone, and what that changes is reported."""
+
+import onnx
+import pytest
+import torch
+from optimum.onnxruntime import ORTModelForCausalLM
+from peft import get_peft_model
+
+from qbl_trl import GroupQuantConfig, QBLoRAConfig, export_onnx, merge, verify
+from qbl_trl.errors import ExportError
+from qbl_trl.onnx.companions import causal_lm
+from qbl_trl.onnx.tables import with_packed_tables
+from qbl_trl.quant.hf_quantizer import quantize_model_
+from tests.onnx.models import merged_llama, operators, padded_batch
+from tests.onnx.test_export import FP32
+from tests.onnx.test_runtimes import ARCHITECTURES, build
+from tests.tiny import tiny_llama
+
+
+def twin(model, bits):
+    return with_packed_tables(model, causal_lm(model), bits)
+
+
+def stored_by_vocabulary(model, folder):
+    """Weights with a row for every token."""
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    return sum(list(weight.dims[:1]) == [model.config.vocab_size] for weight in graph.initializer)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_graph_is_the_model_with_packed_tables_and_the_report_says_how_far_that_is(tmp_path, bits, tied):
+    model = merged_llama(tie_word_embeddings=tied)
+    ids, mask = padded_batch()
+    report = export_onnx(model, tmp_path / "onnx", embedding_bits=bits)
+    assert verify(twin(model, bits), tmp_path / "onnx", ids, mask).max_abs_difference < FP32
+    assert report.parity.max_abs_difference < FP32
+    assert verify(model, tmp_path / "onnx", ids, mask).max_abs_difference > 100 * FP32
+    assert report.parity_embeddings.max_abs_difference > 100 * FP32
+    assert "embedding and head packed" in str(report)
+    assert operators(tmp_path / "onnx").count("GatherBlockQuantized") == 1
+    # codes, scales, zero points
+    assert stored_by_vocabulary(model, tmp_path / "onnx") == (3 if tied else 6)
+
+
+def test_the_model_stays_as_it_was(tmp_path):
+    model = merged_llama()
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    before = table.weight.detach().clone()
+    export_onnx(model, tmp_path / "onnx", embedding_bits=4)
+    assert model.get_input_embeddings() is table
+    assert model.get_output_embeddings() is head
+    assert head.weight is table.weight
+    torch.testing.assert_close(table.weight.detach(), before, rtol=0, atol=0)
+
+
+def test_a_folder_is_packed_every_time_it_is_read(tmp_path):
+    quantized = quantize_model_(tiny_llama(tie_word_embeddings=True), GroupQuantConfig())
+    adapted = get_peft_model(quantized, QBLoRAConfig(r=2, quantization_aware=True, out_factor=2))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    merge(adapted).save_pretrained(tmp_path / "merged")
+    options = {"embedding_bits": 8, "accuracy_level": 4}  # writes two graphs, and reads the folder for each
+    report = export_onnx(tmp_path / "merged", tmp_path / "onnx", **options)
+    assert report.parity.max_abs_difference < FP32
+    assert all(layer.operator == "MatMulNBits" for layer in report.layers)
+
+
+def test_adapters_that_are_not_merged_stay_beside_packed_tables(tmp_path):
+    adapted = get_peft_model(tiny_llama(), QBLoRAConfig(r=2))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    ids, mask = padded_batch()
+    export_onnx(adapted, tmp_path / "onnx", embedding_bits=8)
+    assert verify(twin(adapted, 8), tmp_path / "onnx", ids, mask).max_abs_difference < FP32
+
+
+def test_rows_that_the_model_scales_are_scaled_in_the_graph(tmp_path):
+    model = build(*ARCHITECTURES["gemma3 with norms of heads"][:2])
+    ids, mask = padded_batch()
+    export_onnx(model, tmp_path / "float")
+    assert stored_by_vocabulary(model, tmp_path / "float") == 1  # tied: once
+    export_onnx(model, tmp_path / "packed", embedding_bits=8)
+    packed = twin(model, 8)
+    assert packed.get_input_embeddings().scale == pytest.approx(model.config.hidden_size**0.5)
+    assert verify(packed, tmp_path / "packed", ids, mask).max_abs_difference < 10 * FP32  # logits of about 10
+    ours = ORTModelForCausalLM.from_pretrained(tmp_path / "packed")
+    told = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(ours.generate(ids, **told), packed.generate(ids, **told))
+
+
+def test_tables_that_are_packed_already_stay_as_they_are(tmp_path):
+    model = quantize_model_(tiny_llama(), GroupQuantConfig(quantize_embeddings=True))
+    report = export_onnx(model, tmp_path / "onnx", embedding_bits=8)
+    assert report.parity_embeddings.max_abs_difference == 0
+
+
+def test_what_cannot_be_packed_is_refused_by_name(tmp_path):
+    trained = get_peft_model(tiny_llama(), QBLoRAConfig(r=2, modules_to_save=["lm_head"]))
+    with pytest.raises(ExportError, match=r"embedding_bits=4: .*ModulesToSaveWrapper cannot be packed. Merge"):
+        export_onnx(trained, tmp_path / "onnx", embedding_bits=4)
+    narrow = tiny_llama(hidden_size=40, num_attention_heads=2, num_key_value_heads=1, head_dim=20)
+    with pytest.raises(ExportError, match="the embedding is 40 wide, which no group of 16 or more divides"):
+        export_onnx(narrow, tmp_path / "onnx", embedding_bits=4)
+    with pytest.raises(ExportError, match="embedding_bits=3 is not known; allowed: None, 4, 8"):
+        export_onnx(narrow, tmp_path / "onnx", embedding_bits=3)
+    assert not (tmp_path / "onnx").exists()
