@@ -50,7 +50,7 @@ def with_packed_tables(model: nn.Module, decoder: nn.Module, bits: int) -> nn.Mo
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     places = {id(table): same_module_name(model, table), id(head): same_module_name(model, head)}
     twin = plain_forward_(copy.deepcopy(model, memo))
-    config = GroupQuantConfig(bits=bits, group_size=_group(decoder, int(table.embedding_dim), bits)  # type: ignore[arg-type])
+    config = GroupQuantConfig(bits=bits, group_size=_group(decoder, table.embedding_dim, bits))  # type: ignore[arg-type]
     tied = head.weight is table.weight
     if isinstance(table, nn.Embedding):
         rows = packed_table(table, config, scale)
