@@ -5,6 +5,7 @@ when it is first named.
 """
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from qbl_trl.adapter import model as _adapter
@@ -40,8 +41,22 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(_LAZY[name]), name)
     except ModuleNotFoundError as error:
-        explain_missing(f"qbl_trl.{name}", error)
-        raise
+        return _missing(f"qbl_trl.{name}", error)
+
+
+def _missing(name: str, error: ModuleNotFoundError) -> Callable[..., Any]:
+    """What stands for a function whose packages are not installed: importing it is no error, calling it is."""
+    try:
+        explain_missing(name, error)
+    except ImportError as explained:
+        reason = explained
+    else:
+        raise error
+
+    def unavailable(*args: Any, **kwargs: Any) -> Any:
+        raise reason
+
+    return unavailable
 
 
 def __dir__() -> list[str]:

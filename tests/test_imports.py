@@ -75,3 +75,19 @@ def test_importing_the_package_loads_neither_the_trainer_nor_the_exporter():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_the_onnx_packages_every_name_imports_and_export_says_what_to_install():
+    code = (
+        "import sys\n"
+        "sys.modules['onnxruntime'] = sys.modules['onnx'] = sys.modules['onnx_ir'] = sys.modules['optimum'] = None\n"
+        "from qbl_trl import *\n"
+        "from qbl_trl import export_onnx\n"
+        "try:\n"
+        "    export_onnx('model', 'out')\n"
+        "except ImportError as error:\n"
+        "    assert 'pip install \"qbl-trl[onnx]\"' in str(error), error\n"
+        "else:\n"
+        "    raise SystemExit('it ran')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

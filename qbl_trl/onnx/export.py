@@ -1,5 +1,6 @@
 """export_onnx: a merged model, or a model with its adapters, as a 4-bit ONNX folder that computes the same function."""
 
+import logging
 import tempfile
 import time
 from collections.abc import Iterable
@@ -32,6 +33,9 @@ from qbl_trl.parity import compare
 from qbl_trl.progress import progress, step
 from qbl_trl.quant.calibration import tokens_of
 
+logger = logging.getLogger(__name__)
+
+_FAR = 0.1  # nats per token: worth saying
 _USELESS = 1.0  # nats per token: a graph that types, 8-bit activations and caches took this far is broken
 
 
@@ -183,6 +187,21 @@ def export_onnx(
             companions.write(held, model_or_path, tokenizer, folder, float_type)
             write_genai_config(text_config, held.generation_config, folder, provider, exact.shares, options.max_length)
             size = folder_bytes(folder)
+    if all(layer.operator == "MatMul" for layer in final.layers):
+        logger.warning(
+            "no layer of this model is quantized: the graph holds it in %s. For 4 bits load it with GroupQuantConfig, "
+            "or give the folder to `qbl-trl quantize` first",
+            named,
+        )
+    for what, found in (("embedding_bits", packed_tables), ("8-bit activations or cache, or half precision", lossy)):
+        if found is not None and found.kl_per_token > _FAR:
+            logger.warning(
+                "%s: the graph is %.2g nats per token from the model, on %d tokens without meaning; measure it on text "
+                "of your task with qbl_trl.verify",
+                what,
+                found.kl_per_token,
+                found.tokens,
+            )
     return ExportReport(
         path=str(target),
         provider=provider,

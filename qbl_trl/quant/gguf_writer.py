@@ -69,6 +69,7 @@ def write_gguf(model: nn.Module, path: Path, template: Path) -> tuple[int, float
     homeless = sorted(name for name in layers if f"{name}.weight" not in places)
     if homeless:
         raise ConfigError(f"write_checkpoint: {template} has no tensor for {homeless[0]}; it is another model's file")
+    _check_shapes(model, layers, source, template)
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -77,6 +78,18 @@ def write_gguf(model: nn.Module, path: Path, template: Path) -> tuple[int, float
     finally:
         partial.unlink(missing_ok=True)
     return len(layers), largest
+
+
+def _check_shapes(model: nn.Module, layers: dict[str, GroupQuantLinear], source: GGUFReader, template: Path) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes |= {f"{name}.weight": (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    for name, place in source.sources().items():
+        theirs = tuple(int(size) for size in reversed(source.raw(name).shape))
+        if name in shapes and shapes[name] != theirs:
+            raise ConfigError(
+                f"write_checkpoint: {template} holds {place} of {theirs}, and {name} is {shapes[name]}; it is another "
+                "model's file"
+            )
 
 
 def _write(model: nn.Module, layers: dict[str, GroupQuantLinear], source: GGUFReader, writer: Any) -> float:

@@ -29,7 +29,7 @@ from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import BESIDE_CODES, PackedWeight
 from qbl_trl.quant.renaming import names_in_model
-from qbl_trl.quant.targets import is_linear, target_layers
+from qbl_trl.quant.targets import is_linear, naming_nothing, target_layers
 from qbl_trl.rope import restore_rope_
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,13 @@ class GroupQuantizer(HfQuantizer):
         _refuse_disk(kwargs.get("device_map"))
         folder = _folder_of(model.config) if self.pre_quantized else None
         self.targets = target_layers(model, self.quantization_config)
+        unknown = [] if self.pre_quantized else naming_nothing(model, self.quantization_config)
+        if unknown:
+            logger.warning(
+                "modules_to_not_convert: %s names no module of %s, and keeps nothing in float",
+                ", ".join(unknown),
+                type(model).__name__,
+            )
         found = {} if folder is None else read_headers(folder)
         if folder is not None:
             self.targets = _stored_layers(model, folder, found, self.targets)

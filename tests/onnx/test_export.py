@@ -44,6 +44,14 @@ def test_a_merged_model_becomes_a_graph_with_the_same_logits(exported):
     assert report.parity_cached.max_abs_difference < FP32
 
 
+def test_a_model_without_a_quantized_layer_is_said_to_stay_in_float(tmp_path, caplog):
+    export_onnx(tiny_llama(), tmp_path / "float")
+    assert "no layer of this model is quantized: the graph holds it in float32" in caplog.text
+    caplog.clear()
+    export_onnx(merged_llama(), tmp_path / "packed")
+    assert "is quantized" not in caplog.text
+
+
 def test_the_graph_passes_onnx_checker_and_shape_inference(exported):
     _, folder, _ = exported
     onnx.checker.check_model(str(folder / "model.onnx"))

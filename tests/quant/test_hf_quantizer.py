@@ -206,6 +206,15 @@ def test_bad_settings_are_refused_with_what_is_allowed(field, value):
         GroupQuantConfig(**{field: value})
 
 
+def test_a_module_to_keep_that_is_not_there_is_named(tmp_path, caplog):
+    tiny_llama().save_pretrained(tmp_path)
+    load(tmp_path, quantization_config=GroupQuantConfig(modules_to_not_convert=["down_proj", "donw_proj"]))
+    assert "donw_proj names no module of LlamaForCausalLM" in caplog.text
+    caplog.clear()
+    load(tmp_path, quantization_config=GroupQuantConfig(modules_to_not_convert=["down_proj", "layers.1", "lm_head"]))
+    assert "names no module" not in caplog.text
+
+
 def test_a_model_without_a_layer_to_quantize_is_refused(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="no linear layer to quantize"):

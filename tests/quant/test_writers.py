@@ -105,6 +105,13 @@ def test_folding_is_adding_the_delta_to_the_weight():
     torch.testing.assert_close(dequantize(*folded(layer), 32), layer.dequantize(), rtol=0, atol=1e-7)  # float32
 
 
+def test_a_template_of_another_shape_is_refused_and_leaves_nothing(tmp_path):
+    file = template(tmp_path / "template.gguf", intermediate_size=128)
+    with pytest.raises(ConfigError, match=r"is \((96, 64|64, 96)\); it is another model's file"):
+        write_checkpoint(packed_llama(), tmp_path / "new" / "out.gguf", "gguf", template=file)
+    assert not (tmp_path / "new").exists()
+
+
 def test_larger_groups_are_repeated_in_gguf(tmp_path):
     model = packed_llama(group_size=64, merged=False, intermediate_size=128)
     file = template(tmp_path / "template.gguf", intermediate_size=128)
