@@ -5,36 +5,33 @@ packed checkpoint is loaded into packed layers, after its headers were checked. 
 are served: transformers 4.57 calls `create_quantized_param`, transformers 5 runs the operation of `get_quantize_ops`.
 """
 
-import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers import __version__ as transformers_version
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from qbl_trl.config import ALLOWED_GROUP_SIZES, QUANT_METHOD, SCALE_DTYPES, GroupQuantConfig
-from qbl_trl.errors import CheckpointError, ConfigError
+from qbl_trl.errors import ConfigError
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.quant.algorithms import quantize
-from qbl_trl.quant.checkpoint import Stored, check_tensors, read_headers
+from qbl_trl.quant.checkpoint import check_tensors, read_headers
 from qbl_trl.quant.head import empty_embeddings_, quantize_embeddings_, tie_again_
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import BESIDE_CODES, PackedWeight
 from qbl_trl.quant.renaming import names_in_model
-from qbl_trl.quant.targets import is_linear, naming_nothing, target_layers
+from qbl_trl.quant.stored import empty_layer, expected_tensors, folder_of, stored_layers
+from qbl_trl.quant.targets import naming_nothing, target_layers
 from qbl_trl.rope import restore_rope_
 
 logger = logging.getLogger(__name__)
 
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 _WORTH_SAYING = 0.2  # share of the weights
 
 
@@ -57,14 +54,14 @@ class GroupQuantizer(HfQuantizer):
 
     def _check_files(self, config: Any) -> Any:
         restore_rope_(config)
-        folder = _folder_of(config) if self.pre_quantized else None
+        folder = folder_of(config) if self.pre_quantized else None
         if folder is not None:
             read_headers(folder)
         return config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         _refuse_disk(kwargs.get("device_map"))
-        folder = _folder_of(model.config) if self.pre_quantized else None
+        folder = folder_of(model.config) if self.pre_quantized else None
         self.targets = target_layers(model, self.quantization_config)
         unknown = [] if self.pre_quantized else naming_nothing(model, self.quantization_config)
         if unknown:
@@ -75,7 +72,7 @@ class GroupQuantizer(HfQuantizer):
             )
         found = {} if folder is None else read_headers(folder)
         if folder is not None:
-            self.targets = _stored_layers(model, folder, found, self.targets)
+            self.targets = stored_layers(model, folder, found, self.targets)
         if not self.targets:
             raise ConfigError(
                 f"{type(model).__name__} has no linear layer to quantize once its head, layers with fewer inputs than "
@@ -84,12 +81,12 @@ class GroupQuantizer(HfQuantizer):
             )
         if self.pre_quantized:
             for name in self.targets:
-                replace(model, name, _empty_layer(model.get_submodule(name), self.quantization_config, name))
+                replace(model, name, empty_layer(model.get_submodule(name), self.quantization_config, name))
             if self.quantization_config.quantize_embeddings:
                 empty_embeddings_(model, self.quantization_config)
             if folder is not None:
                 stored = {name: found[origin] for origin, name in names_in_model(model, found).items()}  # type: ignore[arg-type]
-                check_tensors(folder, stored, _expected_tensors(model))
+                check_tensors(folder, stored, expected_tensors(model))
         return model
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
@@ -257,42 +254,6 @@ def _refuse_disk(device_map: Any) -> None:
         )
 
 
-def _folder_of(config: Any) -> Path | None:
-    """The folder of a checkpoint, where the configuration names it: of a subfolder it names the one above."""
-    folder = Path(getattr(config, "_name_or_path", ""))
-    if not (folder / "config.json").is_file():
-        return None
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    own = config.to_dict()
-    same = all(stored[key] == own.get(key) for key in ("model_type", "architectures", *_SIZES) if key in stored)
-    return folder if same else None
-
-
-def _stored_layers(model: nn.Module, folder: Path, found: dict[str, Stored], usual: list[str]) -> list[str]:
-    """The layers that a folder holds packed: `usual`, but for those that another version of transformers chose.
-
-    Raises:
-        CheckpointError: if it holds experts packed one by one, and this model has them in one tensor.
-    """
-    names = names_in_model(model, [name for name in found if name.endswith(".weight")])  # type: ignore[arg-type]
-    packed, plain = set[str](), set[str]()
-    for origin, name in names.items():
-        scaled = f"{origin.removesuffix('.weight')}.scales" in found
-        dtype = found[origin].dtype
-        if scaled or (dtype is not None and dtype.is_floating_point):
-            (packed if scaled else plain).add(name.removesuffix(".weight"))
-    modules, head = dict(model.named_modules()), getattr(model, "get_output_embeddings", lambda: None)()
-    lost = next((name for name in sorted(packed) if ".experts." in name and name not in modules), None)
-    if lost is not None:
-        made_with = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_version")
-        raise CheckpointError(
-            f"{folder}: {lost!r} is packed by itself, and transformers {transformers_version} holds the experts of a "
-            f"layer in one tensor; open this folder with the version it was written with ({made_with or 'before 5'})"
-        )
-    chosen = packed | (set(usual) - plain)
-    return [name for name, layer in modules.items() if name in chosen and layer is not head and is_linear(layer)]
-
-
 def _warn_of_float_experts(model: nn.Module) -> None:
     """Some models keep all experts of a layer in one tensor, which is no linear layer and stays as it is."""
     stacked = {name: p.numel() for name, p in model.named_parameters() if p.dim() == 3 and p.is_floating_point()}
@@ -303,29 +264,6 @@ def _warn_of_float_experts(model: nn.Module) -> None:
             "GroupQuantConfig: %.0f%% of the weights stay in float, because they are no linear layers: %s and %d more",
             *(100 * share, next(iter(stacked)), len(stacked) - 1),
         )
-
-
-def _empty_layer(old: nn.Module, config: GroupQuantConfig, name: str) -> GroupQuantLinear:
-    columns, rows = (old.nx, old.nf) if isinstance(old, Conv1D) else (old.in_features, old.out_features)
-    bias = old.bias
-    return GroupQuantLinear(
-        columns,  # type: ignore[arg-type]
-        rows,  # type: ignore[arg-type]
-        bias=bias is not None,
-        format=config.layer_format(name),
-        device="meta",
-        dtype=bias.dtype if isinstance(bias, Tensor) else None,
-    )
-
-
-def _expected_tensors(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    return {
-        f"{name}.{part}": (tuple(tensor.shape), tensor.dtype)
-        for name, layer in model.named_modules()
-        if isinstance(layer, PackedWeight) and "scales" not in layer._non_persistent_buffers_set
-        for part in ("weight", *BESIDE_CODES)
-        if (tensor := getattr(layer, part)) is not None
-    }
 
 
 def _keep_stored_dtypes() -> None:

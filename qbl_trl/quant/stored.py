@@ -1,0 +1,81 @@
+"""What a packed folder says of itself, before its tensors are loaded into packed layers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import __version__ as transformers_version
+from transformers.pytorch_utils import Conv1D
+
+from qbl_trl.config import GroupQuantConfig
+from qbl_trl.errors import CheckpointError
+from qbl_trl.quant.checkpoint import Stored
+from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.packed import BESIDE_CODES, PackedWeight
+from qbl_trl.quant.renaming import names_in_model
+from qbl_trl.quant.targets import is_linear
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+
+
+def folder_of(config: Any) -> Path | None:
+    """The folder of a checkpoint, where the configuration names it: of a subfolder it names the one above."""
+    folder = Path(getattr(config, "_name_or_path", ""))
+    if not (folder / "config.json").is_file():
+        return None
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    own = config.to_dict()
+    same = all(stored[key] == own.get(key) for key in ("model_type", "architectures", *_SIZES) if key in stored)
+    return folder if same else None
+
+
+def stored_layers(model: nn.Module, folder: Path, found: dict[str, Stored], usual: list[str]) -> list[str]:
+    """The layers that a folder holds packed: `usual`, but for those that another version of transformers chose.
+
+    Raises:
+        CheckpointError: if it holds experts packed one by one, and this model has them in one tensor.
+    """
+    names = names_in_model(model, [name for name in found if name.endswith(".weight")])  # type: ignore[arg-type]
+    packed, plain = set[str](), set[str]()
+    for origin, name in names.items():
+        scaled = f"{origin.removesuffix('.weight')}.scales" in found
+        dtype = found[origin].dtype
+        if scaled or (dtype is not None and dtype.is_floating_point):
+            (packed if scaled else plain).add(name.removesuffix(".weight"))
+    modules, head = dict(model.named_modules()), getattr(model, "get_output_embeddings", lambda: None)()
+    lost = next((name for name in sorted(packed) if ".experts." in name and name not in modules), None)
+    if lost is not None:
+        made_with = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_version")
+        raise CheckpointError(
+            f"{folder}: {lost!r} is packed by itself, and transformers {transformers_version} holds the experts of a "
+            f"layer in one tensor; open this folder with the version it was written with ({made_with or 'before 5'})"
+        )
+    chosen = packed | (set(usual) - plain)
+    return [name for name, layer in modules.items() if name in chosen and layer is not head and is_linear(layer)]
+
+
+def empty_layer(old: nn.Module, config: GroupQuantConfig, name: str) -> GroupQuantLinear:
+    """A packed layer on no device, in the format that a configuration gives it."""
+    columns, rows = (old.nx, old.nf) if isinstance(old, Conv1D) else (old.in_features, old.out_features)
+    bias = old.bias
+    return GroupQuantLinear(
+        columns,  # type: ignore[arg-type]
+        rows,  # type: ignore[arg-type]
+        bias=bias is not None,
+        format=config.layer_format(name),
+        device="meta",
+        dtype=bias.dtype if isinstance(bias, Tensor) else None,
+    )
+
+
+def expected_tensors(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of every tensor that the packed layers of a model are loaded from."""
+    return {
+        f"{name}.{part}": (tuple(tensor.shape), tensor.dtype)
+        for name, layer in model.named_modules()
+        if isinstance(layer, PackedWeight) and "scales" not in layer._non_persistent_buffers_set
+        for part in ("weight", *BESIDE_CODES)
+        if (tensor := getattr(layer, part)) is not None
+    }
