@@ -75,10 +75,27 @@ def fuse_attention(
             )
         _attach_output(editor, site, fused.outputs[0])
     RemoveUnusedNodesPass()(editor.model)
+    _rotate_apart(editor, masks, skeleton, max_length)
+    RemoveUnusedNodesPass()(editor.model)
     for node in editor.graph:
         if node.domain == TRACE_DOMAIN and node.op_type in ("Rotary", "RotaryTable"):
             raise Unfusable(f"{node.name}: rotary embedding is used outside attention")
     return kind, reason
+
+
+def _rotate_apart(editor: Editor, masks: Masks, skeleton: Skeleton, max_length: int) -> None:
+    """Rotations that no attention has taken in, because something lies between (norms of the heads, in HunYuan)."""
+    for node in [node for node in editor.graph if node.domain == TRACE_DOMAIN and node.op_type == "Rotary"]:
+        table = produced_by(node.inputs[1], "RotaryTable", TRACE_DOMAIN)
+        if table is None:
+            raise Unfusable(f"{node.name}: rotary embedding is used outside attention")
+        tables = _tables(editor, table, skeleton, max_length)
+        rows = _rows(editor, node, table, masks, skeleton)
+        told = {"interleaved": int(attribute(node, "interleaved"))}  # all features: what is not turned was cut off before
+        turned = editor.add(node, "RotaryEmbedding", [node.inputs[0], *tables, rows], told, like=node.outputs[0])
+        turned.outputs[0].shape = node.outputs[0].shape
+        editor.replace(node.outputs[0], turned.outputs[0])
+        editor.remove(node)
 
 
 def _attention(
@@ -86,7 +103,7 @@ def _attention(
 ) -> ir.Node:
     query, key = site.query, site.key
     if tables is not None:
-        positions = _rows(editor, site, masks, skeleton)
+        positions = _rows(editor, site.node, site.table, masks, skeleton)
         width = 2 * int(tables[0].shape[-1])  # type: ignore[index, arg-type]
         partial = {} if width == site.head_size else {"rotary_embedding_dim": width}
         if site.interleaved:
@@ -108,12 +125,12 @@ def _attention(
     return editor.add(site.node, "Attention", inputs, attributes, outputs=3, like=site.past_value)
 
 
-def _rows(editor: Editor, site: Site, masks: Masks, skeleton: Skeleton) -> ir.Value:
+def _rows(editor: Editor, at: ir.Node, table: ir.Node | None, masks: Masks, skeleton: Skeleton) -> ir.Value:
     """Which rows of the rotary tables the new tokens read, (B, S)."""
-    if site.table is None:
-        raise Unfusable(f"{site.node.name}: nothing is rotated")
-    rotary = skeleton.rotary[attribute(site.table, "name")]
-    return table_rows(editor, site.node, masks.positions(site.table.inputs[1]), rotary)
+    if table is None:
+        raise Unfusable(f"{at.name}: nothing is rotated")
+    rotary = skeleton.rotary[attribute(table, "name")]
+    return table_rows(editor, at, masks.positions(table.inputs[1]), rotary)
 
 
 def _told_positions(site: Site) -> bool:
@@ -163,7 +180,8 @@ def _group_query(
         attributes["local_window_size"] = site.window
     if site.softcap:
         attributes["softcap"] = site.softcap
-    rows = _rows(editor, site, masks, skeleton) if query_lengths and _told_positions(site) else None
+    told = query_lengths and _told_positions(site)
+    rows = _rows(editor, site.node, site.table, masks, skeleton) if told else None
     inputs = [site.query, site.key, site.value, site.past_key, site.past_value, *masks.lengths()]
     inputs += [*(tables or (None, None)), rows, masks.padding()]
     if query_lengths:  # the operator's last input, behind five that are not used

@@ -19,6 +19,15 @@ _READS_KV_HEADS = {
 }
 
 
+def served(config: Any) -> Any:
+    """The configuration that ORTModelForCausalLM is given: of most models with vision, that of their text model.
+
+    It looks for a text model's settings at the top, where Gemma 3 and Qwen-VL have them or it knows where else to look.
+    """
+    known = config.model_type == "gemma3" or getattr(config, "num_attention_heads", None) is not None
+    return config if known else config.get_text_config()
+
+
 def guessed_sizes(config: Any) -> tuple[int, int]:
     """(heads, head size) of the empty cache that ORTModelForCausalLM feeds."""
     if config.model_type == "gemma3":

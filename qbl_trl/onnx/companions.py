@@ -16,6 +16,7 @@ from qbl_trl.adapter.wrapped import is_decoder
 from qbl_trl.errors import ExportError
 from qbl_trl.folders import refuse_graph
 from qbl_trl.loading import load_adapter, open_model
+from qbl_trl.onnx.caches import served
 from qbl_trl.onnx.tables import with_packed_tables
 from qbl_trl.tokenizers import open_tokenizer, save_tokenizer
 
@@ -122,12 +123,13 @@ def check_tokenizer(given: Any) -> Any:
 def max_positions(config: Any) -> int:
     """Longest text the model was made for."""
     config = config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    return next((int(found) for name in names if (found := getattr(config, name, None))), 2048)
 
 
 def write(held: Held, source: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
     """Configuration, generation settings and tokenizer, as ORTModelForCausalLM reads them."""
-    config = copy.deepcopy(held.config)
+    config = copy.deepcopy(served(held.config))
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         for name in ("quantization_config", "_pre_quantization_dtype"):
             if hasattr(part, name):

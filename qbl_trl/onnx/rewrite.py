@@ -10,7 +10,7 @@ from qbl_trl.errors import ExportError
 from qbl_trl.onnx.activations import lower_activations
 from qbl_trl.onnx.attention import fuse_attention
 from qbl_trl.onnx.branches import choose_branches
-from qbl_trl.onnx.caches import accept_guessed_caches
+from qbl_trl.onnx.caches import accept_guessed_caches, served
 from qbl_trl.onnx.embeddings import lower_embeddings
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute
 from qbl_trl.onnx.grouped import add_grouped_steps
@@ -93,7 +93,7 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> Rewritten:
     lower_norms(editor, skeleton.norms)
     shared = lower_embeddings(editor, skeleton.embeddings)
     linears = pack_projections(editor, choose_branches(skeleton.linears, options.lowering))
-    accept_guessed_caches(editor, skeleton.model.config)
+    accept_guessed_caches(editor, served(skeleton.model.config))
     lowering = LinearLowering(
         editor,
         options.lowering,

@@ -99,7 +99,9 @@ def build_skeleton(
     own = str(model.config._attn_implementation)
     # The tracer writes torch's attention with float32 constants: half precision takes the spelled-out one.
     standard = "eager" if own == "eager" or spelled_out else "sdpa"
-    skeleton.config._attn_implementation = TRACED_ATTENTION if fused_attention and not calls_torch(model) else standard
+    if fused_attention:  # where it calls torch itself, in its own branch for that
+        standard = "sdpa" if calls_torch(model) else TRACED_ATTENTION
+    skeleton.config._attn_implementation = standard
     made.model, made.caps_scores = skeleton, own != "sdpa"
     return made
 
@@ -120,8 +122,10 @@ def _marker(name: str, module: nn.Module, made: Skeleton, dtype: torch.dtype, fu
     if form is not None:
         return GeluMarker(form)
     if is_rotary(module) and (fused or changes_with_length(module) or _interleaves(module)):
-        made.rotary[name] = _rotary(name, module, fused)
-        return RotaryTableMarker(name, made.rotary[name].width)
+        rotary = _rotary(name, module, fused)
+        if rotary is not None:
+            made.rotary[name] = rotary
+            return RotaryTableMarker(name, rotary.width)
     return None
 
 
@@ -133,17 +137,21 @@ def _interleaves(module: nn.Module) -> bool:
         return False
 
 
-def _rotary(name: str, module: nn.Module, fused: bool) -> Rotary:
+def _rotary(name: str, module: nn.Module, fused: bool) -> Rotary | None:
+    """What a module's table holds; None where its own code is traced: it may be a vision tower's, which no text runs."""
+    changes = changes_with_length(module)
     try:
         rotary = Rotary(module)
     except NoTable as error:
-        if fused:
-            raise Unfusable(f"{name}: {error}") from error
+        if not changes:
+            return None
         raise ExportError(
             f"{name}: {error}, and its angles depend on how long a text is; a graph cannot hold that"
         ) from error
     if fused and rotary.repeats is None:
-        raise Unfusable(f"{name}: its table holds no angle twice, in halves or side by side")
+        if changes:
+            raise Unfusable(f"{name}: its table holds no angle twice, in halves or side by side")
+        return None
     return rotary
 
 
@@ -244,6 +252,8 @@ def _traced_attention(
 
 
 # They make the causal mask themselves, whatever the attention; nothing else is in it.
-_CAUSAL_MASKS = ("opt", "persimmon")
+_CAUSAL_MASKS = (
+    *("bart", "biogpt", "blenderbot", "blenderbot-small", "marian", "mbart", "opt", "pegasus", "persimmon"),
+)
 # Arguments of attention functions that change the result; the others (position_ids, cache_position, ...) do not.
 _MEANINGFUL = ("head_mask", "s_aux", "position_bias", "relative_position", "block_bias", "alibi")

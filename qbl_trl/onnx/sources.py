@@ -26,6 +26,7 @@ from qbl_trl.onnx.layers import (
 from qbl_trl.quant.embedding import GroupQuantEmbedding, embedding_scale
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.packed import PackedWeight
+from qbl_trl.quant.targets import read_elsewhere
 
 
 def linear_source(name: str, module: nn.Module) -> LinearSource | None:
@@ -100,8 +101,9 @@ def linear_sources(model: nn.Module) -> dict[str, LinearSource]:
             "first and export the merged model"
         )
     found: dict[str, LinearSource] = {}
+    not_called = tuple("." + name for name in read_elsewhere(model))
     for name, module in _outermost(model):
-        source = linear_source(name, module)
+        source = None if f".{name}".endswith(not_called) else linear_source(name, module)
         if source is not None:
             found[name] = source
     return found

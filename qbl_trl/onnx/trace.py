@@ -108,11 +108,14 @@ def _is_known(model_type: str) -> bool:
 
 def _onnx_config(skeleton: Skeleton, dtype: torch.dtype) -> Any:
     constructor: Any = partial(_AnyDecoder, task=_TASK.removesuffix("-with-past"))
-    if _is_known(skeleton.model.config.model_type):
+    described = skeleton.model.config
+    if _is_known(described.model_type):
         constructor = TasksManager.get_exporter_config_constructor(
             "onnx", model=skeleton.model, task=_TASK, library_name="transformers"
         )
-    return constructor(skeleton.model.config, float_dtype=_FLOAT_NAMES[dtype], use_past=True, use_past_in_inputs=True)
+    else:
+        described = described.get_text_config()
+    return constructor(described, float_dtype=_FLOAT_NAMES[dtype], use_past=True, use_past_in_inputs=True)
 
 
 class _AnyDecoder(LlamaOnnxConfig):  # type: ignore[misc]
@@ -141,6 +144,8 @@ def _correct_caches(config: Any, sizes: list[tuple[int, int, int]]) -> None:
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         inputs = original(*args, **kwargs)
+        if len(inputs["past_key_values"]) != len(sizes):
+            raise TypeError(f"{len(sizes)} caches for {len(inputs['past_key_values'])} layers; shared ones have no form")
         inputs["past_key_values"] = [
             (_resized(keys, heads, key_size), _resized(values, heads, value_size))
             for (keys, values), (heads, key_size, value_size) in zip(inputs["past_key_values"], sizes, strict=True)

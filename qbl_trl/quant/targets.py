@@ -86,7 +86,12 @@ def _is_wide(module: Any) -> bool:
 def _kept_in_float(model: nn.Module) -> set[str]:
     """Modules that a model class declares to need float32 (T5 even casts its activations to their dtype), and those
     whose weight is read by others."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
     lists = [getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")]
     wanted = {name.removesuffix(".weight") for names in lists if isinstance(names, (list, set)) for name in names}
-    return wanted | set(_READ_ELSEWHERE.get(str(kind), ()))
+    return wanted | set(read_elsewhere(model))
+
+
+def read_elsewhere(model: nn.Module) -> tuple[str, ...]:
+    """Last parts of the names of layers whose weight is read by others, and never called."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return _READ_ELSEWHERE.get(str(kind), ())
