@@ -73,16 +73,30 @@ def verify(reference: Any, candidate: Any, input_ids: Tensor, attention_mask: Te
         attention_mask: (B, S), 1 on real tokens; None means all are real.
 
     Raises:
-        ConfigError: if an argument is nothing that gives logits, or the logits do not fit each other.
+        ConfigError: if an argument is nothing that gives logits, no token ids or no mask of them, or the logits do not
+            fit each other.
     """
-    ids = torch.as_tensor(input_ids)
-    ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
-    mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask).view_as(ids)
+    ids, mask = _tokens(input_ids, attention_mask)
     first, second = logits_of(reference)(ids, mask), logits_of(candidate)(ids, mask)
     if first.dim() == 3 and 1 in (first.shape[1], second.shape[1]) and ids.shape[1] > 1:  # a graph of last logits
         first, second = _last(first, mask), _last(second, mask)
         mask = torch.ones_like(mask[:, :1])
     return compare(first, second, mask)
+
+
+def _tokens(input_ids: Any, attention_mask: Any) -> tuple[Tensor, Tensor]:
+    """Ids and mask, (B, S) int64: what every model and graph takes."""
+    ids = torch.as_tensor(input_ids)
+    ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
+    if ids.dim() != 2 or not ids.numel() or ids.is_floating_point() or ids.dtype == torch.bool or bool((ids < 0).any()):
+        raise ConfigError(
+            f"verify: input_ids of {tuple(ids.shape)} {ids.dtype}; give token ids of (batch, tokens), at least one"
+        )
+    mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask)
+    mask = mask.unsqueeze(0) if mask.dim() == 1 else mask
+    if mask.shape != ids.shape:
+        raise ConfigError(f"verify: an attention_mask of {tuple(mask.shape)} does not cover ids of {tuple(ids.shape)}")
+    return ids.long(), mask.long()
 
 
 def _last(logits: Tensor, mask: Tensor) -> Tensor:
@@ -138,7 +152,8 @@ def logits_of(source: Any) -> Logits:
     if isinstance(source, nn.Module):
         return _torch_logits(source)
     if hasattr(source, "generate") and callable(getattr(source, "forward", None)):  # ORTModelForCausalLM
-        return _model_logits(source, "position_ids" in getattr(source, "input_names", ()))
+        with_positions = "position_ids" in getattr(source, "input_names", ())
+        return _step_by_step(source, with_positions) if _rounds_cache(source) else _model_logits(source, with_positions)
     if callable(source):
         given: Logits = source
         return given
@@ -160,6 +175,28 @@ def _model_logits(model: Any, with_positions: bool, with_decoder: bool = False) 
             named["decoder_input_ids"] = input_ids
         logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, **named).logits
         return logits.float()
+
+    return run
+
+
+def _rounds_cache(model: Any) -> bool:
+    """Whether an ORTModelForCausalLM keeps keys and values in 8 bits."""
+    session = getattr(model, "session", None)
+    return session is not None and any(value.type == "tensor(int8)" for value in session.get_inputs())
+
+
+def _step_by_step(model: Any, with_positions: bool) -> Logits:
+    """Token by token over the model's own cache."""
+
+    def run(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        cache, parts, places = None, [], positions(attention_mask)
+        for end in range(1, input_ids.shape[1] + 1):
+            named = {"position_ids": places[:, end - 1 : end]} if with_positions else {}
+            ids, mask = input_ids[:, end - 1 : end], attention_mask[:, :end]
+            made = model(input_ids=ids, attention_mask=mask, past_key_values=cache, **named)
+            cache = made.past_key_values
+            parts.append(made.logits.float())
+        return torch.cat(parts, 1)
 
     return run
 

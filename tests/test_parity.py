@@ -123,3 +123,25 @@ def test_a_source_of_last_logits_is_compared_there():
     report = verify(model, last, ids, mask)
     assert report.tokens == 2
     assert report.max_abs_difference == 0
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8])
+def test_ids_and_masks_of_any_integer_type_are_read(kind):
+    model, ids = tiny_llama(), tokens()
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    assert verify(model, model, ids.to(kind), mask).max_abs_difference == 0
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        (torch.zeros(1, 4), None, r"input_ids of \(1, 4\) torch.float32; give token ids"),
+        (torch.zeros(1, 0, dtype=torch.long), None, "at least one"),
+        (torch.tensor([[-1, 2]]), None, "give token ids"),
+        (torch.zeros(1, 2, 3, dtype=torch.long), None, r"of \(batch, tokens\)"),
+        (torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 5), r"an attention_mask of \(2, 5\) does not cover ids"),
+    ],
+)
+def test_what_is_no_text_is_refused(ids, mask, message):
+    with pytest.raises(ConfigError, match=message):
+        verify(tiny_llama(), tiny_llama(), ids, mask)

@@ -17,6 +17,7 @@ from qbl_trl.errors import ExportError
 from qbl_trl.folders import refuse_graph
 from qbl_trl.loading import load_adapter, open_model
 from qbl_trl.onnx.caches import served
+from qbl_trl.onnx.rotary import is_rotary
 from qbl_trl.onnx.tables import with_packed_tables
 from qbl_trl.tokenizers import open_tokenizer, save_tokenizer
 
@@ -42,6 +43,9 @@ class Held:
         self._given = model_or_path
         self._model: torch.nn.Module | None = load_model(model_or_path)
         decoder = self.decoder()
+        absent = next((name for name, tensor in decoder.named_parameters() if tensor.is_meta), None)
+        if absent is not None:
+            raise ExportError(f"{absent} is on no device (meta); load the model whole, without offloading")
         self.config, self.generation_config = decoder.config, decoder.generation_config
         self.traces: dict[tuple[torch.dtype, bool, bool], ir.Model] = {}
         self._embedding_bits: int | None = None
@@ -120,11 +124,20 @@ def check_tokenizer(given: Any) -> Any:
         raise ExportError(f"export_onnx: tokenizer={str(given)!r} is no folder, nor a model id: {reason}") from error
 
 
-def max_positions(config: Any) -> int:
-    """Longest text the model was made for."""
-    config = config.get_text_config()
+def max_positions(decoder: PreTrainedModel, wanted: int | None) -> int:
+    """The longest text of a graph: as wanted, or the one the model was made for.
+
+    Raises:
+        ExportError: if the model has learned positions, or biases instead, and not for as many tokens.
+    """
+    config = decoder.config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
-    return next((int(found) for name in names if (found := getattr(config, name, None))), 2048)
+    own = next((int(found) for name in names if (found := getattr(config, name, None))), None)
+    if wanted is not None and own is not None and wanted > own and not any(map(is_rotary, decoder.modules())):
+        raise ExportError(
+            f"export_onnx: max_length={wanted}, and a {type(decoder).__name__} has positions for {own} tokens only"
+        )
+    return wanted or own or 2048
 
 
 def write(held: Held, source: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:

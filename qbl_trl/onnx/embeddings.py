@@ -1,4 +1,8 @@
-"""Embedding placeholders -> Gather, or GatherBlockQuantized over the same codes that a tied head multiplies with."""
+"""Embedding placeholders -> Gather, or GatherBlockQuantized over the same codes that a tied head multiplies with.
+
+row = s (q - z)                        integer z
+row = s (q - m) + s (m - z)            fractional z, with m = 2**(bits-1): what is looked up besides is (V, groups)
+"""
 
 import onnx_ir as ir
 import torch
@@ -6,7 +10,7 @@ import torch
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute
 from qbl_trl.onnx.layers import EmbeddingSource, GroupBase
 from qbl_trl.onnx.markers import TRACE_DOMAIN
-from qbl_trl.onnx.weights import Reader, give
+from qbl_trl.onnx.weights import Reader, give, zero_shift
 
 
 def lower_embeddings(editor: Editor, embeddings: dict[str, EmbeddingSource]) -> dict[tuple[int, ...], str]:
@@ -43,11 +47,22 @@ def _gather_groups(editor: Editor, node: ir.Node, source: EmbeddingSource, base:
     flat = editor.add(node, "Reshape", [codes, editor.constant([rows, groups * blob])], name=name).outputs[0]
     attributes = {"bits": base.bits, "block_size": base.group_size, "gather_axis": 0, "quantize_axis": 1}
     inputs = [flat, node.inputs[0], scales, zeros]
-    return editor.add(node, "GatherBlockQuantized", inputs, attributes, domain=MS_DOMAIN, name=name).outputs[0]
+    found = editor.add(node, "GatherBlockQuantized", inputs, attributes, domain=MS_DOMAIN, name=name).outputs[0]
+    found.type = node.outputs[0].type
+    if base.zeros is None or not base.zeros.floating:
+        return found
+    shift = editor.weight(f"{name}.shift", (rows, groups), editor.dtype, lambda: zero_shift(base))
+    looked_up = editor.add(node, "Gather", [shift, node.inputs[0]], {"axis": 0}, name=name, like=found).outputs[0]
+    for_groups = editor.add(node, "Unsqueeze", [looked_up, editor.constant([-1])], name=name, like=found).outputs[0]
+    in_groups = editor.constant([0, 0, groups, base.group_size])
+    split = editor.add(node, "Reshape", [found, in_groups], name=name, like=found).outputs[0]
+    whole = editor.add(node, "Add", [split, for_groups], name=name, like=found).outputs[0]
+    width = editor.constant([0, 0, groups * base.group_size])
+    return editor.add(node, "Reshape", [whole, width], name=name, like=found).outputs[0]
 
 
 def _packed_zeros(base: GroupBase, rows: int, width: int) -> Reader:
-    if base.zeros is not None:
+    if base.zeros is not None and not base.zeros.floating:
         return give(base.zeros)
     middle = sum(1 << (base.bits - 1) << shift for shift in range(0, 8, base.bits))
     return lambda: torch.full((rows, width), middle, dtype=torch.uint8)

@@ -139,7 +139,7 @@ def export_onnx(
             accuracy_level=None,
             provider=provider,
             last_logits=logits == "last",
-            max_length=max_length or companions.max_positions(held.config),
+            max_length=companions.max_positions(held.decoder(), max_length),
             spelled_out=float_type != torch.float32,
             grouped_steps=(attention, provider, named, kv_cache_dtype) == ("auto", "cpu", "float32", None),
             int8_cache=kv_cache_dtype is not None,

@@ -138,7 +138,7 @@ def _interleaves(module: nn.Module) -> bool:
 
 
 def _rotary(name: str, module: nn.Module, fused: bool) -> Rotary | None:
-    """What a module's table holds; None where its own code is traced: it may be a vision tower's, which no text runs."""
+    """What a module's table holds; None: its own code is traced, be it a vision tower's, which no text runs."""
     changes = changes_with_length(module)
     try:
         rotary = Rotary(module)

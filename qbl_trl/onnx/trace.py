@@ -145,7 +145,9 @@ def _correct_caches(config: Any, sizes: list[tuple[int, int, int]]) -> None:
     def generate(*args: Any, **kwargs: Any) -> Any:
         inputs = original(*args, **kwargs)
         if len(inputs["past_key_values"]) != len(sizes):
-            raise TypeError(f"{len(sizes)} caches for {len(inputs['past_key_values'])} layers; shared ones have no form")
+            raise TypeError(
+                f"{len(sizes)} caches for {len(inputs['past_key_values'])} layers; shared ones have no form"
+            )
         inputs["past_key_values"] = [
             (_resized(keys, heads, key_size), _resized(values, heads, value_size))
             for (keys, values), (heads, key_size, value_size) in zip(inputs["past_key_values"], sizes, strict=True)

@@ -7,8 +7,8 @@ from transformers.activations import ACT2FN
 
 from qbl_trl import export_onnx
 from qbl_trl.onnx.activations import gelu_form
+from tests.onnx.architectures import ARCHITECTURES, build
 from tests.onnx.models import operators
-from tests.onnx.test_runtimes import ARCHITECTURES, build
 
 FORMS = {
     "gelu": "none",

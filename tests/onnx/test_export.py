@@ -21,8 +21,8 @@ from qbl_trl.parity import ParityReport
 from qbl_trl.quant.affine import Affine
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
+from tests.onnx.architectures import ARCHITECTURES, build
 from tests.onnx.models import merged_llama, operators, padded_batch, quantize
-from tests.onnx.test_runtimes import ARCHITECTURES, build
 from tests.tiny import tiny_llama
 
 # fp32 on both sides; logits of the tiny models are below 1, sums are taken in different orders
@@ -42,14 +42,6 @@ def test_a_merged_model_becomes_a_graph_with_the_same_logits(exported):
     assert verify(model, folder, ids, mask).max_abs_difference < FP32
     assert report.parity.max_abs_difference < FP32
     assert report.parity_cached.max_abs_difference < FP32
-
-
-def test_a_model_without_a_quantized_layer_is_said_to_stay_in_float(tmp_path, caplog):
-    export_onnx(tiny_llama(), tmp_path / "float")
-    assert "no layer of this model is quantized: the graph holds it in float32" in caplog.text
-    caplog.clear()
-    export_onnx(merged_llama(), tmp_path / "packed")
-    assert "is quantized" not in caplog.text
 
 
 def test_the_graph_passes_onnx_checker_and_shape_inference(exported):

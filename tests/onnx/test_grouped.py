@@ -13,8 +13,8 @@ from qbl_trl.errors import ExportError
 from qbl_trl.onnx.digits import Layout
 from qbl_trl.onnx.protos import subgraphs
 from qbl_trl.onnx.session import OnnxLogits
+from tests.onnx.architectures import ARCHITECTURES, build
 from tests.onnx.models import merged_llama, operators, padded_batch
-from tests.onnx.test_runtimes import ARCHITECTURES, build
 from tests.tiny import tiny_llama
 
 FP32 = 5e-6  # sums are taken in different orders; logits of the tiny models are below 1

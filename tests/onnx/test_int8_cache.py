@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from optimum.onnxruntime import ORTModelForCausalLM
 
 from qbl_trl import export_onnx, verify
 from qbl_trl.errors import ConfigError, ExportError
@@ -16,8 +17,9 @@ from qbl_trl.onnx.protos import subgraphs
 from qbl_trl.onnx.ranges import measured, spread_over_pairs
 from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.parity import positions
+from tests.onnx.architectures import ARCHITECTURES, GATED, build
 from tests.onnx.models import merged_llama, operators, padded_batch
-from tests.onnx.test_runtimes import ARCHITECTURES, GATED, both_generate, build
+from tests.onnx.test_runtimes import both_generate
 from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
 
 FP32 = 5e-6  # sums are taken in different orders; logits of the tiny models are below 1
@@ -195,7 +197,10 @@ def test_verify_reads_the_cache(tmp_path):
     model, ids = merged_llama(), tokens()
     for name, options in (("all", {}), ("last", {"logits": "last"})):
         export_onnx(model, tmp_path / name, kv_cache_dtype="int8", **options)
-        assert 1e-5 < verify(model, tmp_path / name, ids).max_abs_difference < 0.05
+        found = verify(model, tmp_path / name, ids)
+        assert 1e-5 < found.max_abs_difference < 0.05
+        deployed = ORTModelForCausalLM.from_pretrained(tmp_path / name)
+        assert verify(model, deployed, ids).max_abs_difference == pytest.approx(found.max_abs_difference, rel=1e-3)
     export_onnx(model, tmp_path / "float", logits="last")
     export_onnx(model, tmp_path / "again", logits="last", attention="gqa")
     assert verify(tmp_path / "float", tmp_path / "again", ids).max_abs_difference < FP32

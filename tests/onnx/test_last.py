@@ -6,8 +6,8 @@ import torch
 
 from qbl_trl import export_onnx
 from qbl_trl.onnx.session import OnnxLogits
+from tests.onnx.architectures import ARCHITECTURES, build
 from tests.onnx.models import merged_llama, padded_batch
-from tests.onnx.test_runtimes import ARCHITECTURES, build
 
 END_OF_A_LAYER = {"o_proj", "gate_proj_up_proj", "down_proj", "lm_head"}
 SHORT = {  # what sees one position in the last layer, where it is not what Llama does

@@ -1,6 +1,7 @@
 """What a graph cannot express is refused with its reason, before anything is written; what may fall back does."""
 
 import gc
+import json
 import weakref
 
 import pytest
@@ -11,8 +12,11 @@ from qbl_trl import export_onnx, verify
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.companions import Held
 from qbl_trl.onnx.gate import Gate
+from qbl_trl.onnx.session import OnnxLogits
+from qbl_trl.parity import ParityReport
+from tests.onnx.architectures import ARCHITECTURES, build
 from tests.onnx.models import merged_llama
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_gpt2, tiny_llama
 
 FACTORS = {"short_factor": [1.0 + i / 20 for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
 WIDE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100, "pad_token_id": 0}
@@ -167,3 +171,62 @@ def test_a_model_read_from_a_folder_is_let_go_and_read_again_and_a_given_one_is_
     given.let_go()
     gc.collect()
     assert given.model() is model()
+
+
+def test_a_model_without_a_quantized_layer_is_said_to_stay_in_float(tmp_path, caplog):
+    export_onnx(tiny_llama(), tmp_path / "float")
+    assert "no layer of this model is quantized: the graph holds it in float32" in caplog.text
+    caplog.clear()
+    export_onnx(merged_llama(), tmp_path / "packed")
+    assert "is quantized" not in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_decoder_that_calls_torch_itself_keeps_the_fused_operator_in_every_type(tmp_path, dtype):
+    model = build(*ARCHITECTURES["stablelm, which calls torch's attention"][:2])
+    report = export_onnx(model, tmp_path / "out", dtype=dtype)
+    assert (report.attention, report.attention_reason) == ("gqa", "")
+
+
+def test_a_graph_that_runs_for_one_size_of_batch_only_is_not_written(tmp_path, monkeypatch):
+    original = OnnxLogits.__call__
+
+    def picky(graph, ids, mask):
+        return original(graph, ids, mask) + (0 if ids.shape[0] == 2 else 1)
+
+    monkeypatch.setattr(OnnxLogits, "__call__", picky)
+    with pytest.raises(ExportError, match="the graph's logits differ"):
+        export_onnx(merged_llama(), tmp_path / "out")
+
+
+def test_a_second_way_to_run_that_is_wrong_is_dropped_whatever_the_tolerance(tmp_path, monkeypatch):
+    wrong = ParityReport(1, 9.0, 9.0, 9.0, 0.0, 0)
+    monkeypatch.setattr(Gate, "_right_padded", lambda gate, graph: wrong)
+    report = export_onnx(merged_llama(), tmp_path / "out", tolerance=None)
+    assert report.parity.max_abs_difference < 1e-5
+    assert not (tmp_path / "out" / "model_genai.onnx").exists()
+
+
+def test_learned_positions_end_where_the_model_ends(tmp_path):
+    with pytest.raises(ExportError, match="max_length=500, and a GPT2LMHeadModel has positions for 64 tokens only"):
+        export_onnx(tiny_gpt2(), tmp_path / "out", max_length=500)
+    settings = {"d_model": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 100, "max_seq_len": 48}
+    export_onnx(transformers.MptForCausalLM(transformers.MptConfig(**settings)).eval(), tmp_path / "mpt")
+    assert json.loads((tmp_path / "mpt" / "genai_config.json").read_text())["model"]["context_length"] == 48
+
+
+def test_weights_that_are_nowhere_are_named(tmp_path):
+    with torch.device("meta"):
+        model = tiny_llama()
+    with pytest.raises(ExportError, match=r"model.embed_tokens.weight is on no device \(meta\); load the model whole"):
+        export_onnx(model, tmp_path / "out")
+
+
+def test_layers_that_share_a_cache_are_refused_by_count(tmp_path):
+    settings = {**GATED, "head_dim": 16, "sliding_window": 30, "num_kv_shared_layers": 1, "num_hidden_layers": 3}
+    settings |= {"laurel_rank": 32, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 101}
+    settings |= {"altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 3}
+    settings["layer_types"] = ["sliding_attention", "full_attention", "full_attention"]
+    model = transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(**settings)).eval()
+    with pytest.raises(ExportError, match="2 caches for 3 layers; shared ones have no form"):
+        export_onnx(model, tmp_path / "out")

@@ -10,8 +10,9 @@ import torch
 from qbl_trl import export_onnx
 from qbl_trl.onnx.gate import Gate
 from qbl_trl.onnx.session import OnnxLogits
+from tests.onnx.architectures import ARCHITECTURES, GATED, build
 from tests.onnx.models import PAD, merged_llama, operators
-from tests.onnx.test_runtimes import ARCHITECTURES, GATED, build, tiny_tokenizer
+from tests.onnx.test_runtimes import tiny_tokenizer
 from tests.tiny import tokens
 
 FUSED = [name for name, row in ARCHITECTURES.items() if row[2] == "gqa"]

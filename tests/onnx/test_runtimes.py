@@ -11,86 +11,17 @@ import transformers
 from transformers import PreTrainedTokenizerFast
 
 from qbl_trl import export_onnx, verify
-from tests.onnx.models import PAD, merged_llama, padded_batch, quantize
+from tests.onnx.architectures import ARCHITECTURES, GATED, TOKENS, VISION, build
+from tests.onnx.models import PAD, merged_llama, padded_batch
 
 ort = pytest.importorskip("optimum.onnxruntime")
 
-WIDE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
-TOKENS = {"bos_token_id": 1, "eos_token_id": PAD, "pad_token_id": PAD}
-GATED = {**WIDE, **TOKENS, "intermediate_size": 96, "max_position_embeddings": 64, "num_key_value_heads": 2}
-GEMMA = {"head_dim": 32, "sliding_window": 6, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
-MOE = {**GATED, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
-DEEPSEEK = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
-LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 8, "v_head_dim": 16}
-FALCON = {**WIDE, **TOKENS, "max_position_embeddings": 64}
-ARCHITECTURES = {
-    "llama": ("Llama", GATED, "gqa"),
-    "mistral with a window": ("Mistral", {**GATED, "sliding_window": 6}, "gqa"),
-    "qwen2 with biases": ("Qwen2", GATED, "gqa"),
-    "qwen3 with its own head size": ("Qwen3", {**GATED, "head_dim": 32}, "gqa"),
-    "gemma2 with windows": ("Gemma2", {**GATED, **GEMMA}, "gqa"),
-    "gemma2 with capped scores": ("Gemma2", {**GATED, **GEMMA, "attn_implementation": "eager"}, "gqa"),
-    "phi3 with joined projections": ("Phi3", GATED, "gqa"),
-    "gpt_neox with partial rotary": (
-        "GPTNeoX",
-        {**WIDE, **TOKENS, "intermediate_size": 96, "max_position_embeddings": 64, "rotary_pct": 0.25},
-        "attention",
-    ),
-    "qwen3 with experts": ("Qwen3Moe", {**MOE, "num_experts": 4}, "gqa"),
-    "mixtral, which asks the chosen experts": ("Mixtral", {**MOE, "num_local_experts": 4}, "gqa"),
-    "deepseek with experts and latent heads": (
-        "DeepseekV3",
-        {**MOE, **DEEPSEEK, **LATENT, "num_key_value_heads": 4},
-        "standard",
-    ),
-    "phi with grouped heads": ("Phi", GATED, "attention"),
-    "phi, which rotates half of each head": ("Phi", {**GATED, "hidden_size": 128}, "gqa"),
-    "stablelm, which calls torch's attention": (
-        "StableLm",
-        {**GATED, "hidden_size": 128, "partial_rotary_factor": 0.5},
-        "gqa",
-    ),
-    "nemotron, which calls torch's attention": ("Nemotron", {**GATED, "hidden_size": 128}, "gqa"),
-    "glm, which rotates half of each head in pairs": ("Glm", {**GATED, "head_dim": 32}, "gqa"),
-    "ernie with pairs of neighbours": ("Ernie4_5", GATED, "gqa"),
-    "olmo2 with norms behind": ("Olmo2", GATED, "gqa"),
-    "gemma3 with norms of heads": ("Gemma3Text", {**GATED, "head_dim": 32, "sliding_window": 6}, "gqa"),
-    "falcon with grouped heads": ("Falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}, "gqa"),
-    "falcon with alibi": ("Falcon", {**FALCON, "alibi": True}, "standard"),
-    "gpt_bigcode with one key head": ("GPTBigCode", {**TOKENS, "n_embd": 64, "n_layer": 2, "n_head": 4}, "gqa"),
-    "cohere2 with windows and interleaved angles": (
-        "Cohere2",
-        {**GATED, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
-        "gqa",
-    ),
-    "starcoder2, which Optimum does not know": ("Starcoder2", {**GATED, "sliding_window": 6}, "gqa"),
-    "gptj, which rotates in a way of its own": (
-        "GPTJ",
-        {**TOKENS, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64, "vocab_size": 100},
-        "standard",
-    ),
-    "opt with learned positions": (
-        "OPT",
-        {**WIDE, **TOKENS, "ffn_dim": 96, "max_position_embeddings": 64, "word_embed_proj_dim": 64},
-        "gqa",
-    ),
-}
 
-
-def build(kind, settings):
+@pytest.mark.parametrize("case", VISION)
+def test_the_text_side_of_a_model_with_a_vision_tower_generates(tmp_path, case):
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**settings)
-    decoder = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")
-    return quantize(decoder(config).eval())
-
-
-def test_gemma3_with_a_vision_tower_generates_text(tmp_path):
-    torch.manual_seed(0)
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**GATED, "head_dim": 16, "sliding_window": 6}
-    config = transformers.Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
-    model = transformers.Gemma3ForConditionalGeneration(config).eval()
-    export_onnx(model, tmp_path / "out")
+    model = transformers.AutoModelForImageTextToText.from_config(VISION[case]()).eval()
+    assert export_onnx(model, tmp_path / "out").attention == "gqa"
     expected, found = both_generate(model, tmp_path / "out")
     assert torch.equal(expected, found)
 

@@ -10,8 +10,8 @@ from qbl_trl import export_onnx
 from qbl_trl.onnx.graph import Editor, constant_of
 from qbl_trl.onnx.shapes import answer_shapes
 from qbl_trl.onnx.skeleton import Skeleton
+from tests.onnx.architectures import ARCHITECTURES, build
 from tests.onnx.models import merged_llama, operators
-from tests.onnx.test_runtimes import ARCHITECTURES, build
 
 ARITHMETIC = ("Shape", "Gather", "Squeeze", "Unsqueeze", "Concat", "Transpose")
 

@@ -11,9 +11,9 @@ from qbl_trl.errors import ExportError
 from qbl_trl.onnx.companions import causal_lm
 from qbl_trl.onnx.tables import with_packed_tables
 from qbl_trl.quant.hf_quantizer import quantize_model_
+from tests.onnx.architectures import ARCHITECTURES, build
 from tests.onnx.models import merged_llama, operators, padded_batch
 from tests.onnx.test_export import FP32
-from tests.onnx.test_runtimes import ARCHITECTURES, build
 from tests.tiny import tiny_llama
 
 
@@ -95,6 +95,16 @@ def test_tables_that_are_packed_already_stay_as_they_are(tmp_path):
     model = quantize_model_(tiny_llama(), GroupQuantConfig(quantize_embeddings=True))
     report = export_onnx(model, tmp_path / "onnx", embedding_bits=8)
     assert report.parity_embeddings.max_abs_difference == 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tables_with_fractional_zero_points_are_exact(tmp_path, tied):
+    config = GroupQuantConfig(algorithm="hqq", quantize_embeddings=True)
+    model = quantize_model_(tiny_llama(tie_word_embeddings=tied), config)
+    assert model.get_input_embeddings().zeros.is_floating_point()
+    ids, mask = padded_batch()
+    export_onnx(model, tmp_path / "onnx")
+    assert verify(model, tmp_path / "onnx", ids, mask).max_abs_difference < FP32
 
 
 def test_what_cannot_be_packed_is_refused_by_name(tmp_path):
