@@ -1,7 +1,7 @@
 """Embedding placeholders -> Gather, or GatherBlockQuantized over the same codes that a tied head multiplies with.
 
 row = s (q - z)                        integer z
-row = s (q - m) + s (m - z)            fractional z, with m = 2**(bits-1): what is looked up besides is (V, groups)
+row = s (q - i) + s (i - z)            fractional z, i the nearest integer: what is looked up besides is (V, groups)
 """
 
 import onnx_ir as ir
@@ -10,7 +10,8 @@ import torch
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute
 from qbl_trl.onnx.layers import EmbeddingSource, GroupBase
 from qbl_trl.onnx.markers import TRACE_DOMAIN
-from qbl_trl.onnx.weights import Reader, give, zero_shift
+from qbl_trl.onnx.weights import Reader, give, whole_zeros, zeros_left
+from qbl_trl.quant.packing import pack
 
 
 def lower_embeddings(editor: Editor, embeddings: dict[str, EmbeddingSource]) -> dict[tuple[int, ...], str]:
@@ -51,7 +52,7 @@ def _gather_groups(editor: Editor, node: ir.Node, source: EmbeddingSource, base:
     found.type = node.outputs[0].type
     if base.zeros is None or not base.zeros.floating:
         return found
-    shift = editor.weight(f"{name}.shift", (rows, groups), editor.dtype, lambda: zero_shift(base))
+    shift = editor.weight(f"{name}.shift", (rows, groups), editor.dtype, lambda: zeros_left(base))
     looked_up = editor.add(node, "Gather", [shift, node.inputs[0]], {"axis": 0}, name=name, like=found).outputs[0]
     for_groups = editor.add(node, "Unsqueeze", [looked_up, editor.constant([-1])], name=name, like=found).outputs[0]
     in_groups = editor.constant([0, 0, groups, base.group_size])
@@ -62,7 +63,7 @@ def _gather_groups(editor: Editor, node: ir.Node, source: EmbeddingSource, base:
 
 
 def _packed_zeros(base: GroupBase, rows: int, width: int) -> Reader:
-    if base.zeros is not None and not base.zeros.floating:
-        return give(base.zeros)
+    if base.zeros is not None:
+        return (lambda: pack(whole_zeros(base).to(torch.uint8), base.bits)) if base.zeros.floating else give(base.zeros)
     middle = sum(1 << (base.bits - 1) << shift for shift in range(0, 8, base.bits))
     return lambda: torch.full((rows, width), middle, dtype=torch.uint8)

@@ -29,6 +29,7 @@ from qbl_trl.onnx.rewrite import Options
 from qbl_trl.onnx.rotary import steady_length
 from qbl_trl.onnx.sources import linear_sources
 from qbl_trl.onnx.trace import check_supported
+from qbl_trl.onnx.weights import with_whole_zeros
 from qbl_trl.parity import compare
 from qbl_trl.progress import progress, step
 from qbl_trl.quant.calibration import tokens_of
@@ -230,4 +231,5 @@ def _kinds(attention: str, provider: str) -> tuple[str, ...]:
 
 
 def _has_digits(decoder: PreTrainedModel) -> bool:
-    return any(layout_for(source) for source in choose_branches(linear_sources(decoder), "auto").values())
+    sources = choose_branches(linear_sources(decoder), "auto").values()
+    return any(layout_for(with_whole_zeros(source)) for source in sources)

@@ -18,7 +18,7 @@ from qbl_trl.errors import ExportError
 from qbl_trl.onnx.digits import Layout, extended, layout_for
 from qbl_trl.onnx.graph import MS_DOMAIN, TORCH_TO_IR, Editor
 from qbl_trl.onnx.layers import BlockDelta, Bnb4Base, Branch, DenseBase, GroupBase, LinearSource, Stored
-from qbl_trl.onnx.weights import Reader, folded_zeros, give, transposed, zero_shift
+from qbl_trl.onnx.weights import Reader, folded_zeros, give, transposed, with_whole_zeros
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class LinearLowering:
         if foreign is not None:  # a router that computes in float32 inside a model in half precision
             x = editor.add(node, "Cast", [x], {"to": int(editor.float_type)}, name=name).outputs[0]
             x.type = node.outputs[0].type = ir.TensorType(editor.float_type)
+        if self.lowering != "float_zero_point":
+            source = with_whole_zeros(source, symmetric=self.provider != "cpu")
         branches: tuple[Branch, ...] = source.branches
         corrections: list[str] = []
         layout = layout_for(source, self.levels[1] == 4) if self.digits and not self._is_shared(source) else None
@@ -124,9 +126,6 @@ class LinearLowering:
                 )
             read_zeros, branches = folded_zeros(name, base, branches), ()
             zero_dtype, zero_width = dtype, groups
-        elif fractional:
-            # Written symmetric; the fractional rest of the base's own zero points goes into a correction.
-            read_zeros, branches = None, (BlockDelta(Stored.of(zero_shift(base)), base.group_size, 1), *branches)
         stem = self.shared.get(base.weight.pointers, name)
         blob = base.group_size * base.bits // 8
         inputs: list[ir.Value | None] = [

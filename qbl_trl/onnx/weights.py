@@ -1,13 +1,14 @@
 """Readers: functions that make one stored weight when the file is written, and no earlier."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qbl_trl.errors import ExportError
-from qbl_trl.onnx.layers import BlockDelta, Branch, GroupBase, Stored
-from qbl_trl.quant.packing import unpack
+from qbl_trl.onnx.layers import BlockDelta, Branch, GroupBase, LinearSource, Made, Stored
+from qbl_trl.quant.packing import pack, unpack
 
 Reader = Callable[[], Tensor]
 
@@ -30,9 +31,53 @@ def unpacked_zeros(base: GroupBase) -> Tensor:
     return zeros.float() if base.zeros.floating else unpack(zeros, base.bits, base.scales.shape[1]).float()
 
 
-def zero_shift(base: GroupBase) -> Tensor:
-    """s * (2**(bits-1) - z), (N, G): what a base with fractional zero points adds to its symmetric form."""
-    return base.scales.read().float() * ((1 << (base.bits - 1)) - unpacked_zeros(base))
+def whole_zeros(base: GroupBase) -> Tensor:
+    """The nearest zero points that are codes, (N, G) float32."""
+    return unpacked_zeros(base).round().clamp(0, (1 << base.bits) - 1)
+
+
+def zeros_left(base: GroupBase, symmetric: bool = False) -> Tensor:
+    """s * (i - z), (N, G): what fractional zero points leave once integers i stand for them.
+
+    Args:
+        symmetric: i is 2**(bits-1) throughout, not the nearest.
+    """
+    whole = 1 << (base.bits - 1) if symmetric else whole_zeros(base)
+    return base.scales.read().float() * (whole - unpacked_zeros(base))
+
+
+def with_whole_zeros(source: LinearSource, symmetric: bool = False) -> LinearSource:
+    """A layer with fractional zero points as one with integers i, and what they leave as a block delta.
+
+        s (q - z) x  =  s (q - i) x + s (i - z) sum_g(x)
+
+    The nearest integers leave half a step at most, to which an adapter's delta is added where it is constant inside the
+    groups: one product for both.
+
+    Args:
+        symmetric: no zero points are stored at all, for kernels that know none. What is left is then as large as the
+            weights, and stays apart from an adapter's.
+    """
+    base = source.base
+    if not isinstance(base, GroupBase) or base.zeros is None or not base.zeros.floating:
+        return source
+    rows, groups = base.scales.shape
+    joined = [] if symmetric else [branch for branch in source.branches if _is_constant_in_groups(branch, base)]
+    apart = tuple(branch for branch in source.branches if not any(branch is one for one in joined))
+
+    def left() -> Tensor:
+        deltas = [_by_group(branch, base) for branch in joined if isinstance(branch, BlockDelta)]
+        return torch.stack([zeros_left(base, symmetric).cpu(), *(delta.cpu() for delta in deltas)]).sum(0)
+
+    codes = (rows, -(-groups * base.bits // 8))
+    # Integers like the codes, of which they are told by what they are made from.
+    zeros = Made(base.weight.parts, codes, lambda: pack(whole_zeros(base).to(torch.uint8), base.bits))
+    delta = BlockDelta(Made(base.zeros.parts, (rows, groups), left), base.group_size, 1)
+    return replace(source, base=replace(base, zeros=None if symmetric else zeros), branches=(delta, *apart))
+
+
+def _is_constant_in_groups(branch: Branch, base: GroupBase) -> bool:
+    return isinstance(branch, BlockDelta) and branch.in_factor % base.group_size == 0
 
 
 def folded_zeros(name: str, base: GroupBase, branches: Sequence[Branch]) -> Reader:
@@ -42,7 +87,7 @@ def folded_zeros(name: str, base: GroupBase, branches: Sequence[Branch]) -> Read
         ExportError: if a branch is not constant inside the groups: its in_factor is no multiple of the group size.
     """
     for branch in branches:
-        if branch.in_factor % base.group_size or not isinstance(branch, BlockDelta):
+        if not _is_constant_in_groups(branch, base):
             raise ExportError(
                 f'{name}: lowering="float_zero_point" needs a merged adapter with in_factor a multiple of the '
                 f"quantization group of {base.group_size}, this one has in_factor={branch.in_factor}"

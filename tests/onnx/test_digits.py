@@ -14,7 +14,8 @@ from qbl_trl.onnx.branches import choose_branches
 from qbl_trl.onnx.digits import Layout, encode, extended, layout_for
 from qbl_trl.onnx.layers import BlockDelta, GroupBase, LinearSource, Stored
 from qbl_trl.onnx.sources import linear_sources
-from qbl_trl.quant.affine import min_max
+from qbl_trl.onnx.weights import unpacked_zeros, with_whole_zeros
+from qbl_trl.quant.affine import dequantize, min_max
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.packing import pack, unpack
@@ -222,10 +223,48 @@ def test_a_tied_head_with_a_delta_is_stored_once(tmp_path):
     assert sizes[0] < sizes[1] + 1024 * 64  # not the table a second time: 1024 x 256 at 4 bits
 
 
-def test_fractional_zero_points_of_a_base_stay_in_float():
-    layer, _ = source(4, 32, 576, (BlockDelta(Stored.of(torch.zeros(3, 18)), 32, 2),))
-    floats = GroupBase(4, 32, layer.base.weight, layer.base.scales, Stored.of(torch.rand(6, 18)))
-    assert layout_for(LinearSource("layer", 576, 6, floats, None, layer.branches)) is None
+def fractional(symmetric, bits=4, rows=6, groups=18, p=32, e=2):
+    """A layer with zero points anywhere, an adapter over it, its weight, and the same with whole zero points."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 1 << bits, (rows, groups * 32), generator=generator, dtype=torch.uint8)
+    scales, zeros = (torch.rand(rows, groups, generator=generator) for _ in range(2))
+    zeros = zeros * (4 + (1 << bits)) - 2  # beyond the codes, too
+    delta = torch.randn(rows // e, groups * 32 // p, generator=generator)
+    base = GroupBase(bits, 32, Stored.of(pack(codes, bits)), Stored.of(scales), Stored.of(zeros))
+    layer = LinearSource("layer", groups * 32, rows, base, None, (BlockDelta(Stored.of(delta), p, e),))
+    weight = dequantize(codes, scales, zeros, 32) + delta.repeat_interleave(p, 1).repeat_interleave(e, 0)
+    return codes, weight, with_whole_zeros(layer, symmetric)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "p"), [(4, 32), (8, 32), (4, 96), (4, 16)])
+def test_whole_zero_points_and_what_they_leave_are_the_fractional_ones(symmetric, bits, p):
+    codes, weight, found = fractional(symmetric, bits, p=p)
+    whole = dequantize(codes, found.base.scales.read(), unpacked_zeros(found.base), 32)
+    for branch in found.branches:
+        spread = branch.delta.read().repeat_interleave(branch.in_factor, 1)
+        whole = whole + spread.repeat_interleave(branch.out_factor, 0)
+    torch.testing.assert_close(
+        whole, weight, rtol=0, atol=1e-4 if bits == 8 else 1e-5
+    )  # float32, weights up to 2**bits
+    assert len(found.branches) == (2 if symmetric or p == 16 else 1)  # one product for both, where that is exact
+    assert (found.base.zeros is None) == symmetric
+
+
+def test_an_adapter_over_fractional_zero_points_is_written_as_digits(tmp_path):
+    model = quantize_model_(tiny_llama(**WIDE), GroupQuantConfig(algorithm="hqq"))
+    for layer in model.modules():
+        if isinstance(layer, GroupQuantLinear):
+            shape = layer.out_features // 2, layer.in_features // 32
+            layer.set_delta(torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 1e-3, 32, 2)
+    report = export_onnx(model, tmp_path / "digits", accuracy_level=4)
+    kept = export_onnx(model, tmp_path / "factored", accuracy_level=4, lowering="factored")
+    assert {r.correction for r in report.layers if r.name != "lm_head"} == {"block delta in 8 bits"}
+    assert {r.correction for r in kept.layers if r.name != "lm_head"} == {"block delta"}
+    assert operators(tmp_path / "factored").count("Add") == operators(tmp_path / "factored").count("MatMulNBits")
+    assert report.parity.max_abs_difference < 2e-5
+    ours, theirs = (r.parity_as_written.mean_abs_difference for r in (report, kept))
+    assert ours < 1.25 * theirs  # 8-bit activations are what costs
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
