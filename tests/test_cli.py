@@ -14,7 +14,7 @@ from qbl_trl.cli import main, make_parser
 from qbl_trl.quant.summary import summarize
 from tests.quant import foreign
 from tests.quant.test_importers import AWQ, affines
-from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
+from tests.tiny import logits, tiny_gpt2, tiny_llama, tiny_tokenizer, tokens
 
 
 @pytest.fixture
@@ -45,11 +45,12 @@ def test_inspect_lists_every_layer_with_its_error_and_fitting_factors(float_fold
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "q"), "--against", str(float_folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 14 + 1
+    assert len(lines) == 1 + 14 + 2
     down = next(line for line in lines if "0.mlp.down_proj" in line)
     assert "64 x 96" in down
     assert down.endswith("32, 96")
-    assert "14 layers" in lines[-1]
+    assert "14 layers" in lines[-2]
+    assert lines[-1].startswith("in float beside them: 0.1 MB, most of it in model.embed_tokens, lm_head")
 
 
 def test_merge_makes_the_4_bit_base_again_and_folds_the_adapter(adapter, tmp_path):
@@ -148,7 +149,7 @@ def test_an_adapter_trained_with_more_tokens_is_loaded_on_a_base_made_as_large(f
 
 def test_an_adapter_folder_is_inspected_on_its_base(adapter, capsys):
     assert main(["inspect", str(adapter[0])]) == 0
-    assert "14 layers" in capsys.readouterr().out.splitlines()[-1]
+    assert "14 layers" in capsys.readouterr().out.splitlines()[-2]
 
 
 def test_a_converted_checkpoint_replaces_a_folder_only_if_told_to(tmp_path, capsys):
@@ -221,6 +222,18 @@ def test_what_a_folder_does_not_hold_is_said_with_what_it_holds(tmp_path, capsys
     ):
         assert main(command) == 1
         assert message in capsys.readouterr().err
+
+
+def test_verify_says_what_a_difference_may_come_from(tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path / "one")
+    tiny_tokenizer().save_pretrained(tmp_path / "one")
+    tiny_llama(seed=1).save_pretrained(tmp_path / "other")
+    told = ["verify", str(tmp_path / "one"), str(tmp_path / "other")]
+    assert main(told) == 1
+    found = capsys.readouterr()
+    assert "KL per token" in found.out
+    assert "is over 1.0e-03. Of 8-bit activations or caches, packed embeddings and half precision expect" in found.err
+    assert main([*told, "--tolerance", "none"]) == 0
 
 
 @pytest.mark.parametrize("value", ["nan", "-1", "inf"])

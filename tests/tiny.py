@@ -1,7 +1,15 @@
 """Tiny random models for the tests: real architectures, no downloads."""
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 
 def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
@@ -35,3 +43,11 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Logits without a graph."""
     with torch.no_grad():
         return model(ids).logits
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each of a hundred words, w0 to w99; what it does not know is w0."""
+    words = {f"w{index}": index for index in range(100)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2", pad_token="w2", bos_token="w1")

@@ -9,6 +9,7 @@ from torch import nn
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.checkpoint import read_headers
 from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.packed import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,17 @@ def summarize(model: nn.Module, float_folder: str | Path | None = None) -> list[
     return [_summary(name, layer, _error(name, layer, stored) if stored else None) for name, layer in layers.items()]
 
 
+def float_parts(model: nn.Module) -> dict[str, int]:
+    """Bytes of every parameter that is no packed layer's, by the name of its module; one that is tied counts once."""
+    packed = {id(p) for m in model.modules() if isinstance(m, PackedWeight) for p in m.parameters()}
+    found: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in packed:
+            module = name.rpartition(".")[0]
+            found[module] = found.get(module, 0) + parameter.nbytes
+    return found
+
+
 def _summary(name: str, layer: GroupQuantLinear, error: float | None) -> LayerSummary:
     parts = [t for t in (layer.weight, layer.scales, layer.zeros, layer.delta) if t is not None]
     stored = layer.format
@@ -97,4 +109,4 @@ def _error(name: str, layer: GroupQuantLinear, stored: dict) -> float:
     return min(errors)
 
 
-__all__ = ["LayerSummary", "summarize"]
+__all__ = ["LayerSummary", "float_parts", "summarize"]

@@ -8,11 +8,11 @@ import onnx
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedTokenizerFast
 
 from qbl_trl import export_onnx, verify
 from tests.onnx.architectures import ARCHITECTURES, GATED, TOKENS, VISION, build
 from tests.onnx.models import PAD, merged_llama, padded_batch
+from tests.tiny import tiny_tokenizer
 
 ort = pytest.importorskip("optimum.onnxruntime")
 
@@ -98,15 +98,6 @@ def test_verify_takes_an_ort_model(tmp_path):
     export_onnx(model, tmp_path / "out")
     deployed = ort.ORTModelForCausalLM.from_pretrained(tmp_path / "out")
     assert verify(model, deployed, *padded_batch()).max_abs_difference < 5e-6
-
-
-def tiny_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {f"w{index}": index for index in range(100)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2", pad_token="w2", bos_token="w1")
 
 
 @pytest.mark.parametrize("attention", ["attention", "gqa"])
