@@ -74,9 +74,9 @@ def export_onnx(
             "float_zero_point": the adapter inside fractional zero points; "low_rank": the adapter's own two factors.
         attention: "gqa" (GroupQueryAttention: one buffer for the cache in GenAI), "attention" (the ONNX operator, for
             heads that GroupQueryAttention does not take), "standard" (as traced), or "auto": the first that fits.
-            Where query heads share keys, "auto" on CPU in float32 also writes a step over a growing cache as standard
-            operators, which copy the cache once instead of once per head; an If chooses at every step, and GenAI,
-            whose cache does not grow, reads a graph of its own over the same weights. GroupQueryAttention continues
+            On CPU in float32 "auto" also writes a step over a growing cache as standard operators, which copy the cache
+            once instead of once per query head; an If chooses at every step, and GenAI, whose cache does not grow,
+            reads a graph of its own over the same weights. GroupQueryAttention continues
             batches on CPU since ONNX Runtime 1.32: where that is installed, it is the first choice, and the graph
             needs it; before, "attention" is.
         accuracy_level: 4 lets MatMulNBits quantize activations to 8 bits on CPU: faster, not exact; reported. With

@@ -1,8 +1,8 @@
-"""One token over a growing cache: query heads that share keys are rows of one product.
+"""One token over a growing cache: query heads are rows of one product, one for each that shares a key head.
 
-GroupQueryAttention copies the cache once for every query head wherever past and present are two buffers, as in
-ORTModelForCausalLM. For a single token the H query heads are G = H / KV rows to each of the KV key heads, with nothing
-between them to hide, so that standard operators do the same with one copy:
+Wherever past and present are two buffers, as in ORTModelForCausalLM, GroupQueryAttention clears the present and copies
+the cache once for every query head. For a single token the H query heads are G = H / KV rows to each of the KV key
+heads, with nothing between them to hide, so that standard operators do the same with one copy:
 
     K = [past_K, k]    V = [past_V, v]                       (B, KV, T, D)
     y = softmax(scale * q K' + mask) V                       q, y (B, KV, G, D),  mask (B, 1, 1, T)
@@ -27,16 +27,15 @@ _POSITIONS = 9
 
 
 def add_grouped_steps(editor: Editor) -> int:
-    """Give every GroupQueryAttention whose heads share keys the choice, in place; returns how many have it."""
+    """Give every GroupQueryAttention the choice, in place; returns how many there are."""
     found = [node for node in editor.graph if node.op_type == "GroupQueryAttention" and node.domain == MS_DOMAIN]
-    shared = [node for node in found if attribute(node, "num_heads") > attribute(node, "kv_num_heads")]
-    if not shared:
+    if not found:
         return 0
     masks = Masks(editor)
-    grows = masks.grows_by_one(_past(shared[0])[0])
-    for node in shared:
+    grows = masks.grows_by_one(_past(found[0])[0])
+    for node in found:
         _choose(editor, node, grows, _grouped(editor, node, masks))
-    return len(shared)
+    return len(found)
 
 
 def _past(node: ir.Node) -> tuple[ir.Value, ir.Value]:
