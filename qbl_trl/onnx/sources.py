@@ -170,7 +170,8 @@ def _bnb4_source(name: str, module: Any) -> LinearSource:
 
         absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
     rows, columns = state.shape
-    base = Bnb4Base(module.weight.data.reshape(-1), absmax.float(), state.quant_type, state.blocksize)
+    codes = module.weight.data.reshape(-1).view(torch.uint8)  # bnb_4bit_quant_storage may name another dtype
+    base = Bnb4Base(codes, absmax.float(), state.quant_type, state.blocksize)
     return LinearSource(name, columns, rows, base, _stored(module.bias))
 
 

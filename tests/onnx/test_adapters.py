@@ -35,8 +35,16 @@ def test_large_pooling_factors_are_written_as_their_product(tmp_path):
     assert kinds(report) == {("MatMulNBits", "block delta")}
 
 
-@pytest.mark.parametrize(("codebook", "nested"), [("nf4", False), ("nf4", True), ("fp4", False)])
-def test_a_bitsandbytes_base_keeps_its_codes(tmp_path, codebook, nested):
+@pytest.mark.parametrize(
+    ("codebook", "nested", "storage"),
+    [
+        ("nf4", False, torch.uint8),
+        ("nf4", True, torch.uint8),
+        ("fp4", False, torch.uint8),
+        ("nf4", True, torch.bfloat16),
+    ],
+)
+def test_a_bitsandbytes_base_keeps_its_codes(tmp_path, codebook, nested, storage):
     pytest.importorskip("bitsandbytes")
     tiny_llama().save_pretrained(tmp_path / "float")
     quantization = BitsAndBytesConfig(
@@ -44,6 +52,7 @@ def test_a_bitsandbytes_base_keeps_its_codes(tmp_path, codebook, nested):
         bnb_4bit_quant_type=codebook,
         bnb_4bit_use_double_quant=nested,
         bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=storage,
     )
     base = AutoModelForCausalLM.from_pretrained(
         tmp_path / "float", quantization_config=quantization, dtype=torch.float32

@@ -69,6 +69,21 @@ def without(part, make):
         ),
         (foreign.awq_tensors, compressed_group(input_activations={"num_bits": 8}), affines(), "activations"),
         (foreign.awq_tensors, compressed_group(output_activations={"num_bits": 8}), affines(), "activations"),
+        (partial(foreign.gptq_tensors, bits=4), GPTQ | {"rotation": "hadamard"}, affines(), "rotation rotates activ"),
+        (foreign.awq_tensors, AWQ | {"rotation": "random"}, affines(), "rotation rotates activations"),
+        (
+            partial(foreign.gptq_tensors, bits=4),
+            GPTQ | {"activation": {"mode": "w4afp8"}},
+            affines(),
+            "activations are quantized",
+        ),
+        (foreign.awq_tensors, compressed_group(targets=["Linear", "Embedding"]), affines(), "embeddings are quantized"),
+        (
+            foreign.awq_tensors,
+            AUTO_ROUND | {"packing_format": "auto_round:auto_awq", "extra_config": {".*down_proj": {"bits": 6}}},
+            affines(),
+            r"layers\.0\.mlp\.down_proj has 6-bit codes; the AWQ layout is defined for 4",
+        ),
         (foreign.awq_tensors, COMPRESSED | {"kv_cache_scheme": {"num_bits": 8}}, affines(), "activations"),
         (foreign.awq_tensors, compressed_group(weights=WEIGHTS | {"type": "float"}), affines(), "type 'float'"),
         (
@@ -125,3 +140,13 @@ def test_tensors_that_belong_to_no_code_are_refused(tmp_path):
     write_layer(tmp_path / "rotated", 64, 32, settings | {"rotation_config": {"block": 32}})
     with pytest.raises(CheckpointError, match="rotation_config rotates activations"):
         describe_checkpoint(tmp_path / "rotated")
+
+
+@pytest.mark.parametrize("common", [False, True])
+def test_layers_of_their_own_symmetry_are_refused_where_that_changes_the_layout_of_zero_points(tmp_path, common):
+    own = {"extra_config": {"layer": {"sym": not common}}, "sym": common}
+    write_layer(tmp_path / "mixed", 64, 32, AUTO_ROUND | own | {"packing_format": "auto_round:auto_gptq"})
+    with pytest.raises(CheckpointError, match=f"layer has sym={not common}, the rest sym={common}".lower()):
+        describe_checkpoint(tmp_path / "mixed")
+    write_layer(tmp_path / "plain", 64, 32, AUTO_ROUND | own | {"packing_format": "auto_round"})
+    assert describe_checkpoint(tmp_path / "plain")["symmetric"] is not common

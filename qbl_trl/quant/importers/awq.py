@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import Affine
-from qbl_trl.quant.importers.folders import FolderReader, own_settings, refuse_run_time
+from qbl_trl.quant.importers.folders import CODES_ARE_KEPT, FolderReader, own_settings, refuse_run_time
 from qbl_trl.quant.importers.reader import build, split_words
 from qbl_trl.quant.linear import GroupQuantLinear
 
@@ -52,6 +52,11 @@ class AWQReader(FolderReader):
         return own_settings(self.quantization, name)
 
     def geometry(self, name: str) -> tuple[int, int, int]:
+        bits = self.own(name).get("bits", _BITS)
+        if bits != _BITS:
+            raise CheckpointError(
+                f"{self.folder}: {name} has {bits}-bit codes; the AWQ layout is defined for 4. {CODES_ARE_KEPT}"
+            )
         rows, columns = self.shards.shape(f"{name}.qweight")
         if self._version() == "gemm":
             return _BITS, rows, self.shards.shape(f"{name}.scales")[0]

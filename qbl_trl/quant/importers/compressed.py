@@ -45,6 +45,11 @@ class CompressedReader(FolderReader):
                 f"{self.folder}: compressed-tensors format {', '.join(sorted(map(str, layouts))) or 'none'} is not "
                 f"read; allowed: pack-quantized. {CODES_ARE_KEPT}"
             )
+        if any("Embedding" in (group.get("targets") or ()) for group in groups):
+            raise CheckpointError(
+                f"{self.folder}: embeddings are quantized too (target Embedding), and only linear layers are read; "
+                'quantize the model again with targets="Linear"'
+            )
         for group in groups:
             refuse_activations(self.folder, any(group.get(f"{side}_activations") for side in ("input", "output")))
             weights = group.get("weights") or {}

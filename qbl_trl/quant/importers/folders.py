@@ -185,13 +185,14 @@ def refuse_rotations(folder: Path, **settings: Any) -> None:
 
 
 def refuse_run_time(folder: Path, settings: Mapping[str, Any]) -> None:
-    """What AutoRound can have a model do beside its weights, in any of its packings.
+    """What AutoRound and GPTQModel can have a model do beside its weights, in any of their packings.
 
     Raises:
-        CheckpointError: if it rotates activations or quantizes the cache.
+        CheckpointError: if it rotates or quantizes activations, or quantizes the cache.
     """
-    refuse_rotations(folder, **{name: settings.get(name) for name in ("rotation_config", "spinquant_config")})
-    refuse_activations(folder, bool(settings.get("static_kv_dtype")))
+    rotations = ("rotation_config", "spinquant_config", "rotation")  # the last is GPTQModel's
+    refuse_rotations(folder, **{name: settings.get(name) for name in rotations})
+    refuse_activations(folder, bool(settings.get("static_kv_dtype") or settings.get("activation")))
 
 
 def own_settings(settings: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class GPTQReader(FolderReader):
         return bits, self.shards.shape(f"{name}.qweight")[0] * 32 // max(bits, 1), groups
 
     def zeros_kind(self, name: str) -> str:
+        self._check_symmetry(name)
         return "none" if self._symmetric(name) else "packed"
 
     def read_layer(self, name: str) -> GroupQuantLinear:
@@ -95,6 +96,16 @@ class GPTQReader(FolderReader):
                 f"{self.folder}: {name} was quantized with desc_act=true (act order): its groups are scattered over "
                 f"the inputs, so they have no shared zero point to fold into. {CODES_ARE_KEPT}, or take a checkpoint "
                 "made with desc_act=false or act_group_aware=true"
+            )
+
+    def _check_symmetry(self, name: str) -> None:
+        """AutoRound packs a layer whose symmetry is its own with another layout of zero points than the rest."""
+        own, common = self.own(name).get("sym"), bool(self.quantization.get("sym", False))
+        if "packing_format" in self.quantization and self._layout() == "gptq" and own not in (None, common):
+            raise CheckpointError(
+                f"{self.folder}: {name} has sym={str(own).lower()}, the rest sym={str(common).lower()}: in "
+                f"packing_format={self.quantization['packing_format']!r} it cannot be known whether its zero points "
+                "are stored less one. Quantize with one sym for all layers, or export in the format auto_round"
             )
 
     def _layout(self) -> str:
