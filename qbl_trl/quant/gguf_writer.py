@@ -108,8 +108,7 @@ def _write(model: nn.Module, layers: dict[str, GroupQuantLinear], source: GGUFRe
             writer.add_tensor(place, data, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
             largest = max(largest, rounding)
         elif name in state and not torch.equal(state[name].float().cpu(), source.tensor(name)):
-            values = state[name].float().cpu()
-            writer.add_tensor(place, values[source.row_order(name, len(values)).argsort()].numpy())
+            writer.add_tensor(place, source.as_stored(name, state[name].detach().float().cpu()).numpy())
         else:
             writer.add_tensor(place, np.array(raw.data), raw_dtype=raw.tensor_type)
     factors = source.rope_factors()

@@ -31,6 +31,21 @@ def folder_of(config: Any) -> Path | None:
     return folder if same else None
 
 
+def with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """A config.json that states one dtype, under the key that every supported transformers reads first.
+
+    Files of before transformers 4.56 say torch_dtype; beside a dtype it would be ignored. Configurations inside
+    (of a text or vision part) that state a dtype follow.
+    """
+    parts = {key: value for key, value in config.items() if key.endswith("_config") and key != "quantization_config"}
+    inner = {
+        key: with_dtype(part, name)
+        for key, part in parts.items()
+        if isinstance(part, dict) and {"dtype", "torch_dtype"} & part.keys()
+    }
+    return {key: value for key, value in config.items() if key != "torch_dtype"} | inner | {"dtype": name}
+
+
 def stored_layers(model: nn.Module, folder: Path, found: dict[str, Stored], usual: list[str]) -> list[str]:
     """The layers that a folder holds packed: `usual`, but for those that another version of transformers chose.
 

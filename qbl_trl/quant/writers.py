@@ -24,6 +24,7 @@ from qbl_trl.folders import new_folder
 from qbl_trl.quant.affine import Affine
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.packed import PackedWeight
+from qbl_trl.quant.stored import with_dtype
 
 FORMATS = ("hqq", "gguf")
 _INTEGER_FORMATS = ("gptq", "awq", "auto-round", "compressed-tensors", "q4_0")
@@ -181,7 +182,7 @@ def _write_hqq(model: nn.Module, path: Path) -> WriteReport:
     config: dict[str, Any] = model.config.to_dict()  # type: ignore[union-attr, operator]
     floats = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
     config["quantization_config"] = {"quant_method": "hqq", "quant_config": settings, "skip_modules": floats}
-    config["torch_dtype"] = "float32"
+    config = with_dtype(config, "float32")
     with new_folder(path) as built:
         save_file(tensors, built / "model.safetensors", metadata={"format": "pt"})
         (built / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")

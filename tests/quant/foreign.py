@@ -7,7 +7,6 @@ the formats' own libraries wrote are read in integration/test_importers.py.
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -149,59 +148,6 @@ def write_folder(folder: Path, tensors_of, quantization: dict, affine_of, *, sha
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer_config.json").write_text("{}")
     return model, affines
-
-
-def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Row order in which llama.cpp stores q and k."""
-    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def write_gguf(path: Path, model, types: dict[str, str], default: str = "Q4_1", rope=None) -> None:
-    """The tiny llama as a GGUF file, quantized by the gguf package; `types` by part of the tensor's name.
-
-    `rope`: factors of the rotary angles, or one factor of linear scaling.
-    """
-    import gguf
-
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
-    writer.add_token_merges(["t 1", "t 2"])
-    writer.add_bos_token_id(1)
-    if isinstance(rope, float):
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope)
-    elif rope is not None:
-        writer.add_tensor("rope_freqs.weight", rope)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, value in model.state_dict().items():
-        values = value.float().numpy()
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            values = permuted(values, heads)
-        place = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        kind = next((kind for part, kind in types.items() if part in name), default if values.ndim == 2 else "F32")
-        if kind == "F32":
-            writer.add_tensor(place, values)
-        else:
-            qtype = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor(place, gguf.quants.quantize(values, qtype), raw_dtype=qtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}

@@ -11,6 +11,7 @@ from qbl_trl.quant.affine import dequantize
 from qbl_trl.quant.importers import convert_checkpoint, describe_checkpoint, read_layers
 from qbl_trl.quant.linear import GroupQuantLinear
 from tests.quant import foreign
+from tests.quant.foreign_gguf import write_gguf
 from tests.tiny import logits, tiny_llama, tokens
 
 
@@ -20,7 +21,7 @@ def gguf_file(tmp_path):
 
     def write(types=None, default="Q4_1", rope=None, **changes):
         model = tiny_llama(hidden_size=64, intermediate_size=96, tie_word_embeddings=False, **changes)
-        foreign.write_gguf(tmp_path / "tiny.gguf", model, types or {}, default, rope)
+        write_gguf(tmp_path / "tiny.gguf", model, types or {}, default, rope)
         return tmp_path / "tiny.gguf"
 
     return write

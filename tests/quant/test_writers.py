@@ -10,6 +10,7 @@ from qbl_trl.quant.importers import convert_checkpoint, read_layers
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.writers import folded, write_checkpoint
 from tests.quant import foreign
+from tests.quant.foreign_gguf import write_gguf
 from tests.tiny import logits, tiny_llama, tokens
 
 
@@ -30,7 +31,7 @@ def packed_llama(*, bits=4, group_size=32, merged=True, algorithm="rtn", **chang
 def template(path, **changes):
     pytest.importorskip("gguf", reason="the GGUF writer needs the package gguf")
     model = tiny_llama(tie_word_embeddings=False, **changes)
-    foreign.write_gguf(path, model, {}, default="F32")
+    write_gguf(path, model, {}, default="F32")
     return path
 
 
@@ -73,7 +74,7 @@ def test_a_merged_model_becomes_gguf_with_its_offsets_rounded_to_float16(tmp_pat
 
 def test_a_gguf_file_that_was_imported_and_written_again_holds_the_same_bytes(tmp_path):
     gguf = pytest.importorskip("gguf", reason="the GGUF writer needs the package gguf")
-    foreign.write_gguf(tmp_path / "in.gguf", tiny_llama(tie_word_embeddings=False), {"embed": "Q8_0"})
+    write_gguf(tmp_path / "in.gguf", tiny_llama(tie_word_embeddings=False), {"embed": "Q8_0"})
     convert_checkpoint(tmp_path / "in.gguf", tmp_path / "ours")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     report = write_checkpoint(model, tmp_path / "out.gguf", "gguf", template=tmp_path / "in.gguf")

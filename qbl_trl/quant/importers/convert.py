@@ -20,6 +20,7 @@ from qbl_trl.folders import check_apart, check_free, new_folder
 from qbl_trl.progress import progress
 from qbl_trl.quant.importers.open import describe, open_reader
 from qbl_trl.quant.importers.reader import Reader
+from qbl_trl.quant.stored import with_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def convert_checkpoint(
         _write_weights(reader, built, dtype)
         config = reader.config()
         if dtype is not None:
-            config |= {"torch_dtype": str(dtype).removeprefix("torch.")}
+            config = with_dtype(config, str(dtype).removeprefix("torch."))
         config |= {"quantization_config": GroupQuantConfig(**describe(reader)).to_dict()}
         (built / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         beside = Path(tokenizer) if tokenizer else path if path.is_dir() else path.parent

@@ -17,7 +17,6 @@ Source: ggml, ggml-quants.c (dequantize_row_q4_0, _q4_1, _q8_0); transformers, m
 """
 
 import inspect
-import math
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,10 @@ from transformers.pytorch_utils import Conv1D
 from qbl_trl.config import LayerFormat
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import Affine
+from qbl_trl.quant.importers.gguf_config import portable, rope_scaling, stated_settings
 from qbl_trl.quant.importers.reader import Reader
 from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.stored import with_dtype
 
 ROPE_FACTORS = "rope_freqs.weight"  # no tensor of the model: its configuration says the same
 _GROUP = 32
@@ -56,13 +57,18 @@ class GGUFReader(Reader):
         self.path, self._gguf = path, gguf
         try:
             self._file = gguf.GGUFReader(path)
+        except (ValueError, OSError, IndexError, KeyError) as error:
+            raise CheckpointError(f"{path} cannot be read as GGUF: {error}") from error
+        _refuse_shard(path, self._file)
+        try:
             parsed = hf_gguf.load_gguf_checkpoint(str(path), return_tensors=False)
         except (ValueError, OSError, IndexError, KeyError) as error:
             raise CheckpointError(f"{path} cannot be read as GGUF: {error}") from error
         self._config = parsed["config"]
         self.architecture: str = self._file.fields["general.architecture"].contents()
         self._tensors = {tensor.name: tensor for tensor in self._file.tensors}
-        scaling = self._rope_scaling()
+        self._config |= stated_settings(self.architecture, self._field)
+        scaling = rope_scaling(path, self._field, self._rope_factors())
         if scaling:
             self._config["rope_scaling"] = scaling
         kind = hf_gguf.TENSOR_PROCESSORS.get(self.architecture, hf_gguf.TensorProcessor)
@@ -92,7 +98,7 @@ class GGUFReader(Reader):
             )
 
     def config(self) -> dict[str, Any]:
-        return _portable(self._model_config)
+        return with_dtype(portable(self._model_config), "float32")
 
     def formats(self) -> dict[str, LayerFormat]:
         return dict(self._formats)
@@ -142,48 +148,43 @@ class GGUFReader(Reader):
         Raises:
             CheckpointError: if the architecture stores this tensor other than with permuted rows.
         """
-        numbers = self._processed(np.arange(rows, dtype=np.float64)[:, None], self._sources[name]).reshape(-1)
-        order = torch.from_numpy(np.ascontiguousarray(numbers)).long()
+        order = torch.from_numpy(self._as_read(name, np.arange(rows, dtype=np.float64))).long()
         if not torch.equal(order.sort().values, torch.arange(rows)):
-            raise CheckpointError(f"{self.path}: {name} is stored with more than its rows permuted; it cannot be kept")
+            raise self._not_by_rows(name)
         return order
 
-    def _rope_scaling(self) -> dict[str, Any] | None:
-        """What stretches the rotary angles, which transformers does not read from the file.
+    def as_stored(self, name: str, values: Tensor) -> Tensor:
+        """Float values of the model as the file holds them: rows permuted back, and moved by what reading subtracts.
+
+        The norms of Gemma and Nemotron are stored as w + 1, which rounds w by up to 2**-24 (w + 1).
 
         Raises:
-            CheckpointError: if it is none of linear, yarn and the factors that Llama 3.1 and later have.
+            CheckpointError: if reading them back would give anything else.
         """
-        if ROPE_FACTORS in self._tensors:
-            return self._llama3()
-        kind = self._field("rope.scaling.type")
-        factor = self._field("rope.scaling.factor") or self._field("rope.scale_linear") or 1.0
-        if kind == "yarn" and not self._field("rope.scaling.attn_factor"):
-            length = self._field("rope.scaling.original_context_length")
-            return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
-        if kind in (None, "none", "linear"):
-            return {"rope_type": "linear", "factor": factor} if factor != 1 and kind != "none" else None
-        raise CheckpointError(f"{self.path}: rope.scaling.type={kind!r} as it is set here is not read")
+        rows = np.arange(len(values), dtype=np.float64)
+        shift = self._as_read(name, np.zeros_like(rows))[0]
+        place = np.argsort(self._as_read(name, rows))
+        stored = (values.numpy() - np.float32(shift))[place]
+        again = self._processed(stored, self._sources[name])
+        if again.shape != tuple(values.shape) or not np.allclose(again, values.numpy(), rtol=1e-6, atol=1e-6):
+            raise self._not_by_rows(name)
+        return torch.from_numpy(stored)
 
-    def _llama3(self) -> dict[str, Any] | None:
-        """The settings by which llama.cpp's converter makes the factors of a file, if they make these."""
-        factors = torch.from_numpy(np.array(self._tensors[ROPE_FACTORS].data, dtype=np.float64)).reshape(-1)
-        largest = float(factors.max())
-        if bool((factors == 1).all()):
-            return None
-        base = float(self._field("rope.freq_base") or 10000.0)
-        length, low, high = 8192, 1.0, 4.0
-        waves = 2 * math.pi * base ** (torch.arange(len(factors), dtype=torch.float64) / len(factors))
-        smooth = (length / waves - low) / (high - low)
-        between = 1 / ((1 - smooth) / largest + smooth)
-        made = torch.where(waves < length / high, 1.0, torch.where(waves > length / low, largest, between))
-        if not torch.allclose(made, factors, rtol=1e-3):
-            raise CheckpointError(
-                f"{self.path}: rope_freqs.weight stretches the rotary angles in a way that a configuration of "
-                "transformers cannot say"
-            )
-        settings = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": length}
-        return {"rope_type": "llama3", "factor": round(largest, 4), **settings}
+    def _as_read(self, name: str, column: Any) -> Any:
+        """(rows,) numbers, one for each row of a tensor in the file -> what transformers reads from them."""
+        source = self._sources[name]
+        if self.architecture == "bloom":  # read whole, or as the bias, whose numbers are in the same order
+            return self._processed(column, source.replace(".weight", ".bias"))
+        return np.ascontiguousarray(self._processed(column[:, None], source).reshape(-1))
+
+    def _not_by_rows(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: {name} is stored with more than its rows permuted or moved; it cannot be kept"
+        )
+
+    def _rope_factors(self) -> Tensor | None:
+        found = self.rope_factors()
+        return None if found is None else torch.from_numpy(np.array(found.data, dtype=np.float64)).reshape(-1)
 
     def _field(self, name: str) -> Any:
         """One number or word of the architecture's metadata; None where the file has none."""
@@ -221,6 +222,21 @@ class GGUFReader(Reader):
         return result.weights
 
 
+def _refuse_shard(path: Path, file: Any) -> None:
+    """A part of a split file lacks layers, and all but the first lack the metadata.
+
+    Raises:
+        CheckpointError: if the file is one.
+    """
+    count, number = (file.fields.get(f"split.{key}") for key in ("count", "no"))
+    if count is not None and count.contents() > 1:
+        which = "one" if number is None else f"number {number.contents() + 1}"
+        raise CheckpointError(
+            f"{path}: {which} of the {count.contents()} parts of a split file; put them together first: "
+            "llama-gguf-split --merge FIRST_PART OUTPUT.gguf"
+        )
+
+
 def split_blocks(data: Tensor, kind: str) -> Affine:
     """Blocks of a GGUF matrix as codes, scales and zeros, in the file's order of rows.
 
@@ -252,12 +268,3 @@ def _linear_layers(model: nn.Module) -> list[str]:
     head = model.get_output_embeddings()  # type: ignore[operator]
     modules = model.named_modules()
     return [name for name, module in modules if isinstance(module, nn.Linear | Conv1D) and module is not head]
-
-
-def _portable(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json that transformers 4 and 5 both read: 5 moved the rotary base, 4 looks for it at the top."""
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        config.setdefault("rope_theta", rope["rope_theta"])
-    dropped = ("quantization_config", "_name_or_path", "_model_name_or_path")
-    return {key: value for key, value in config.items() if key not in dropped} | {"torch_dtype": "float32"}
