@@ -75,7 +75,7 @@ def test_matrices_of_other_types_stay_float_and_8_bit_layers_are_named(gguf_file
 
 
 def test_a_constant_group_of_a_gguf_file_keeps_its_value():
-    from qbl_trl.quant.importers.gguf import split_blocks
+    from qbl_trl.quant.importers.gguf_blocks import split_blocks
 
     d, m = np.zeros(1, np.float16), np.array([0.37], np.float16)
     raw = np.concatenate([d.view(np.uint8), m.view(np.uint8), np.full(16, 0x5A, np.uint8)])
