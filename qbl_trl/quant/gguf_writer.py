@@ -70,6 +70,7 @@ def write_gguf(model: nn.Module, path: Path, template: Path) -> tuple[int, float
     if homeless:
         raise ConfigError(f"write_checkpoint: {template} has no tensor for {homeless[0]}; it is another model's file")
     _check_shapes(model, layers, source, template)
+    _check_query_scale(model, source, template)
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -90,6 +91,17 @@ def _check_shapes(model: nn.Module, layers: dict[str, GroupQuantLinear], source:
                 f"write_checkpoint: {template} holds {place} of {theirs}, and {name} is {shapes[name]}; it is another "
                 "model's file"
             )
+
+
+def _check_query_scale(model: Any, source: GGUFReader, template: Path) -> None:
+    """Gemma's files have no key for it: llama.cpp derives it from sizes, which a model may not follow."""
+    theirs = source.config().get("query_pre_attn_scalar")
+    ours = getattr(model.config.get_text_config(), "query_pre_attn_scalar", theirs)
+    if ours != theirs:
+        raise ConfigError(
+            f"write_checkpoint: the model has query_pre_attn_scalar={ours}, and {template} would be run with {theirs}, "
+            'which follows from its sizes; GGUF has no place for another. Write format="hqq" or export to ONNX'
+        )
 
 
 def _write(model: nn.Module, layers: dict[str, GroupQuantLinear], source: GGUFReader, writer: Any) -> float:

@@ -10,14 +10,17 @@ A merged delta that is constant inside every group moves into the offset; codes 
 A format with integer zero points (GPTQ, AWQ, compressed-tensors, GGUF Q4_0) has no place for the shift: refused.
 """
 
+import copy
 import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.errors import ConfigError, FoldError
 from qbl_trl.folders import new_folder
@@ -164,8 +167,21 @@ def hqq_tensors(layer: GroupQuantLinear, name: str) -> dict[str, Tensor]:
     return {f"{name}.{key}": value.contiguous() for key, value in tensors.items()}
 
 
+def _refuse_transposed(model: Any, layers: dict[str, GroupQuantLinear]) -> None:
+    """transformers puts HQQ layers in the place of nn.Linear alone."""
+    with init_empty_weights():
+        plain = type(model)(copy.deepcopy(model.config))
+    found = next((name for name in layers if isinstance(plain.get_submodule(name), Conv1D)), None)
+    if found is not None:
+        raise ConfigError(
+            f"write_checkpoint: {found} is a Conv1D layer of {type(model).__name__}, where transformers loads no HQQ "
+            'layer; allowed for it: format="gguf", or ONNX export'
+        )
+
+
 def _write_hqq(model: nn.Module, path: Path) -> WriteReport:
     layers = packed_layers(model)
+    _refuse_transposed(model, layers)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors |= hqq_tensors(layer, name)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qbl_trl  # noqa: F401  (registers the quantizer)
-from qbl_trl.errors import CheckpointError
+from qbl_trl.errors import CheckpointError, ConfigError
 from qbl_trl.quant.importers import convert_checkpoint
 from qbl_trl.quant.importers.gguf_config import stated_settings
 from qbl_trl.quant.packed import PackedWeight
@@ -153,6 +153,17 @@ def test_trained_norms_are_written_the_way_the_architecture_stores_them(tmp_path
         rtol=0,
         atol=1e-4,
     )
+
+
+def test_a_scale_of_queries_that_no_file_can_state_is_refused(tmp_path):
+    model = tiny("gemma2", head_dim=32, query_pre_attn_scalar=32)
+    write_gguf(tmp_path / "in.gguf", model, FLOAT, architecture="gemma2", fields={"attention.key_length": 32})
+    convert_checkpoint(tmp_path / "in.gguf", tmp_path / "ours")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    loaded.config.query_pre_attn_scalar = 48
+    with pytest.raises(ConfigError, match=r"query_pre_attn_scalar=48, and .* would be run with 32"):
+        write_checkpoint(loaded, tmp_path / "out.gguf", "gguf", template=tmp_path / "in.gguf")
+    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_a_float_matrix_that_is_stored_transposed_is_not_written_as_it_is(tmp_path):

@@ -1,5 +1,6 @@
 """Foreign checkpoints that cannot be read exactly, or are damaged: refused by name."""
 
+import json
 import struct
 from functools import partial
 
@@ -8,7 +9,7 @@ import torch
 
 import qbl_trl  # noqa: F401  (registers the quantizer)
 from qbl_trl.errors import CheckpointError
-from qbl_trl.quant.importers import convert_checkpoint, describe_checkpoint
+from qbl_trl.quant.importers import convert_checkpoint, describe_checkpoint, read_layers
 from tests.quant import foreign
 from tests.quant.foreign import AUTO_ROUND, AWQ, COMPRESSED, GPTQ, HQQ, WEIGHTS, affines, compressed_group, write_layer
 
@@ -144,9 +145,31 @@ def test_tensors_that_belong_to_no_code_are_refused(tmp_path):
 
 @pytest.mark.parametrize("common", [False, True])
 def test_layers_of_their_own_symmetry_are_refused_where_that_changes_the_layout_of_zero_points(tmp_path, common):
-    own = {"extra_config": {"layer": {"sym": not common}}, "sym": common}
-    write_layer(tmp_path / "mixed", 64, 32, AUTO_ROUND | own | {"packing_format": "auto_round:auto_gptq"})
-    with pytest.raises(CheckpointError, match=f"layer has sym={not common}, the rest sym={common}".lower()):
+    settings = AUTO_ROUND | {"extra_config": {"layer": {"sym": not common}}, "sym": common}
+    message = f"layer has sym={not common}, the rest sym={common}".lower()
+    write_layer(tmp_path / "mixed", 64, 32, settings | {"packing_format": "auto_round:auto_gptq"})
+    with pytest.raises(CheckpointError, match=message):
         describe_checkpoint(tmp_path / "mixed")
-    write_layer(tmp_path / "plain", 64, 32, AUTO_ROUND | own | {"packing_format": "auto_round"})
-    assert describe_checkpoint(tmp_path / "plain")["symmetric"] is not common
+
+
+def test_a_symmetric_layer_among_others_is_read_where_its_zero_points_are_stored_as_they_are(tmp_path):
+    settings = AUTO_ROUND | {"extra_config": {"layer": {"sym": True}}, "packing_format": "auto_round"}
+    zeros = torch.full((2, 1), 0x77777777, dtype=torch.int32)
+    write_layer(tmp_path / "plain", 64, 32, settings, qzeros=zeros + 0x11111111 - (1 << 32))
+    ((_, layer),) = read_layers(tmp_path / "plain")
+    assert layer.format.zeros == "none"
+    write_layer(tmp_path / "less-one", 64, 32, settings, qzeros=zeros)
+    with pytest.raises(CheckpointError, match="layer has sym=true, the rest sym=false"):
+        list(read_layers(tmp_path / "less-one"))
+
+
+def test_layers_that_were_split_before_they_were_quantized_are_refused_by_name(tmp_path):
+    foreign.write_folder(tmp_path / "in", foreign.awq_tensors, AWQ, affines())
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    config |= {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"_proj is no layer of Phi3ForCausalLM, and its model\.\S* has no weight"
+    ):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

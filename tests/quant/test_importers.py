@@ -200,7 +200,14 @@ def test_an_output_folder_with_files_is_left_alone(tmp_path):
 
 def test_the_dtype_of_what_is_not_quantized_can_be_chosen(tmp_path):
     foreign.write_folder(tmp_path / "in", foreign.awq_tensors, AWQ, affines())
+    file = tmp_path / "in" / "config.json"
+    inner = {"text_config": {"torch_dtype": "float32"}, "vision_config": {}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float16"} | inner))
     convert_checkpoint(tmp_path / "in", tmp_path / "out", dtype=torch.bfloat16)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert "torch_dtype" not in config  # write_folder wrote one
+    assert (config["text_config"], config["vision_config"]) == ({"dtype": "bfloat16"}, {})
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert tensors["model.layers.0.self_attn.q_proj.bias"].dtype == torch.bfloat16

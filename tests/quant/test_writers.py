@@ -1,8 +1,11 @@
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import qbl_trl  # noqa: F401  (registers the quantizer)
+from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import ConfigError, FoldError
 from qbl_trl.quant.affine import dequantize
 from qbl_trl.quant.algorithms import quantize
@@ -11,7 +14,7 @@ from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.writers import folded, write_checkpoint
 from tests.quant import foreign
 from tests.quant.foreign_gguf import write_gguf
-from tests.tiny import logits, tiny_llama, tokens
+from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
 
 
 def packed_llama(*, bits=4, group_size=32, merged=True, algorithm="rtn", **changes):
@@ -41,6 +44,9 @@ def test_a_merged_model_survives_hqq_exactly(tmp_path, bits):
     report = write_checkpoint(model, tmp_path / "hqq", "hqq")
     assert report.layers == 14
     assert report.largest_rounding == 0
+    config = json.loads((tmp_path / "hqq" / "config.json").read_text())
+    assert config["dtype"] == "float32"
+    assert "torch_dtype" not in config
     found = dict(read_layers(tmp_path / "hqq"))
     for name, layer in ((n, m) for n, m in model.named_modules() if isinstance(m, GroupQuantLinear)):
         codes, scales, zeros = found[name].affine()
@@ -150,6 +156,14 @@ def test_a_delta_that_varies_inside_a_group_is_refused(tmp_path):
 def test_models_and_formats_that_do_not_fit_are_refused(tmp_path, make, format, message):
     with pytest.raises(ConfigError, match=message):
         write_checkpoint(make(), tmp_path / "out", format)
+
+
+def test_layers_of_gpt2_are_refused_for_hqq_which_cannot_load_them(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path / "float")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=GroupQuantConfig())
+    with pytest.raises(ConfigError, match=r"c_attn is a Conv1D layer of GPT2LMHeadModel, where transformers loads no"):
+        write_checkpoint(model, tmp_path / "out", "hqq")
+    assert not (tmp_path / "out").exists()
 
 
 def test_layers_that_q4_1_cannot_hold_are_refused(tmp_path):

@@ -19,6 +19,7 @@ from qbl_trl.config import GroupQuantConfig
 from qbl_trl.folders import check_apart, check_free, new_folder
 from qbl_trl.progress import progress
 from qbl_trl.quant.importers.open import describe, open_reader
+from qbl_trl.quant.importers.places import check_places
 from qbl_trl.quant.importers.reader import Reader
 from qbl_trl.quant.stored import with_dtype
 
@@ -57,6 +58,7 @@ def convert_checkpoint(
     check_free(output_dir, overwrite)
     check_apart(output_dir, source)
     reader, path = open_reader(source), Path(source)
+    check_places(path, reader.config(), reader.formats(), reader.others())
     with new_folder(output_dir, overwrite) as built:
         _write_weights(reader, built, dtype)
         config = reader.config()

@@ -61,7 +61,8 @@ class GPTQReader(FolderReader):
         return bits, self.shards.shape(f"{name}.qweight")[0] * 32 // max(bits, 1), groups
 
     def zeros_kind(self, name: str) -> str:
-        self._check_symmetry(name)
+        if self._layout() == "gptq" and self._differs(name):
+            raise self._unknown_layout(name)
         return "none" if self._symmetric(name) else "packed"
 
     def read_layer(self, name: str) -> GroupQuantLinear:
@@ -75,6 +76,8 @@ class GPTQReader(FolderReader):
         zeros = split_words(words, bits, 1).T[: codes.shape[0]]
         symmetric = self._symmetric(name)
         if symmetric and not bool((zeros == 1 << (bits - 1)).all()):
+            if self._differs(name):
+                raise self._unknown_layout(name)
             raise CheckpointError(
                 f"{self.folder}: the configuration says sym=true, but {name} has zero points other than "
                 f"{1 << (bits - 1)}; set sym to false, or checkpoint_format to "
@@ -98,15 +101,18 @@ class GPTQReader(FolderReader):
                 "made with desc_act=false or act_group_aware=true"
             )
 
-    def _check_symmetry(self, name: str) -> None:
-        """AutoRound packs a layer whose symmetry is its own with another layout of zero points than the rest."""
+    def _differs(self, name: str) -> bool:
+        """Whether AutoRound gave a layer another symmetry than the rest: some versions then pack it otherwise."""
         own, common = self.own(name).get("sym"), bool(self.quantization.get("sym", False))
-        if "packing_format" in self.quantization and self._layout() == "gptq" and own not in (None, common):
-            raise CheckpointError(
-                f"{self.folder}: {name} has sym={str(own).lower()}, the rest sym={str(common).lower()}: in "
-                f"packing_format={self.quantization['packing_format']!r} it cannot be known whether its zero points "
-                "are stored less one. Quantize with one sym for all layers, or export in the format auto_round"
-            )
+        return "packing_format" in self.quantization and own is not None and bool(own) != common
+
+    def _unknown_layout(self, name: str) -> CheckpointError:
+        own = self._symmetric(name)
+        return CheckpointError(
+            f"{self.folder}: {name} has sym={str(own).lower()}, the rest sym={str(not own).lower()}: in "
+            f"packing_format={self.quantization['packing_format']!r} it cannot be known whether its zero points are "
+            "stored less one. Quantize with one sym for all layers"
+        )
 
     def _layout(self) -> str:
         packing = self.quantization.get("packing_format")
