@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from qbl_trl.adapter.bases import float_weight, foreign_kind
 from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
+from qbl_trl.adapter.recorded import quantization
 from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.config import SCALE_DTYPES, GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError, MergeError
@@ -45,8 +46,8 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
     `AutoModelForCausalLM.from_pretrained` once `qbl_trl` is imported.
 
     Args:
-        peft_model: a PeftModel, or a transformers model with adapters injected (also wrapped for distributed
-            training); its active adapters are merged.
+        peft_model: a PeftModel, or a model with adapters injected, of transformers or of torch alone (also wrapped for
+            distributed training); its active adapters are merged.
         lossy: None refuses whatever is not exact. "requantize" dequantizes such layers, adds the change and
             quantizes again to affine groups; the loss is logged.
 
@@ -106,13 +107,18 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
             max(errors),
         )
     untie_changed_head_(merged)
-    describe_stored_(merged, settings)
+    if hasattr(merged, "config"):  # a model of torch alone says nothing of itself
+        describe_stored_(merged, settings)
     return _plain_(merged)
 
 
 def _copy_sharing_tensors(model: nn.Module) -> nn.Module:
-    """A second set of modules over the same storage; modules trained as a whole are copied for real."""
+    """A second set of modules over the same storage; what trains beside the adapters (biases, whole modules) is copied.
+
+    The adapters' own matrices are only read, and gone when the merge is done.
+    """
     own = {id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()}
+    own |= {id(p) for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         if id(parameter) not in own:
@@ -124,7 +130,7 @@ def _copy_sharing_tensors(model: nn.Module) -> nn.Module:
 
 
 def _quantization_settings(model: nn.Module) -> GroupQuantConfig:
-    current = getattr(model.config, "quantization_config", None)  # type: ignore[union-attr]
+    current = quantization(model)
     return current if isinstance(current, GroupQuantConfig) else GroupQuantConfig()
 
 
@@ -252,8 +258,9 @@ def _plain_(model: nn.Module) -> nn.Module:
             delattr(model, name)
     if getattr(model, "is_gradient_checkpointing", False):
         model.gradient_checkpointing_disable()  # type: ignore[operator]
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = True  # type: ignore[union-attr]
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "use_cache"):
+        config.use_cache = True
     text = model.config.get_text_config() if isinstance(model, PreTrainedModel) else None
     if getattr(text, "output_router_logits", False):  # TRL wants them for a mixture's loss; `generate` fails over them
         text.output_router_logits = False  # type: ignore[union-attr]

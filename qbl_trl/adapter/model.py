@@ -15,7 +15,7 @@ from peft.utils.peft_types import register_peft_method
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from torch import Tensor, nn
 
-from qbl_trl.adapter import hotswap, mixed
+from qbl_trl.adapter import hotswap, mixed, others
 from qbl_trl.adapter.balance import largest_useful_r, matched_rank
 from qbl_trl.adapter.factors import recorded_factors
 from qbl_trl.adapter.layer import BalancedLinear, record_placed_
@@ -290,6 +290,7 @@ def register() -> None:
         )
         hotswap.register()
         mixed.register()
+        others.register()
 
 
 register()

@@ -1,6 +1,7 @@
 """What target_modules="all-linear" names: PEFT's own choice, and what PEFT cannot know of this method's bases."""
 
 import copy
+from collections.abc import Iterable
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
@@ -9,12 +10,16 @@ from qbl_trl.adapter.bases import describe, foreign_kind
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.quant.linear import GroupQuantLinear
 
+_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}  # in PeftModelFor... of PEFT
+
 
 def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | None:
     """Full names of the layers; None where PEFT's own choice is right (or another target_modules was given).
 
     - PEFT counts subclasses of nn.Linear: layers of HQQ, GPTQ and AWQ are added.
     - quantization_aware: only layers over affine groups, where there are any; a merge has to be exact.
+    - What trains whole needs no adapter, and PEFT cannot wrap a layer that has one: modules_to_save, and the heads that
+      PEFT adds to it for some tasks once the adapter is placed.
     - layers_to_transform: PEFT heeds layer numbers for parts of names, not for full ones; they are heeded here.
     """
     if config.target_modules != "all-linear":
@@ -25,7 +30,11 @@ def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | Non
         for name, module in model.named_modules()
         if foreign_kind(module) and not isinstance(module, nn.Linear) and not name.endswith(".base_layer")
     }
-    chosen = plain | foreign
+    whole = {
+        *(config.modules_to_save or ()),
+        *_HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ()),
+    }
+    chosen = {name for name in plain | foreign if not _trains_whole(name, whole)}
     if config.quantization_aware:
         grouped = {name for name in chosen if _has_groups(_base(model, name))}
         chosen = grouped or chosen
@@ -34,6 +43,13 @@ def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | Non
         by_part.target_modules = [name.rpartition(".")[2] for name in chosen]
         chosen = {name for name in chosen if check_target_module_exists(by_part, name)}
     return None if chosen == plain else chosen
+
+
+def _trains_whole(name: str, keys: Iterable[str]) -> bool:
+    """Whether a key names a layer or a module around it; PEFT compares the ends of names."""
+    parts = name.split(".")
+    around = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return any(outer.endswith(key) for outer in around for key in keys)
 
 
 def _has_groups(layer: nn.Module) -> bool:
