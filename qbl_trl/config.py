@@ -152,6 +152,7 @@ class QBLoRAConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         self.completed = False  # whether this very object was completed for a base; no field, so never saved
+        self._check_names()
         self._check_start()  # before PEFT asks for packages and settings this start would need
         for name in ("rank_pattern", "alpha_pattern", "in_factor_pattern", "out_factor_pattern"):
             if not isinstance(getattr(self, name), dict):
@@ -191,6 +192,15 @@ class QBLoRAConfig(LoraConfig):
                     f"QBLoRAConfig: {name} has no balanced form; leave it unset, or use peft.LoraConfig for it"
                 )
 
+    def _check_names(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            given = getattr(self, name)
+            if given is None or (isinstance(given, str) and name != "modules_to_save"):
+                continue
+            if not isinstance(given, list | tuple | set) or not all(isinstance(part, str) for part in given):
+                instead = "" if name == "modules_to_save" else ", or one regular expression"
+                raise ConfigError(f"QBLoRAConfig: {name}={given!r} must be a list of module names{instead}")
+
     def _check_start(self) -> None:
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ConfigError(
@@ -216,10 +226,12 @@ class GroupQuantConfig(QuantizationConfigMixin):
         symmetric: every zero point at 2**(bits-1); none is stored.
         algorithm: how scales and zero points are chosen: "rtn" (range), "mse" (clip search), "hqq" (half-quadratic)
             or "gptq" (calibrated, needs `calibration`).
-        modules_to_not_convert: names or name parts of layers that stay in float, beside the output head.
+        modules_to_not_convert: names or name parts of layers that stay in float, beside the output head; of a tied
+            embedding and head (`quantize_embeddings`), either name keeps both.
         scale_dtype: "float16", "bfloat16" or "float32".
         quantize_embeddings: also quantize the input embedding and the output head (tied or not).
-        calibration: for "gptq": batches of token ids, (batch, tokens) integers; never saved.
+        calibration: for "gptq": batches of token ids, (batch, tokens) or (tokens,) integers, or mappings of the model's
+            arguments; a single tensor will do. Never saved.
         zeros: how zero points are stored; set by the quantizer ("none", "packed", or a float dtype).
         in_factor, out_factor, delta_dtype: block of a merged adapter; set by `merge`.
         layers: formats of single layers that differ from the above, by full name; set by the quantizer and `merge`.
@@ -252,6 +264,15 @@ class GroupQuantConfig(QuantizationConfigMixin):
         for name in ("symmetric", "quantize_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"GroupQuantConfig: {name}={getattr(self, name)!r} must be true or false")
+        if self.algorithm == "hqq" and self.symmetric:
+            raise ConfigError(
+                'GroupQuantConfig: algorithm="hqq" optimises the zero point, and symmetric codes have none; set '
+                'symmetric=False, or algorithm="mse"'
+            )
+        if not isinstance(self.layers, dict) or not all(isinstance(stored, dict) for stored in self.layers.values()):
+            raise ConfigError(
+                f"GroupQuantConfig: layers={self.layers!r} must be a dictionary of layer names and their formats"
+            )
         kept = self.modules_to_not_convert
         if isinstance(kept, str) or not all(isinstance(name, str) for name in kept or ()):
             raise ConfigError(f"GroupQuantConfig: modules_to_not_convert={kept!r} must be a list of names")

@@ -32,6 +32,9 @@ def test_defaults_are_those_of_the_documentation():
         ({"pooling": "max"}, r"pooling='max' is not known; allowed: mean, rms, sum"),
         ({"adapter": "full"}, r"adapter='full' is not known; allowed: low_rank, block"),
         ({"on_misfit": "skip"}, r"on_misfit='skip' is not known; allowed: error, reduce"),
+        ({"target_modules": 5}, r"target_modules=5 must be a list of module names, or one regular expression"),
+        ({"exclude_modules": [5]}, r"exclude_modules=\[5\] must be a list of module names, or one regular"),
+        ({"modules_to_save": "lm_head"}, r"modules_to_save='lm_head' must be a list of module names$"),
         ({"use_dora": True}, r"use_dora has no balanced form"),
         ({"lora_bias": True, "bias": "none"}, r"lora_bias has no balanced form"),
         ({"target_parameters": ["w"]}, r"target_parameters has no balanced form"),
@@ -66,8 +69,20 @@ def test_it_is_a_lora_configuration_of_its_own_type_and_reads_back_equal(tmp_pat
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("modules_to_not_convert", "q_proj"), ("quantize_embeddings", "false"), ("bits", 4.0), ("group_size", 32.0)],
+    [
+        ("modules_to_not_convert", "q_proj"),
+        ("quantize_embeddings", "false"),
+        ("bits", 4.0),
+        ("group_size", 32.0),
+        ("layers", None),
+        ("layers", {"q_proj": 8}),
+    ],
 )
 def test_settings_of_another_type_are_refused(name, value):
     with pytest.raises(ConfigError, match=f"{name}="):
         GroupQuantConfig(**{name: value})
+
+
+def test_symmetric_codes_are_not_left_to_an_algorithm_that_chooses_zero_points():
+    with pytest.raises(ConfigError, match=r'algorithm="hqq" optimises the zero point, .* set symmetric=False'):
+        GroupQuantConfig(algorithm="hqq", symmetric=True)

@@ -46,7 +46,8 @@ def refuse_merge(model: nn.Module) -> None:
         if isinstance(layer.get_base_layer(), PackedWeight):
             method = type(layer).__module__.removeprefix("peft.tuners.").partition(".")[0]
             raise MergeError(
-                f"{name}: a {method} {type(layer).__name__} does not merge into packed codes. Train QBLoRAConfig(quantization_aware=True), which merges exactly, or "
-                "QBLoRAConfig(in_factor=1, out_factor=1), which is LoRA: it exports with its low-rank branch, and "
-                'merge(model, lossy="requantize") takes it'
+                f"{name}: a {method} {type(layer).__name__} does not merge into packed codes. Train "
+                "QBLoRAConfig(quantization_aware=True), which merges exactly, or QBLoRAConfig(in_factor=1, "
+                "out_factor=1), which is LoRA: it exports with its low-rank branch, and merge(model, "
+                'lossy="requantize") takes it'
             )

@@ -9,8 +9,9 @@ from qbl_trl.config import QUANT_METHOD, QBLoRAConfig, holds_merged
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.packed import PackedWeight
 
+_KEPT = "modules_to_not_convert"
 _SAME = {  # what makes the same base of the same float model, by quantization method
-    QUANT_METHOD: ("bits", "group_size", "symmetric", "algorithm", "quantize_embeddings"),
+    QUANT_METHOD: ("bits", "group_size", "symmetric", "algorithm", "scale_dtype", "quantize_embeddings", _KEPT),
     "bitsandbytes": ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "llm_int8_skip_modules"),
     "hqq": ("quant_config", "skip_modules"),
 }
@@ -99,6 +100,8 @@ def _identity(recorded: dict[str, Any]) -> dict[str, Any]:
     """What a recorded base is compared by, as far as it says."""
     method = recorded.get("quant_method", QUANT_METHOD)
     found = {"quant_method": method} | {name: recorded[name] for name in _SAME.get(method, ()) if name in recorded}
+    if _KEPT in found:
+        found[_KEPT] = sorted(set(found[_KEPT] or ()))  # none or an empty list, in whatever order
     return found | ({_MERGED: holds_merged(recorded)} if method == QUANT_METHOD else {})
 
 

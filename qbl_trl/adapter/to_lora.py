@@ -52,6 +52,10 @@ def to_lora(
         ConfigError: if there is no balanced adapter, the name is unknown or ambiguous, the folder is not empty, or the
             adapter is not finite.
     """
+    if not isinstance(peft_model_or_dir, nn.Module | str | os.PathLike):
+        raise ConfigError(
+            f"to_lora takes a model with balanced adapters or the folder of a saved one, not {peft_model_or_dir!r}"
+        )
     check_free(output_dir, overwrite)
     if isinstance(peft_model_or_dir, nn.Module):
         config, state, gains = _from_model(peft_model_or_dir, adapter_name)

@@ -34,6 +34,7 @@ from qbl_trl.quant.packing import check_bits
 _BLOCK_WEIGHTS = 1 << 18  # 1 MB of float32: the passes over one block stay in a core's cache
 _SHRINKS = 24  # candidates for the clipped range, from 1 down to 1 / 3
 _REFITS = 4  # least-squares rounds after the search; the error cannot grow in any of them
+_STEPS = 4  # a scale of fewer of them is off by an eighth and more
 
 RowQuantizer = Callable[[Tensor], Affine]
 
@@ -63,8 +64,9 @@ def quantize(
         Affine: codes (N, K) uint8, scales (N, G) scale_dtype, zeros (N, G) uint8, or scale_dtype for "hqq".
 
     Raises:
-        ConfigError: if the weight is not a finite matrix, a setting is unknown, "hqq" is asked for symmetric codes
-            (it has no zero point to choose), or the Hessian is missing, misshapen or not wanted.
+        ConfigError: if the weight is not a finite matrix, or too small or large for `scale_dtype`, a setting is
+            unknown, "hqq" is asked for symmetric codes (it has no zero point to choose), or the Hessian is missing,
+            misshapen or not wanted.
 
     Source: HQQ, mobiusml.github.io/hqq_blog; GPTQ, arXiv:2210.17323.
     """
@@ -87,6 +89,7 @@ def quantize(
         )
     if not torch.isfinite(weight).all():
         raise ConfigError("quantize: the weight holds NaN or infinite values")
+    _check_resolved(weight, bits, scale_dtype)
     if hessian is not None:
         grid = partial(clip_search, bits=bits, symmetric=symmetric, scale_dtype=scale_dtype)
         return gptq(weight, hessian, grid=grid, bits=bits, group_size=group_size, scale_dtype=scale_dtype)
@@ -98,6 +101,20 @@ def quantize(
     else:
         rows = partial(half_quadratic, group_size=group_size, bits=bits, scale_dtype=scale_dtype)
     return _by_rows(rows, weight, group_size)
+
+
+def _check_resolved(weight: Tensor, bits: int, scale_dtype: torch.dtype) -> None:
+    """Refuse a matrix whose every scale would be a few of the smallest steps of its dtype, or none.
+
+    Groups of a larger matrix may vanish so: what they add to its output does, too.
+    """
+    kind = torch.finfo(scale_dtype)
+    largest, step = float(weight.abs().max()), kind.smallest_normal * kind.eps
+    if 0 < 2 * largest / ((1 << bits) - 1) < _STEPS * step:
+        raise ConfigError(
+            f"quantize: weights of at most {largest:.1e} have no scales of {bits} bits in "
+            f'{str(scale_dtype).removeprefix("torch.")}; set scale_dtype="bfloat16" or "float32"'
+        )
 
 
 def clip_search(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qbl_trl.errors import ConfigError
+from qbl_trl.quant.head import input_table
 
 Batch = Tensor | Mapping[str, Any]
 Call = Callable[[], Any]  # runs one calibration batch
@@ -48,12 +49,10 @@ def walk(model: nn.Module, names: Sequence[str], calibration: Iterable[Batch]) -
         calibration: batches, each (batch, tokens) integer ids or a mapping of the model's arguments, without padding.
 
     Raises:
-        ConfigError: if there is no batch, or one is padded.
+        ConfigError: as `calibration_batches`.
     """
     device = next(model.parameters()).device
-    batches = [_arguments(batch, device) for batch in calibration]
-    if not batches:
-        raise ConfigError("calibration: no batch was given; give a few (batch, tokens) integer tensors")
+    batches = [_arguments(batch, device) for batch in calibration_batches(model, calibration)]
     calls = [_bound(model, (), batch) for batch in batches]
     blocks = find_chain(model, names, calls[0])
     inside = {name for name in names if any(name.startswith(f"{block}.") for block in blocks)}
@@ -178,12 +177,63 @@ def _called_before(model: nn.Module, names: Sequence[str], block: str, call: Cal
 def _arguments(batch: Batch, device: torch.device) -> dict[str, Any]:
     arguments = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     mask = arguments.pop("attention_mask", None)
-    if mask is not None and not bool(torch.as_tensor(mask).all()):
+    if mask is not None and not bool(torch.as_tensor(mask, device="cpu").all()):
         raise ConfigError(
             "calibration: a batch is padded (zeros in attention_mask), and padding would count as data; "
             "cut or pack the texts to full rows"
         )
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def calibration_batches(model: nn.Module, calibration: Any) -> list[dict[str, Any]]:
+    """Calibration data as the model's arguments, a list of batches: checked, before anything is computed.
+
+    Args:
+        calibration: batches, each token ids of (batch, tokens) or (tokens,), a tensor, an array or lists, or a mapping
+            of the model's arguments; or a single tensor or mapping.
+
+    Raises:
+        ConfigError: if there is no batch, or one holds no ids of this model's vocabulary, or padding.
+    """
+    if isinstance(calibration, Mapping) or (isinstance(calibration, Tensor) and calibration.dim() in (1, 2)):
+        calibration = [calibration]
+    alone = isinstance(calibration, str) or (isinstance(calibration, Tensor) and calibration.dim() == 0)
+    if calibration is not None and (alone or not isinstance(calibration, Iterable)):
+        raise ConfigError(
+            f"calibration={calibration!r} is no list of batches; give a few (batch, tokens) integer tensors"
+        )
+    vocabulary = getattr(input_table(model), "num_embeddings", None)
+    batches = [_checked(batch, vocabulary) for batch in (() if calibration is None else calibration)]
+    if not batches:
+        raise ConfigError("calibration: no batch was given; give a few (batch, tokens) integer tensors")
+    return batches
+
+
+def _checked(batch: Any, vocabulary: int | None) -> dict[str, Any]:
+    """One batch as the model's arguments, its token ids (batch, tokens)."""
+    arguments = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+    if "input_ids" not in arguments:  # pixels, sound, embeddings
+        return _arguments(arguments, torch.device("cpu"))
+    try:  # on the CPU, whatever the default device: a model that is being loaded is on none
+        ids = torch.as_tensor(arguments["input_ids"], device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        ids = torch.empty(())
+    wide = {
+        name: torch.as_tensor(value, device="cpu")
+        for name, value in arguments.items()
+        if isinstance(value, list | Tensor) and name != "input_ids"
+    }
+    if ids.dim() == 1:  # one text
+        ids, wide = ids[None], {name: value[None] for name, value in wide.items()}
+    arguments |= wide
+    ids = tokens_of({**arguments, "input_ids": ids})
+    if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise ConfigError(
+            f"calibration: token ids from {int(ids.min())} to {int(ids.max())}, and the model has {vocabulary} tokens; "
+            "tokenize with the model's own tokenizer"
+        )
+    others = {name: value for name, value in arguments.items() if name not in ("input_ids", "attention_mask")}
+    return {"input_ids": ids, **others}
 
 
 def tokens_of(batch: Any) -> Tensor:
@@ -193,8 +243,8 @@ def tokens_of(batch: Any) -> Tensor:
         ConfigError: if there are none, or some are padding.
     """
     try:
-        whole = batch if isinstance(batch, Mapping) else torch.as_tensor(batch)
-        ids = torch.as_tensor(_arguments(whole, torch.device("cpu")).get("input_ids"))
+        whole = batch if isinstance(batch, Mapping) else torch.as_tensor(batch, device="cpu")
+        ids = torch.as_tensor(_arguments(whole, torch.device("cpu")).get("input_ids"), device="cpu")
     except ConfigError:
         raise
     except (TypeError, ValueError, RuntimeError):

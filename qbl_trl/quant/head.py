@@ -1,8 +1,10 @@
 """The input embedding and the output head at few bits, tied or not (GroupQuantConfig.quantize_embeddings).
 
-A tied pair is one table: the head is a view of the embedding's tensors and adds nothing to the saved file.
+A tied pair is one table: the head is a view of the embedding's tensors and adds nothing to the saved file. One that
+modules_to_not_convert names stays in float, and with it the other, if the two are tied.
 """
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from qbl_trl.quant.embedding import GroupQuantEmbedding
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import replace, same_module_name
 from qbl_trl.quant.packed import BESIDE_CODES
+from qbl_trl.quant.targets import is_named
 
 
 def quantize_embeddings_(model: nn.Module, config: GroupQuantConfig) -> None:
@@ -24,10 +27,11 @@ def quantize_embeddings_(model: nn.Module, config: GroupQuantConfig) -> None:
     Raises:
         ConfigError: if the embedding does more than look rows up.
     """
-    table, head = _pair(model)
-    tied = head is not None and head.weight is table.weight
-    packed = packed_table(table, config)
-    replace(model, same_module_name(model, table), packed)
+    table, head = _to_pack(model, config)
+    tied = table is not None and head is not None and head.weight is table.weight
+    packed = None if table is None else packed_table(table, config)
+    if table is not None and packed is not None:
+        replace(model, same_module_name(model, table), packed)
     if head is not None:
         replace(model, same_module_name(model, head), packed_head(head, config, packed if tied else None))
 
@@ -52,19 +56,25 @@ def packed_head(head: nn.Linear, config: GroupQuantConfig, tied_to: GroupQuantEm
     return packed
 
 
-def empty_embeddings_(model: nn.Module, config: GroupQuantConfig) -> None:
-    """Put empty packed layers in the places of the embedding and the head, before packed files are loaded."""
-    table, head = _pair(model)
-    name = same_module_name(model, table)
-    packed = GroupQuantEmbedding(
-        table.num_embeddings,
-        table.embedding_dim,
-        table.padding_idx,
-        format=config.layer_format(name),
-        device="meta",
-        dtype=table.weight.dtype,
-    )
-    replace(model, name, packed)
+def empty_embeddings_(model: nn.Module, config: GroupQuantConfig, packed: Container[str] = ()) -> None:
+    """Put empty packed layers in the places of the embedding and the head, before packed files are loaded.
+
+    Args:
+        packed: names of the layers that the files hold packed, whatever the configuration says.
+    """
+    table, head = _to_pack(model, config, packed)
+    empty = None
+    if table is not None:
+        name = same_module_name(model, table)
+        empty = GroupQuantEmbedding(
+            table.num_embeddings,
+            table.embedding_dim,
+            table.padding_idx,
+            format=config.layer_format(name),
+            device="meta",
+            dtype=table.weight.dtype,
+        )
+        replace(model, name, empty)
     if head is None:
         return
     name = same_module_name(model, head)
@@ -76,8 +86,8 @@ def empty_embeddings_(model: nn.Module, config: GroupQuantConfig) -> None:
         device="meta",
         dtype=head.weight.dtype,
     )
-    if _is_tied(model):
-        packed.as_head_(packed_head)
+    if empty is not None and _is_tied(model):
+        empty.as_head_(packed_head)
     replace(model, name, packed_head)
 
 
@@ -144,14 +154,27 @@ def _is_tied(model: nn.Module) -> bool:
     return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))  # type: ignore[operator, union-attr]
 
 
-def _pair(model: nn.Module) -> tuple[nn.Embedding, nn.Linear | None]:
+def _to_pack(
+    model: nn.Module, config: GroupQuantConfig, packed: Container[str] = ()
+) -> tuple[nn.Embedding | None, nn.Linear | None]:
+    """The embedding and the head; None for what there is not, and for what stays in float."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    if type(table) is not nn.Embedding or not isinstance(head, nn.Linear | None):
+    table, head = (None if _stays(model, layer, config, packed) else layer for layer in (table, head))
+    if type(table) not in (nn.Embedding, type(None)) or not isinstance(head, nn.Linear | None):
         raise ConfigError(
             f"quantize_embeddings=True needs a plain nn.Embedding and nn.Linear head, {type(model).__name__} has "
             f"{type(table).__name__} and {type(head).__name__}; set quantize_embeddings=False"
         )
     return table, head
+
+
+def _stays(model: nn.Module, layer: nn.Module | None, config: GroupQuantConfig, packed: Container[str]) -> bool:
+    """Whether modules_to_not_convert names a layer, or the other of a tied pair; not where the files hold it packed."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    together = (table, head) if _is_tied(model) else (layer,)
+    names = [same_module_name(model, part) for part in together if part is not None]
+    named = any(is_named(name, key) for name in names for key in config.modules_to_not_convert or ())
+    return named and not any(name in packed for name in names)
 
 
 def _affine(weight: Tensor, config: GroupQuantConfig) -> Affine:

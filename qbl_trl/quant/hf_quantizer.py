@@ -26,8 +26,9 @@ from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import BESIDE_CODES, PackedWeight
 from qbl_trl.quant.renaming import names_in_model
-from qbl_trl.quant.stored import empty_layer, expected_tensors, folder_of, stored_layers
-from qbl_trl.quant.targets import naming_nothing, target_layers
+from qbl_trl.quant.requested import requested
+from qbl_trl.quant.stored import empty_layer, expected_tensors, folder_of, packed_in, stored_layers
+from qbl_trl.quant.targets import target_layers
 from qbl_trl.rope import restore_rope_
 
 logger = logging.getLogger(__name__)
@@ -61,15 +62,10 @@ class GroupQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         _refuse_disk(kwargs.get("device_map"))
+        if not self.pre_quantized:
+            self.quantization_config = requested(model, self.quantization_config)
         folder = folder_of(model.config) if self.pre_quantized else None
         self.targets = target_layers(model, self.quantization_config)
-        unknown = [] if self.pre_quantized else naming_nothing(model, self.quantization_config)
-        if unknown:
-            logger.warning(
-                "modules_to_not_convert: %s names no module of %s, and keeps nothing in float",
-                ", ".join(unknown),
-                type(model).__name__,
-            )
         found = {} if folder is None else read_headers(folder)
         if folder is not None:
             self.targets = stored_layers(model, folder, found, self.targets)
@@ -83,7 +79,7 @@ class GroupQuantizer(HfQuantizer):
             for name in self.targets:
                 replace(model, name, empty_layer(model.get_submodule(name), self.quantization_config, name))
             if self.quantization_config.quantize_embeddings:
-                empty_embeddings_(model, self.quantization_config)
+                empty_embeddings_(model, self.quantization_config, packed_in(model, found))
             if folder is not None:
                 stored = {name: found[origin] for origin, name in names_in_model(model, found).items()}  # type: ignore[arg-type]
                 check_tensors(folder, stored, expected_tensors(model))
@@ -123,6 +119,12 @@ class GroupQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        """Packed tensors are checked against the headers of safetensors files, which a pickle has not."""
+        if safe_serialization is False:
+            raise ConfigError(
+                "save_pretrained: safe_serialization=False would write files that no packed model loads from; leave it "
+                "out, and safetensors are written"
+            )
         return True
 
     @property
@@ -154,6 +156,7 @@ def quantize_model_(model: PreTrainedModel, config: GroupQuantConfig) -> PreTrai
     """
     quantizer = GroupQuantizer(config, pre_quantized=False)
     quantizer._process_model_before_weight_loading(model)
+    config = quantizer.quantization_config
     if config.algorithm != "gptq":
         for name in quantizer.targets:
             quantize_layer_(model, name, model.get_submodule(name).weight.data, config)  # type: ignore[arg-type]
@@ -198,14 +201,17 @@ def quantize_layer_(model: nn.Module, name: str, weight: Tensor, config: GroupQu
     """Replace the float layer `name` by its quantized form; `weight` is stored as that layer stores it."""
     old: Any = model.get_submodule(name)
     matrix = weight.T if isinstance(old, Conv1D) else weight
-    affine = quantize(
-        matrix,
-        bits=config.bits,
-        group_size=config.group_size,
-        symmetric=config.symmetric,
-        algorithm=config.algorithm,
-        scale_dtype=SCALE_DTYPES[config.scale_dtype],
-    )
+    try:
+        affine = quantize(
+            matrix,
+            bits=config.bits,
+            group_size=config.group_size,
+            symmetric=config.symmetric,
+            algorithm=config.algorithm,
+            scale_dtype=SCALE_DTYPES[config.scale_dtype],
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
     layer = GroupQuantLinear.from_affine(
         affine, bits=config.bits, group_size=config.group_size, symmetric=config.symmetric
     )
@@ -221,10 +227,6 @@ def finish_(model: nn.Module, config: GroupQuantConfig, targets: list[str]) -> N
     if config.algorithm == "gptq":
         from qbl_trl.quant.gptq import gptq_model_
 
-        if config.calibration is None:
-            raise ConfigError(
-                'GroupQuantConfig: algorithm="gptq" needs calibration=[token id tensors of (batch, tokens)]'
-            )
         gptq_model_(model, config, targets)
     if config.quantize_embeddings:
         quantize_embeddings_(model, config)

@@ -52,13 +52,7 @@ def stored_layers(model: nn.Module, folder: Path, found: dict[str, Stored], usua
     Raises:
         CheckpointError: if it holds experts packed one by one, and this model has them in one tensor.
     """
-    names = names_in_model(model, [name for name in found if name.endswith(".weight")])  # type: ignore[arg-type]
-    packed, plain = set[str](), set[str]()
-    for origin, name in names.items():
-        scaled = f"{origin.removesuffix('.weight')}.scales" in found
-        dtype = found[origin].dtype
-        if scaled or (dtype is not None and dtype.is_floating_point):
-            (packed if scaled else plain).add(name.removesuffix(".weight"))
+    packed, plain = _held(model, found)
     modules, head = dict(model.named_modules()), getattr(model, "get_output_embeddings", lambda: None)()
     lost = next((name for name in sorted(packed) if ".experts." in name and name not in modules), None)
     if lost is not None:
@@ -69,6 +63,23 @@ def stored_layers(model: nn.Module, folder: Path, found: dict[str, Stored], usua
         )
     chosen = packed | (set(usual) - plain)
     return [name for name, layer in modules.items() if name in chosen and layer is not head and is_linear(layer)]
+
+
+def packed_in(model: nn.Module, found: dict[str, Stored]) -> set[str]:
+    """Names in the model of what the files of a folder hold packed."""
+    return _held(model, found)[0]
+
+
+def _held(model: nn.Module, found: dict[str, Stored]) -> tuple[set[str], set[str]]:
+    """Names in the model of the modules whose weight is packed, and of those whose weight is in float."""
+    names = names_in_model(model, [name for name in found if name.endswith(".weight")])  # type: ignore[arg-type]
+    packed, plain = set[str](), set[str]()
+    for origin, name in names.items():
+        scaled = f"{origin.removesuffix('.weight')}.scales" in found
+        dtype = found[origin].dtype
+        if scaled or (dtype is not None and dtype.is_floating_point):
+            (packed if scaled else plain).add(name.removesuffix(".weight"))
+    return packed, plain
 
 
 def empty_layer(old: nn.Module, config: GroupQuantConfig, name: str) -> GroupQuantLinear:

@@ -34,7 +34,7 @@ def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
     prefix = "" if inner is model else same_module_name(model, inner) + "."
 
     def is_skipped(name: str) -> bool:
-        return any(_is_named(name, key) for key in skipped)
+        return any(is_named(name, key) for key in skipped)
 
     return [
         name
@@ -47,10 +47,10 @@ def naming_nothing(model: nn.Module, config: GroupQuantConfig) -> list[str]:
     """Entries of modules_to_not_convert that no module of the model answers to."""
     names = [name for name, _ in model.named_modules()]
     keys = config.modules_to_not_convert or []
-    return [key for key in keys if not any(_is_named(name, key) for name in names)]
+    return [key for key in keys if not any(is_named(name, key) for name in names)]
 
 
-def _is_named(name: str, key: str) -> bool:
+def is_named(name: str, key: str) -> bool:
     """Whether a key is a module's name, its last parts, or names a module around it."""
     return name == key or name.endswith("." + key) or f".{key}." in f".{name}."
 

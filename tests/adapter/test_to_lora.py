@@ -160,3 +160,10 @@ def test_a_scale_that_was_changed_is_converted(tmp_path):
     to_lora(model, tmp_path / "lora")
     plain = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora").eval()
     torch.testing.assert_close(logits(plain, tokens()), logits(model, tokens()), rtol=0, atol=1e-5)
+
+
+def test_what_is_neither_a_model_nor_a_folder_is_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match="to_lora takes a model with balanced adapters or the folder of a saved one, not"
+    ):
+        to_lora(None, tmp_path / "lora")

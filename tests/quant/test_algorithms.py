@@ -175,3 +175,17 @@ def test_a_scale_beyond_its_type_is_refused(algorithm):
     weight[0, 0] = 2e6
     with pytest.raises(ConfigError, match="beyond float16"):
         quantize(weight, bits=4, group_size=32, symmetric=False, algorithm=algorithm)
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "mse", "hqq", "gptq"])
+def test_a_matrix_too_small_for_its_scales_is_refused_and_fits_a_wider_type(algorithm):
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) * 1e-8
+    hessian = torch.eye(64) if algorithm == "gptq" else None
+    settings = {**DEFAULTS, "algorithm": algorithm, "hessian": hessian}
+    with pytest.raises(ConfigError, match=r"weights of at most .*e-08 have no scales of 4 bits in float16; set"):
+        quantize(weight, **settings)
+    found = dequantize(*quantize(weight, **settings, scale_dtype=torch.bfloat16), 32)
+    assert (found - weight).norm() < 0.1 * weight.norm()  # a step is a fifteenth of the range
+    weight[0] = 1.0  # beside larger weights, small ones may vanish
+    quantize(weight, **settings)
+    quantize(torch.zeros(8, 64), **settings)

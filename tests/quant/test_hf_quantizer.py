@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, M
 
 from qbl_trl import GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError
+from qbl_trl.generation import BEFORE_5
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
 from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
@@ -263,3 +264,20 @@ def test_layers_whose_weight_others_read_stay_in_float():
     mixer = model.backbone.layers[0].mixer
     assert isinstance(mixer.in_proj, GroupQuantLinear)  # called
     assert all(type(layer) is nn.Linear for layer in (mixer.x_proj, mixer.dt_proj, mixer.out_proj))  # read by kernels
+
+
+@pytest.mark.skipif(not BEFORE_5, reason="transformers 5 writes safetensors only")
+def test_a_pickle_that_nobody_could_open_is_not_written(tmp_path):
+    model = quantize_model_(tiny_llama(), GroupQuantConfig())
+    with pytest.raises(
+        ConfigError, match=r"safe_serialization=False would write files that no packed model loads from"
+    ):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_a_layer_that_cannot_be_quantized_is_named():
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(1e-7)
+    with pytest.raises(ConfigError, match=r"^model\.layers\.1\.mlp\.up_proj: quantize: weights of at most"):
+        quantize_model_(model, GroupQuantConfig())

@@ -1,0 +1,66 @@
+"""The embedding and the head under quantize_embeddings: what is named stays in float, and comes back so."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from qbl_trl import GroupQuantConfig
+from qbl_trl.quant.embedding import GroupQuantEmbedding
+from qbl_trl.quant.hf_quantizer import quantize_model_
+from qbl_trl.quant.linear import GroupQuantLinear
+from tests.tiny import logits, tiny_llama, tokens
+
+IDS = tokens()
+
+
+def kinds(model):
+    return type(model.get_input_embeddings()), type(model.get_output_embeddings())
+
+
+@pytest.mark.parametrize(
+    ("tied", "kept", "expected"),
+    [
+        (False, ["lm_head", "embed_tokens"], (nn.Embedding, nn.Linear)),
+        (False, ["lm_head"], (GroupQuantEmbedding, nn.Linear)),
+        (False, ["model.embed_tokens"], (nn.Embedding, GroupQuantLinear)),
+        (False, ["down_proj"], (GroupQuantEmbedding, GroupQuantLinear)),
+        (True, ["lm_head"], (nn.Embedding, nn.Linear)),
+        (True, ["embed_tokens"], (nn.Embedding, nn.Linear)),
+        (True, ["down_proj"], (GroupQuantEmbedding, GroupQuantLinear)),
+    ],
+)
+def test_what_is_named_stays_in_float_and_a_tied_pair_stays_one(tmp_path, tied, kept, expected):
+    tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "float")
+    settings = GroupQuantConfig(quantize_embeddings=True, modules_to_not_convert=kept)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=settings)
+    assert kinds(model) == expected
+    model.save_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert kinds(again) == expected
+    assert (again.get_input_embeddings().weight is again.get_output_embeddings().weight) == tied
+    assert torch.equal(logits(again, IDS), logits(model, IDS))
+
+
+def test_an_embedding_that_does_more_than_look_rows_up_can_be_left_in_float():
+    model = tiny_llama()
+    table = model.model.embed_tokens
+    model.model.embed_tokens = nn.Sequential(table)
+    model.get_input_embeddings = lambda: model.model.embed_tokens
+    kept = GroupQuantConfig(quantize_embeddings=True, modules_to_not_convert=["embed_tokens"])
+    quantize_model_(model, kept)
+    assert isinstance(model.lm_head, GroupQuantLinear)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_folder_that_holds_them_packed_opens_whatever_its_configuration_keeps(tmp_path, tied):
+    model = quantize_model_(tiny_llama(tie_word_embeddings=tied), GroupQuantConfig(quantize_embeddings=True))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"] = ["lm_head"]  # an older version packed it all the same
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert kinds(again) == (GroupQuantEmbedding, GroupQuantLinear)
+    assert torch.equal(logits(again, IDS), logits(model, IDS))
