@@ -159,13 +159,13 @@ def _to_pack(
 ) -> tuple[nn.Embedding | None, nn.Linear | None]:
     """The embedding and the head; None for what there is not, and for what stays in float."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    table, head = (None if _stays(model, layer, config, packed) else layer for layer in (table, head))
-    if type(table) not in (nn.Embedding, type(None)) or not isinstance(head, nn.Linear | None):
+    no_table, no_head = (_stays(model, layer, config, packed) for layer in (table, head))
+    if not (no_table or type(table) is nn.Embedding) or not (no_head or isinstance(head, nn.Linear | None)):
         raise ConfigError(
             f"quantize_embeddings=True needs a plain nn.Embedding and nn.Linear head, {type(model).__name__} has "
             f"{type(table).__name__} and {type(head).__name__}; set quantize_embeddings=False"
         )
-    return table, head
+    return None if no_table else table, None if no_head else head
 
 
 def _stays(model: nn.Module, layer: nn.Module | None, config: GroupQuantConfig, packed: Container[str]) -> bool:

@@ -8,7 +8,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qbl_trl import GroupQuantConfig
+from qbl_trl.errors import ConfigError
 from qbl_trl.quant.embedding import GroupQuantEmbedding
+from qbl_trl.quant.head import quantize_embeddings_
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
 from tests.tiny import logits, tiny_llama, tokens
@@ -49,6 +51,8 @@ def test_an_embedding_that_does_more_than_look_rows_up_can_be_left_in_float():
     table = model.model.embed_tokens
     model.model.embed_tokens = nn.Sequential(table)
     model.get_input_embeddings = lambda: model.model.embed_tokens
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has Sequential and Linear; set quantize_embeddings=False"):
+        quantize_embeddings_(model, GroupQuantConfig(quantize_embeddings=True))
     kept = GroupQuantConfig(quantize_embeddings=True, modules_to_not_convert=["embed_tokens"])
     quantize_model_(model, kept)
     assert isinstance(model.lm_head, GroupQuantLinear)
