@@ -1,11 +1,12 @@
 """How large keys and values become, measured on text: the caller's, or what the model writes when left to itself.
 
-Text of its own begins with random tokens, in every other row behind the token that begins its texts. Features that the
+Text of its own begins with random tokens, in every other row behind the token that begins its texts, and is drawn at a
+temperature at which a model that was tuned to answer with one word writes more than that. Features that the
 rotary embedding turns into each other share one range, the norm of the pair: rotation leaves it as it is, so that short
 texts tell of all positions.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from torch import Tensor
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.files import MODEL_FILE
 from qbl_trl.onnx.gate import Gate
-from qbl_trl.onnx.options import SHORTEST
 from qbl_trl.onnx.session import OnnxLogits
 
+Cache = Mapping[str, np.ndarray]  # keys and values (B, heads, T, features) by the same names
 Ranges = Mapping[str, np.ndarray]  # largest absolute values (heads, features) by the name of the cache's input
 
 KEY, COS = 3, 7  # among GroupQueryAttention's inputs
-_ROWS, _LENGTH = 16, 64  # of the text that a model writes for this
+_ROWS, _LENGTH = 32, 32  # of the text that a model writes for this: many beginnings tell more than long ends
+_TEMPERATURE = 1.5
 _HELD_OUT = 2  # rows more, which the gate reads and no range has seen
 
 
@@ -47,37 +49,55 @@ def measured(folder: Path, config: Any, longest: int, texts: list[Tensor] | None
         texts: token ids (B, S) without padding; None for the model's own.
     """
     graph, length = OnnxLogits(folder), min(_LENGTH, longest)
-    own = write_text(graph, config.vocab_size, config.bos_token_id, _HELD_OUT + _ROWS, length)
-    ranges = largest(graph, folder / MODEL_FILE, own[_HELD_OUT:].split(1) if texts is None else texts)
-    read = own[:_HELD_OUT, : max(length // 2, SHORTEST)]  # token by token, twice: long enough
-    return ranges, Gate(lambda ids, mask: graph.with_cache(ids, mask, 1), read)  # a graph of last logits gives all so
+    turned = rotated_features(onnx.load(folder / MODEL_FILE, load_external_data=False).graph)
+    own, cache = write_text(graph, config, _HELD_OUT + _ROWS, length)
+    written = ({name: values[_HELD_OUT:] for name, values in cache.items()},)
+    ranges = largest(written if texts is None else caches_of(graph, texts), turned)
+    # token by token: a graph of last logits gives all so
+    return ranges, Gate(lambda ids, mask: graph.with_cache(ids, mask, 1), own[:_HELD_OUT])
 
 
-def write_text(graph: OnnxLogits, vocabulary: int, first: Any, rows: int, length: int) -> Tensor:
-    """Tokens (rows, length) drawn from a model's own distribution; odd rows begin with `first`, where that is one."""
-    generator = torch.Generator().manual_seed(0)
+def write_text(graph: OnnxLogits, config: Any, rows: int, length: int) -> tuple[Tensor, Cache]:
+    """Tokens (rows, length) drawn from a model's own distribution, and the cache of all but the last.
+
+    Odd rows begin with the token that begins texts, where there is one; none that begins or ends them follows.
+    """
+    generator, vocabulary = torch.Generator().manual_seed(0), config.vocab_size
     tokens = torch.randint(0, vocabulary, (rows, min(2, length)), generator=generator)
-    if isinstance(first, int) and 0 <= first < vocabulary:
+    marks = [mark for mark in _marks(config) if mark < vocabulary]
+    first = config.bos_token_id
+    if first in marks:
         tokens[1::2, 0] = first  # odd rows: a gate pads its first
     cache, start = graph.empty_cache(rows), 0
     while tokens.shape[1] < length:
         logits, cache = graph.step(tokens[:, start:], torch.ones_like(tokens), cache)
-        start = tokens.shape[1]
-        drawn = torch.multinomial(logits[:, -1].softmax(-1), 1, generator=generator)
-        tokens = torch.cat([tokens, drawn], 1)
-    return tokens
+        start, likely = tokens.shape[1], logits[:, -1] / _TEMPERATURE
+        if len(marks) < vocabulary:
+            likely[:, marks] = -torch.inf
+        tokens = torch.cat([tokens, torch.multinomial(likely.softmax(-1), 1, generator=generator)], 1)
+    return tokens, cache
 
 
-def largest(graph: OnnxLogits, file: Path, texts: Iterable[Tensor]) -> Ranges:
-    """The largest keys and values of texts, token ids (B, S) without padding.
+def _marks(config: Any) -> set[int]:
+    """Tokens that begin, end or pad texts."""
+    given = [getattr(config, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")]
+    return {mark for ids in given for mark in (ids if isinstance(ids, list) else [ids]) if isinstance(mark, int)}
+
+
+def caches_of(graph: OnnxLogits, texts: Iterable[Tensor]) -> Iterator[Cache]:
+    """Keys and values of texts, token ids (B, S) without padding, row by row: the logits of one are enough memory."""
+    for row in (row for text in texts for row in text.split(1)):
+        yield graph.step(row, torch.ones_like(row), graph.empty_cache(1))[1]
+
+
+def largest(caches: Iterable[Cache], turned: Mapping[str, tuple[int, bool]]) -> Ranges:
+    """The largest keys and values of all.
 
     Args:
-        graph: of the same file.
+        turned: see `rotated_features`.
     """
-    turned = rotated_features(onnx.load(file, load_external_data=False).graph)
     found = dict[str, np.ndarray]()
-    for row in (row for text in texts for row in text.split(1)):  # the logits of one row are enough memory
-        _, cache = graph.step(row, torch.ones_like(row), graph.empty_cache(1))
+    for cache in caches:
         for name, values in cache.items():
             here = spread_over_pairs(values.astype(np.float32), *turned.get(name, (0, False))).max((0, 2))
             found[name] = np.maximum(found.get(name, 0.0), here)
