@@ -19,13 +19,14 @@ from torch import Tensor
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.files import MODEL_FILE
 from qbl_trl.onnx.gate import Gate
+from qbl_trl.onnx.options import SHORTEST
 from qbl_trl.onnx.session import OnnxLogits
 
 Cache = Mapping[str, np.ndarray]  # keys and values (B, heads, T, features) by the same names
 Ranges = Mapping[str, np.ndarray]  # largest absolute values (heads, features) by the name of the cache's input
 
 KEY, COS = 3, 7  # among GroupQueryAttention's inputs
-_ROWS, _LENGTH = 32, 32  # of the text that a model writes for this: many beginnings tell more than long ends
+_ROWS, _LENGTH = 16, 64  # of the text that a model writes for this
 _TEMPERATURE = 1.5
 _HELD_OUT = 2  # rows more, which the gate reads and no range has seen
 
@@ -53,8 +54,8 @@ def measured(folder: Path, config: Any, longest: int, texts: list[Tensor] | None
     own, cache = write_text(graph, config, _HELD_OUT + _ROWS, length)
     written = ({name: values[_HELD_OUT:] for name, values in cache.items()},)
     ranges = largest(written if texts is None else caches_of(graph, texts), turned)
-    # token by token: a graph of last logits gives all so
-    return ranges, Gate(lambda ids, mask: graph.with_cache(ids, mask, 1), own[:_HELD_OUT])
+    read = own[:_HELD_OUT, : max(length // 2, SHORTEST)]  # token by token, twice: long enough
+    return ranges, Gate(lambda ids, mask: graph.with_cache(ids, mask, 1), read)  # a graph of last logits gives all so
 
 
 def write_text(graph: OnnxLogits, config: Any, rows: int, length: int) -> tuple[Tensor, Cache]:

@@ -14,7 +14,7 @@ from qbl_trl import export_onnx, verify
 from qbl_trl.errors import ConfigError, ExportError
 from qbl_trl.onnx import making
 from qbl_trl.onnx.protos import subgraphs
-from qbl_trl.onnx.ranges import measured, spread_over_pairs
+from qbl_trl.onnx.ranges import measured, spread_over_pairs, write_text
 from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.parity import positions
 from tests.onnx.architectures import ARCHITECTURES, GATED, build
@@ -271,3 +271,13 @@ def test_a_model_without_the_operator_is_refused(tmp_path):
 def test_heads_that_share_no_keys_have_a_cache_of_8_bits_too(tmp_path):
     export_onnx(tiny_gpt2(), tmp_path / "out", kv_cache_dtype="int8")
     assert operators(tmp_path / "out").count("If") == operators(tmp_path / "out" / "model_genai.onnx").count("If") == 2
+
+
+def test_text_of_its_own_holds_no_mark_of_beginning_or_end(tmp_path):
+    model = merged_llama()
+    export_onnx(model, tmp_path / "out", attention="gqa")
+    written, cache = write_text(OnnxLogits(tmp_path / "out"), model.config, 8, 24)
+    assert written.shape == (8, 24)
+    assert (written[1::2, 0] == model.config.bos_token_id).all()
+    assert not torch.isin(written[:, 2:], torch.tensor([model.config.bos_token_id, model.config.eos_token_id])).any()
+    assert all(values.shape[2] == 23 for values in cache.values())
