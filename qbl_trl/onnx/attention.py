@@ -91,10 +91,9 @@ def _rotate_apart(editor: Editor, masks: Masks, skeleton: Skeleton, max_length: 
             raise Unfusable(f"{node.name}: rotary embedding is used outside attention")
         tables = _tables(editor, table, skeleton, max_length)
         rows = _rows(editor, node, table, masks, skeleton)
-        told = {
-            "interleaved": int(attribute(node, "interleaved"))
-        }  # all features: what is not turned was cut off before
-        turned = editor.add(node, "RotaryEmbedding", [node.inputs[0], *tables, rows], told, like=node.outputs[0])
+        # All features are turned: those that are not were cut off before.
+        pairs = {"interleaved": int(attribute(node, "interleaved"))}
+        turned = editor.add(node, "RotaryEmbedding", [node.inputs[0], *tables, rows], pairs, like=node.outputs[0])
         turned.outputs[0].shape = node.outputs[0].shape
         editor.replace(node.outputs[0], turned.outputs[0])
         editor.remove(node)

@@ -65,7 +65,7 @@ def write_text(graph: OnnxLogits, config: Any, rows: int, length: int) -> tuple[
     """
     generator, vocabulary = torch.Generator().manual_seed(0), config.vocab_size
     tokens = torch.randint(0, vocabulary, (rows, min(2, length)), generator=generator)
-    marks = [mark for mark in _marks(config) if mark < vocabulary]
+    marks = [mark for mark in _marks(config) if 0 <= mark < vocabulary]
     first = config.bos_token_id
     if first in marks:
         tokens[1::2, 0] = first  # odd rows: a gate pads its first
