@@ -14,18 +14,9 @@ from transformers import (
 )
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
-from tests.tiny import logits, tokens
+from tests.tiny import SIZES, logits, tokens
 
-COMMON = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 100,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
+COMMON = {**SIZES, "pad_token_id": 0}
 GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100, "n_positions": 64}
 ARCHITECTURES = {
     "Mistral": COMMON,

@@ -11,21 +11,21 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+SIZES: dict[str, object] = {  # two layers of width 64 with grouped-query attention
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 64,
+}
+
 
 def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
-    """Two layers of width 64 with grouped-query attention."""
+    """A Llama of SIZES."""
     torch.manual_seed(seed)
-    settings: dict[str, object] = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 100,
-        "max_position_embeddings": 64,
-        **changes,
-    }
-    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes})).eval()
 
 
 def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:

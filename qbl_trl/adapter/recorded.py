@@ -101,7 +101,8 @@ def _identity(recorded: dict[str, Any]) -> dict[str, Any]:
     method = recorded.get("quant_method", QUANT_METHOD)
     found = {"quant_method": method} | {name: recorded[name] for name in _SAME.get(method, ()) if name in recorded}
     if _KEPT in found:
-        found[_KEPT] = sorted(set(found[_KEPT] or ()))  # none or an empty list, in whatever order
+        always = () if recorded.get("quantize_embeddings") else ("lm_head",)  # in float, named or not
+        found[_KEPT] = sorted(set(found[_KEPT] or ()).difference(always))  # none or an empty list, in whatever order
     return found | ({_MERGED: holds_merged(recorded)} if method == QUANT_METHOD else {})
 
 

@@ -20,6 +20,7 @@ from qbl_trl.onnx.branches import choose_branches
 from qbl_trl.onnx.digits import layout_for
 from qbl_trl.onnx.gate import Gate
 from qbl_trl.onnx.genai import write_genai_config
+from qbl_trl.onnx.layers import DenseBase
 from qbl_trl.onnx.making import finish, make_exact
 from qbl_trl.onnx.options import TOLERANCE, check_choices
 from qbl_trl.onnx.ranges import check_texts, measured
@@ -132,7 +133,8 @@ def export_onnx(
     with progress(4 + bool(kv_cache_dtype), "reading the model", "step") as bar:
         held = companions.Held(model_or_path)
         check_supported(held.decoder())
-        linear_sources(held.decoder())  # refuses what cannot be lowered before work starts
+        sources = linear_sources(held.decoder())  # refuses what cannot be lowered before work starts
+        quantized = any(not isinstance(source.base, DenseBase) for source in sources.values())
         options = Options(
             dtype=torch.float32,
             lowering=lowering,
@@ -188,7 +190,7 @@ def export_onnx(
             companions.write(held, model_or_path, tokenizer, folder, float_type)
             write_genai_config(text_config, held.generation_config, folder, provider, exact.shares, options.max_length)
             size = folder_bytes(folder)
-    if all(layer.operator == "MatMul" for layer in final.layers):
+    if not quantized:
         logger.warning(
             "no layer of this model is quantized: the graph holds it in %s. For 4 bits load it with GroupQuantConfig, "
             "or give the folder to `qbl-trl quantize` first",

@@ -66,14 +66,15 @@ class Gate:
 
         Raises:
             Unrunnable: if ONNX Runtime does not run it.
-            Disagreement: if a difference is beyond `tolerance` (None: never, and only a second way to run the graph is
-                held to the usual one). Where no logit reaches 1, as in models with random weights, the tolerance
+            Disagreement: if a difference is beyond `tolerance` (None: never; a second way to run the graph is then
+                held to the first). Where no logit reaches 1, as in models with random weights, the tolerance
                 shrinks with the largest of them.
         """
         with _run_errors():
             reports = self.measure(OnnxLogits(folder))  # one session in memory at a time
         largest = max(report.max_abs_difference for report in reports)
-        allowed = (TOLERANCE if tolerance is None else tolerance) * min(1.0, float(self.reference.abs().max()))
+        scale = min(1.0, float(self.reference.abs().max()))
+        allowed = largest + TOLERANCE * scale if tolerance is None else tolerance * scale
         if tolerance is not None and not largest <= allowed:
             raise Disagreement(
                 f"the graph's logits differ from the torch model's by up to {largest:.2e}, allowed: {allowed:.0e}; "

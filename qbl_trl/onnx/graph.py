@@ -41,10 +41,13 @@ class Editor:
 
     def weight(self, name: str, shape: Sequence[int], dtype: torch.dtype, read: Callable[[], Tensor]) -> ir.Value:
         """An initializer whose content is produced by `read` when the file is written; same name, same initializer."""
-        known = self.graph.initializers.get(name)
+        known, kind = self.graph.initializers.get(name), TORCH_TO_IR[dtype]
         if known is not None:
+            if known.dtype != kind or list(known.shape or ()) != list(shape):
+                raise TypeError(
+                    f"{name}: two weights of one name, {known.dtype} {known.shape} and {kind} {tuple(shape)}"
+                )
             return known
-        kind = TORCH_TO_IR[dtype]
 
         def load() -> ir.TensorProtocol:
             tensor = read().detach().to(device="cpu", dtype=dtype).reshape(list(shape)).contiguous()

@@ -127,6 +127,7 @@ class LinearLowering:
             read_zeros, branches = folded_zeros(name, base, branches), ()
             zero_dtype, zero_width = dtype, groups
         stem = self.shared.get(base.weight.pointers, name)
+        zeros = f"{stem if zero_dtype == torch.uint8 else name}.zeros"  # folded ones are this layer's alone
         blob = base.group_size * base.bits // 8
         inputs: list[ir.Value | None] = [
             x,
@@ -137,7 +138,7 @@ class LinearLowering:
             None,
         ]
         if read_zeros is not None:
-            inputs[3] = editor.weight(f"{stem}.zeros", (rows, zero_width), zero_dtype, read_zeros)
+            inputs[3] = editor.weight(zeros, (rows, zero_width), zero_dtype, read_zeros)
         if source.bias is not None:
             inputs[5] = editor.weight(f"{name}.bias", (rows,), dtype, give(source.bias))
         while inputs[-1] is None:

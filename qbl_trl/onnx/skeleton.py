@@ -252,8 +252,6 @@ def _traced_attention(
 
 
 # They make the causal mask themselves, whatever the attention; nothing else is in it.
-_CAUSAL_MASKS = (
-    *("bart", "biogpt", "blenderbot", "blenderbot-small", "marian", "mbart", "opt", "pegasus", "persimmon"),
-)
+_CAUSAL_MASKS = ("bart", "biogpt", "blenderbot", "blenderbot-small", "marian", "mbart", "opt", "pegasus", "persimmon")
 # Arguments of attention functions that change the result; the others (position_ids, cache_position, ...) do not.
 _MEANINGFUL = ("head_mask", "s_aux", "position_bias", "relative_position", "block_bias", "alibi")

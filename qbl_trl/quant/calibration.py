@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -46,7 +47,7 @@ def walk(model: nn.Module, names: Sequence[str], calibration: Iterable[Batch]) -
     """Yield the pieces that hold the named layers; layers changed in one piece are seen by those that follow.
 
     Args:
-        calibration: batches, each (batch, tokens) integer ids or a mapping of the model's arguments, without padding.
+        calibration: see `calibration_batches`.
 
     Raises:
         ConfigError: as `calibration_batches`.
@@ -214,15 +215,12 @@ def _checked(batch: Any, vocabulary: int | None) -> dict[str, Any]:
     arguments = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     if "input_ids" not in arguments:  # pixels, sound, embeddings
         return _arguments(arguments, torch.device("cpu"))
-    try:  # on the CPU, whatever the default device: a model that is being loaded is on none
-        ids = torch.as_tensor(arguments["input_ids"], device="cpu")
-    except (TypeError, ValueError, RuntimeError):
-        ids = torch.empty(())
     wide = {
-        name: torch.as_tensor(value, device="cpu")
+        name: _tensor(name, value)
         for name, value in arguments.items()
-        if isinstance(value, list | Tensor) and name != "input_ids"
+        if isinstance(value, list | tuple | np.ndarray | Tensor) or name == "input_ids"
     }
+    ids = wide.pop("input_ids")
     if ids.dim() == 1:  # one text
         ids, wide = ids[None], {name: value[None] for name, value in wide.items()}
     arguments |= wide
@@ -234,6 +232,18 @@ def _checked(batch: Any, vocabulary: int | None) -> dict[str, Any]:
         )
     others = {name: value for name, value in arguments.items() if name not in ("input_ids", "attention_mask")}
     return {"input_ids": ids, **others}
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    """On the CPU, whatever the default device: a model that is being loaded is on none."""
+    try:
+        return torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        if name == "input_ids":
+            return torch.empty(())  # what is no token ids is refused in words of its own
+        raise ConfigError(
+            f"calibration: {name} of a batch is no tensor, and no lists of numbers of one length"
+        ) from None
 
 
 def tokens_of(batch: Any) -> Tensor:

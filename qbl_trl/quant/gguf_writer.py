@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.importers.gguf import GGUFReader
@@ -83,6 +84,8 @@ def write_gguf(model: nn.Module, path: Path, template: Path) -> tuple[int, float
 
 def _check_shapes(model: nn.Module, layers: dict[str, GroupQuantLinear], source: GGUFReader, template: Path) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    transposed = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)]
+    shapes |= {name: shapes[name][::-1] for name in transposed}
     shapes |= {f"{name}.weight": (layer.out_features, layer.in_features) for name, layer in layers.items()}
     for name, place in source.sources().items():
         theirs = tuple(int(size) for size in reversed(source.raw(name).shape))

@@ -21,7 +21,7 @@ _CHOSEN = ("bits", "group_size", "scale_dtype")
 
 
 def requested(model: nn.Module, config: GroupQuantConfig) -> GroupQuantConfig:
-    """The settings that a float model is quantized by: the given configuration, or a copy without what is only stored.
+    """The settings that a float model is quantized by: without what is only stored, with calibration that was checked.
 
     Raises:
         ConfigError: if single layers are to have another format, or calibration data are missing or no token ids.
@@ -53,5 +53,5 @@ def requested(model: nn.Module, config: GroupQuantConfig) -> GroupQuantConfig:
             raise ConfigError(
                 'GroupQuantConfig: algorithm="gptq" needs calibration=[token id tensors of (batch, tokens)]'
             )
-        config.calibration = calibration_batches(model, config.calibration)
+        config = dataclasses.replace(config, calibration=calibration_batches(model, config.calibration))
     return config

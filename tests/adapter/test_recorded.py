@@ -42,6 +42,7 @@ def test_a_base_of_other_numbers_is_noticed_where_as_many_layers_are_packed(tmp_
     [
         ({"modules_to_not_convert": ["k_proj", "v_proj"]}, {"modules_to_not_convert": ["v_proj", "k_proj"]}),
         ({}, {"modules_to_not_convert": []}),
+        ({}, {"modules_to_not_convert": ["lm_head"]}),
     ],
 )
 def test_the_same_base_in_other_words_is_the_same(tmp_path, there, here):

@@ -13,18 +13,9 @@ from qbl_trl.quant.importers.gguf_config import stated_settings
 from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.writers import write_checkpoint
 from tests.quant.foreign_gguf import put_on_grid_, write_gguf
-from tests.tiny import logits, tiny_llama, tokens
+from tests.tiny import SIZES, logits, tiny_llama, tokens
 
 FLOAT = {"embed": "F32", "wte": "F32", "wpe": "F32", "lm_head": "F32"}
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 100,
-    "max_position_embeddings": 64,
-}
 
 
 def tiny(model_type, **settings):
@@ -167,7 +158,7 @@ def test_a_scale_of_queries_that_no_file_can_state_is_refused(tmp_path):
 
 
 def test_a_float_matrix_that_is_stored_transposed_is_not_written_as_it_is(tmp_path):
-    write_gguf(tmp_path / "in.gguf", tiny("gpt2"), FLOAT | {"attn.c_proj": "F32"}, architecture="gpt2")
+    write_gguf(tmp_path / "in.gguf", tiny("gpt2"), FLOAT | {"c_proj": "F32"}, architecture="gpt2")
     convert_checkpoint(tmp_path / "in.gguf", tmp_path / "ours")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     model.transformer.h[0].attn.c_proj.weight.data += 1

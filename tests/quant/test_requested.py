@@ -69,8 +69,10 @@ def test_token_ids_are_taken_in_any_sensible_shape(given, shapes):
     assert all(batch["input_ids"].dtype == torch.int64 and batch.keys() == {"input_ids"} for batch in found)
 
 
-def test_what_a_model_takes_beside_its_ids_is_kept():
-    (batch,) = calibration_batches(tiny_llama(), [{"input_ids": [1, 2], "position_ids": [0, 1]}])
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
+def test_what_a_model_takes_beside_its_ids_is_kept(kind):
+    given = {"input_ids": kind([1, 2]), "position_ids": kind([0, 1])}
+    (batch,) = calibration_batches(tiny_llama(), [given])
     assert torch.equal(batch["position_ids"], torch.tensor([[0, 1]]))
 
 
@@ -78,6 +80,7 @@ def test_what_a_model_takes_beside_its_ids_is_kept():
     ("given", "message"),
     [
         (5, "calibration=5 is no list of batches"),
+        ([{"input_ids": [1, 2], "words": ["a", "b"]}], "words of a batch is no tensor, and no lists of numbers"),
         ("some text", "calibration='some text' is no list of batches"),
         (None, r"needs calibration=\["),
         ([], "no batch was given"),
