@@ -111,7 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
     verify = add("verify", "compare two models on the same text", "merged onnx --text 'Once upon a time'")
     verify.add_argument("reference", help="folder of a torch or ONNX model")
     verify.add_argument("candidate", help="folder of a torch or ONNX model")
-    verify.add_argument("--text", default=_TEXT, help="what both read (default: a few sentences)")
+    verify.add_argument("--text", default=_TEXT, help="what both read (default: two sentences)")
     verify.add_argument(
         "--tolerance",
         type=options.tolerance_or_none,

@@ -133,8 +133,8 @@ def export_onnx(
     with progress(4 + bool(kv_cache_dtype), "reading the model", "step") as bar:
         held = companions.Held(model_or_path)
         check_supported(held.decoder())
-        sources = linear_sources(held.decoder())  # refuses what cannot be lowered before work starts
-        quantized = any(not isinstance(source.base, DenseBase) for source in sources.values())
+        # Refuses what cannot be lowered before work starts. No source is kept: it would keep the model's weights.
+        quantized = any(not isinstance(source.base, DenseBase) for source in linear_sources(held.decoder()).values())
         options = Options(
             dtype=torch.float32,
             lowering=lowering,

@@ -8,12 +8,13 @@ import pytest
 import torch
 import transformers
 
-from qbl_trl import export_onnx, verify
+from qbl_trl import GroupQuantConfig, export_onnx, verify
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.companions import Held
 from qbl_trl.onnx.gate import Gate
 from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.parity import ParityReport
+from qbl_trl.quant.hf_quantizer import quantize_model_
 from tests.onnx.architectures import ARCHITECTURES, build
 from tests.onnx.models import merged_llama
 from tests.tiny import tiny_gpt2, tiny_llama
@@ -171,6 +172,25 @@ def test_a_model_read_from_a_folder_is_let_go_and_read_again_and_a_given_one_is_
     given.let_go()
     gc.collect()
     assert given.model() is model()
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_no_weight_of_a_folder_is_held_while_onnx_runtime_holds_its_own(tmp_path, monkeypatch, bits):
+    model = quantize_model_(tiny_llama(), GroupQuantConfig())
+    model.save_pretrained(tmp_path / "model")
+    shape = model.model.layers[0].mlp.down_proj.weight.shape
+    del model
+    held, opened = [], OnnxLogits.__init__
+
+    def counting(graph, *args, **kwargs):
+        gc.collect()
+        held.append(sum(isinstance(one, torch.Tensor) and one.shape == shape for one in gc.get_objects()))
+        opened(graph, *args, **kwargs)
+
+    monkeypatch.setattr(OnnxLogits, "__init__", counting)
+    export_onnx(tmp_path / "model", tmp_path / "out", embedding_bits=bits)
+    assert held
+    assert not any(held)
 
 
 def test_a_model_without_a_quantized_layer_is_said_to_stay_in_float(tmp_path, caplog):
