@@ -108,8 +108,8 @@ class QBLoRAConfig(LoraConfig):
             group size chose, so that a saved adapter states every factor.
         base_quantization: the GroupQuantConfig, BitsAndBytesConfig or HqqConfig of the base as a dictionary, recorded
             when the adapter is placed, so that the same base can be made again from its float checkpoint.
-        quantized_layers: how many of its layers were in groups, recorded likewise: transformers 4.57 and 5 hold the
-            experts of a mixture differently, and quantize other layers of it.
+        quantized_layers: how many of its layers were in groups, recorded likewise: transformers 4.57 keeps the experts
+            of some mixtures (GPT-OSS) in one tensor, which is no layer.
 
     Raises:
         ConfigError: on a value outside its range or a LoraConfig feature that has no balanced form.

@@ -12,7 +12,7 @@ from typing import Any
 
 from qbl_trl.config import QUANT_METHOD, GroupQuantConfig, QBLoRAConfig, holds_merged
 from qbl_trl.errors import CheckpointError, ConfigError
-from qbl_trl.rope import restore_rope_
+from qbl_trl.older_names import restore_settings_
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def open_model(
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(source, revision=revision)
-    if restore_rope_(config):
+    if restore_settings_(config):
         options["config"] = config
         if num_labels is not None:
             config.num_labels = num_labels

@@ -7,7 +7,7 @@ from torch import nn
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
 from qbl_trl.errors import MergeError
-from qbl_trl.quant.hf_quantizer import quantize_layer_
+from qbl_trl.quant.apply import quantize_layer_
 from qbl_trl.quant.linear import GroupQuantLinear
 from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
 

@@ -27,6 +27,7 @@ from qbl_trl.peft_type import NAME, QBLORA
 from qbl_trl.quant.head import set_apart_, untie_changed_head_
 from qbl_trl.quant.hf_quantizer import describe_stored_
 from qbl_trl.quant.packed import PackedWeight
+from qbl_trl.quant.renaming import name_here
 
 
 class QBLoRAModel(LoraModel):
@@ -48,6 +49,11 @@ class QBLoRAModel(LoraModel):
         """Write down what the base decides, so that the saved adapter says it: its format, and the pooled group."""
         prepared: QBLoRAConfig = super()._prepare_adapter_config(peft_config, model_config)
         _refuse_packed(prepared, self.model)
+        modules = dict(self.model.named_modules())
+        for key in ("target_modules", "exclude_modules"):
+            names = getattr(prepared, key)
+            if isinstance(names, set | list):
+                setattr(prepared, key, {name_here(name, modules) for name in names})
         chosen = resolve_all_linear(prepared, self.model)
         if chosen is not None:
             prepared.target_modules = chosen  # type: ignore[assignment]  # a set, as PEFT's own
@@ -84,6 +90,21 @@ class QBLoRAModel(LoraModel):
         state: dict[str, Tensor] = super()._get_adapter_state_dict(*args, **kwargs)
         _validate_lora_adapter_state_dict(state)
         return state
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's, from the names that modules have in this version of transformers."""
+        own = {cls._remove_adapter_name_from_key(name, adapter_name) for name in model.state_dict()}
+        own |= {f"base_model.model.{name}" for name in own}
+        here: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model=model,
+            config=config,
+            adapter_name=adapter_name,
+            state_dict={name_here(name, own): tensor for name, tensor in state_dict.items()},
+        )
+        return here
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *_: Any, **__: Any) -> dict[str, Tensor]:

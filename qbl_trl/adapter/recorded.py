@@ -83,8 +83,8 @@ def record_layers_(config: QBLoRAConfig, model: nn.Module) -> None:
     elif told != count:
         warnings.warn(
             f"the adapter was trained over a base with {told} quantized layers, and this one has {count}: its outputs "
-            "will differ from what was trained. transformers 4.57 and 5 quantize other layers of a mixture of experts; "
-            "load it with the one that it was trained with",
+            "will differ from what was trained. Of some mixtures, transformers 5 has quantized experts and 4.57 has "
+            "not; load it with the one that it was trained with",
             stacklevel=2,
         )
 

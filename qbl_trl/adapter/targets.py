@@ -9,6 +9,7 @@ from torch import nn
 from qbl_trl.adapter.bases import describe, foreign_kind
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.targets import routers
 
 _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}  # in PeftModelFor... of PEFT
 
@@ -18,6 +19,7 @@ def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | Non
 
     - PEFT counts subclasses of nn.Linear: layers of HQQ, GPTQ and AWQ are added.
     - quantization_aware: only layers over affine groups, where there are any; a merge has to be exact.
+    - Routers keep choosing the experts that the model was trained with; transformers 5 has no linear layer there.
     - What trains whole needs no adapter, and PEFT cannot wrap a layer that has one: modules_to_save, and the heads that
       PEFT adds to it for some tasks once the adapter is placed.
     - layers_to_transform: PEFT heeds layer numbers for parts of names, not for full ones; they are heeded here.
@@ -34,7 +36,7 @@ def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | Non
         *(config.modules_to_save or ()),
         *_HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ()),
     }
-    chosen = {name for name in plain | foreign if not _trains_whole(name, whole)}
+    chosen = {name for name in plain | foreign if not _trains_whole(name, whole)}.difference(routers(model))
     if config.quantization_aware:
         grouped = {name for name in chosen if _has_groups(_base(model, name))}
         chosen = grouped or chosen

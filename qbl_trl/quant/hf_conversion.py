@@ -5,11 +5,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
-from qbl_trl.quant.hf_quantizer import GroupQuantizer, quantize_layer_
+from qbl_trl.quant.hf_quantizer import GroupQuantizer
 
 
 class GroupQuantize(ConversionOps):  # type: ignore[misc]
-    """Takes one float weight and puts the packed layer in place of the layer it belongs to."""
+    """Takes one float weight and puts the packed layer, or those of its experts, in place of what it belongs to."""
 
     def __init__(self, hf_quantizer: GroupQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
@@ -26,8 +26,7 @@ class GroupQuantize(ConversionOps):  # type: ignore[misc]
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
         if model is not None and full_layer_name is not None:
-            name = full_layer_name.rpartition(".")[0]
-            quantize_layer_(model, name, weight, self.hf_quantizer.quantization_config)
+            self.hf_quantizer.quantize_arrived_(model, full_layer_name, weight)
             if missing_keys is not None:
                 missing_keys.discard(full_layer_name)
         return {}

@@ -5,35 +5,31 @@ packed checkpoint is loaded into packed layers, after its headers were checked. 
 are served: transformers 4.57 calls `create_quantized_param`, transformers 5 runs the operation of `get_quantize_ops`.
 """
 
-import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from qbl_trl.config import ALLOWED_GROUP_SIZES, QUANT_METHOD, SCALE_DTYPES, GroupQuantConfig
+from qbl_trl.config import ALLOWED_GROUP_SIZES, QUANT_METHOD, GroupQuantConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.generation import BEFORE_5
-from qbl_trl.quant.algorithms import quantize
-from qbl_trl.quant.checkpoint import check_tensors, read_headers
-from qbl_trl.quant.head import empty_embeddings_, quantize_embeddings_, tie_again_
+from qbl_trl.older_names import restore_settings_
+from qbl_trl.quant.apply import finish_, quantize_layer_
+from qbl_trl.quant.checkpoint import Stored, check_tensors, read_headers
+from qbl_trl.quant.head import empty_embeddings_, tie_again_
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import BESIDE_CODES, PackedWeight
-from qbl_trl.quant.renaming import names_in_model
+from qbl_trl.quant.renaming import name_here, names_in_model
 from qbl_trl.quant.requested import requested
+from qbl_trl.quant.stacks import keep_apart, not_joining, separate_, set_apart, together_
 from qbl_trl.quant.stored import empty_layer, expected_tensors, folder_of, packed_in, stored_layers
 from qbl_trl.quant.targets import target_layers
-from qbl_trl.rope import restore_rope_
-
-logger = logging.getLogger(__name__)
-
-_WORTH_SAYING = 0.2  # share of the weights
 
 
 class GroupQuantizer(HfQuantizer):
@@ -54,7 +50,7 @@ class GroupQuantizer(HfQuantizer):
         return self._check_files(config)
 
     def _check_files(self, config: Any) -> Any:
-        restore_rope_(config)
+        restore_settings_(config)
         folder = folder_of(config) if self.pre_quantized else None
         if folder is not None:
             read_headers(folder)
@@ -64,26 +60,50 @@ class GroupQuantizer(HfQuantizer):
         _refuse_disk(kwargs.get("device_map"))
         if not self.pre_quantized:
             self.quantization_config = requested(model, self.quantization_config)
-        folder = folder_of(model.config) if self.pre_quantized else None
-        self.targets = target_layers(model, self.quantization_config)
+            stacked = self.choose_(model)
+            keep_apart(model, stacked, ())  # the tensors of the files arrive stacked
+            return model
+        folder = folder_of(model.config)
         found = {} if folder is None else read_headers(folder)
+        self.choose_(model, folder, found)
+        modules = dict(model.named_modules())
+        layers = {name_here(name, modules): stored for name, stored in self.quantization_config.layers.items()}
+        self.quantization_config.layers = layers
+        for name in self.targets:
+            replace(model, name, empty_layer(model.get_submodule(name), self.quantization_config, name))
+        if self.quantization_config.quantize_embeddings:
+            empty_embeddings_(model, self.quantization_config, packed_in(model, found))
         if folder is not None:
-            self.targets = stored_layers(model, folder, found, self.targets)
+            stored = {name: found[origin] for origin, name in names_in_model(model, found).items()}  # type: ignore[arg-type]
+            check_tensors(folder, stored, expected_tensors(model))
+        return model
+
+    def choose_(
+        self, model: nn.Module, folder: Path | None = None, found: dict[str, Stored] | None = None
+    ) -> dict[str, nn.Module]:
+        """Choose the layers to quantize, experts as layers of their own among them, as a packed folder says if any.
+
+        Raises:
+            ConfigError: if there are none.
+        """
+        stacked = set_apart(model)
+        self.targets = target_layers(model, self.quantization_config)
+        if folder is not None:
+            self.targets = stored_layers(model, folder, found or {}, self.targets)
         if not self.targets:
             raise ConfigError(
                 f"{type(model).__name__} has no linear layer to quantize once its head, layers with fewer inputs than "
                 f"{min(ALLOWED_GROUP_SIZES)} and modules_to_not_convert="
                 f"{self.quantization_config.modules_to_not_convert} are left out"
             )
-        if self.pre_quantized:
-            for name in self.targets:
-                replace(model, name, empty_layer(model.get_submodule(name), self.quantization_config, name))
-            if self.quantization_config.quantize_embeddings:
-                empty_embeddings_(model, self.quantization_config, packed_in(model, found))
-            if folder is not None:
-                stored = {name: found[origin] for origin, name in names_in_model(model, found).items()}  # type: ignore[arg-type]
-                check_tensors(folder, stored, expected_tensors(model))
-        return model
+        self.chosen = frozenset(self.targets)
+        self.stacks = keep_apart(model, stacked, self.targets)
+        return stacked
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Experts that are packed one by one are not joined (transformers 5)."""
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return not_joining(conversions, model)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """transformers 4.57 would hand over memory that nothing was loaded into: such layers are drawn instead."""
@@ -93,16 +113,24 @@ class GroupQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         layer, _, kind = param_name.rpartition(".")
         later = self.quantization_config.algorithm == "gptq"  # needs the float model whole
-        if self.pre_quantized or later or kind != "weight" or param_name in self.missing:
+        if self.pre_quantized or later or param_name in self.missing:
             return False
-        return layer in self.targets
+        return (kind == "weight" and layer in self.chosen) or param_name in self.stacks
 
     def create_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, **kwargs: Any
     ) -> None:
         """Quantize one weight as it arrives and put the packed layer in its place (transformers 4.57)."""
-        name = param_name.rpartition(".")[0]
-        quantize_layer_(model, name, param_value.to(target_device), self.quantization_config)
+        self.quantize_arrived_(model, param_name, param_value.to(target_device))
+
+    def quantize_arrived_(self, model: nn.Module, name: str, weight: Tensor) -> None:
+        """Quantize the weight of one layer, or of all experts that it stacks."""
+        stacked = name in self.stacks
+        layers = separate_(model, name, weight, self.stacks[name]) if stacked else [name.rpartition(".")[0]]
+        for layer in layers:
+            if layer in self.chosen:
+                value = model.get_submodule(layer).weight.data if stacked else weight
+                quantize_layer_(model, layer, value, self.quantization_config)  # type: ignore[arg-type]
 
     def get_quantize_ops(self) -> Any:
         """The same as an operation of transformers 5's loading pipeline."""
@@ -114,6 +142,8 @@ class GroupQuantizer(HfQuantizer):
         if self.pre_quantized:
             tie_again_(model)
         else:
+            if self.quantization_config.algorithm == "gptq":
+                self.choose_(model)
             finish_(model, self.quantization_config, self.targets)
             model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]  # the model has a copy
         return model
@@ -145,6 +175,7 @@ class GroupQuantizer(HfQuantizer):
                 if layer.bias is not None:
                     dense.bias = layer.bias
                 replace(model, name, dense)
+        together_(model)
         return model
 
 
@@ -155,8 +186,8 @@ def quantize_model_(model: PreTrainedModel, config: GroupQuantConfig) -> PreTrai
         ConfigError: if the model has no layer to quantize.
     """
     quantizer = GroupQuantizer(config, pre_quantized=False)
-    quantizer._process_model_before_weight_loading(model)
-    config = quantizer.quantization_config
+    quantizer.quantization_config = config = requested(model, config)
+    quantizer.choose_(model)
     if config.algorithm != "gptq":
         for name in quantizer.targets:
             quantize_layer_(model, name, model.get_submodule(name).weight.data, config)  # type: ignore[arg-type]
@@ -171,6 +202,8 @@ def attach_(model: PreTrainedModel, quantizer: GroupQuantizer) -> None:
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
     model.config.quantization_config = quantizer.quantization_config
+    if BEFORE_5:
+        model.config._pre_quantization_dtype = model.dtype  # `dequantize` takes it off again
 
 
 def describe_stored_(model: nn.Module, settings: GroupQuantConfig) -> None:
@@ -197,50 +230,6 @@ def describe_stored_(model: nn.Module, settings: GroupQuantConfig) -> None:
     attach_(model, GroupQuantizer(config, pre_quantized=True))
 
 
-def quantize_layer_(model: nn.Module, name: str, weight: Tensor, config: GroupQuantConfig) -> None:
-    """Replace the float layer `name` by its quantized form; `weight` is stored as that layer stores it."""
-    old: Any = model.get_submodule(name)
-    matrix = weight.T if isinstance(old, Conv1D) else weight
-    try:
-        affine = quantize(
-            matrix,
-            bits=config.bits,
-            group_size=config.group_size,
-            symmetric=config.symmetric,
-            algorithm=config.algorithm,
-            scale_dtype=SCALE_DTYPES[config.scale_dtype],
-        )
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from error
-    layer = GroupQuantLinear.from_affine(
-        affine, bits=config.bits, group_size=config.group_size, symmetric=config.symmetric
-    )
-    if old.bias is not None:
-        layer.bias = old.bias
-        layer.bias.requires_grad_(False)
-    layer.train(old.training)
-    replace(model, name, layer)
-
-
-def finish_(model: nn.Module, config: GroupQuantConfig, targets: list[str]) -> None:
-    """Calibrated algorithms run now; then the configuration records what was really stored."""
-    if config.algorithm == "gptq":
-        from qbl_trl.quant.gptq import gptq_model_
-
-        gptq_model_(model, config, targets)
-    if config.quantize_embeddings:
-        quantize_embeddings_(model, config)
-    # Layers whose weight the checkpoint lacks (a fresh pooler or classification head) stay as they are.
-    stored = [(name, model.get_submodule(name)) for name in targets]
-    fresh = [name for name, layer in stored if not isinstance(layer, GroupQuantLinear)]
-    if fresh:
-        config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *fresh]
-    _warn_of_float_experts(model)
-    kinds = {layer.format.zeros for _, layer in stored if isinstance(layer, GroupQuantLinear)}
-    if len(kinds) == 1:
-        config.zeros = kinds.pop()
-
-
 def _refuse_disk(device_map: Any) -> None:
     """Offloaded to disk, a layer would stay in float, or lose its scales.
 
@@ -253,18 +242,6 @@ def _refuse_disk(device_map: Any) -> None:
         raise ConfigError(
             f"device_map puts {found or 'the whole model'!r} on disk, where group-quantized layers cannot be kept; "
             "give the devices more room (max_memory, device_map) or take fewer bits"
-        )
-
-
-def _warn_of_float_experts(model: nn.Module) -> None:
-    """Some models keep all experts of a layer in one tensor, which is no linear layer and stays as it is."""
-    stacked = {name: p.numel() for name, p in model.named_parameters() if p.dim() == 3 and p.is_floating_point()}
-    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedWeight))
-    share = sum(stacked.values()) / max(sum(stacked.values()) + packed, 1)
-    if share > _WORTH_SAYING:
-        logger.warning(
-            "GroupQuantConfig: %.0f%% of the weights stay in float, because they are no linear layers: %s and %d more",
-            *(100 * share, next(iter(stacked)), len(stacked) - 1),
         )
 
 

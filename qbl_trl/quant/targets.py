@@ -1,7 +1,8 @@
 """Which layers of a model are quantized: those that multiply by their weight, and whose weight nobody else reads.
 
 Left in float: the output head, heads on top of the base model (a classifier is small and often trained whole), what
-the model itself wants in float32, and layers that only look linear (a router that also chooses its experts).
+the model itself wants in float32, and routers: they are small, a rounding error of theirs asks other experts, and some
+versions of transformers have them as layers of their own kind.
 """
 
 import copy
@@ -29,7 +30,7 @@ _READ_ELSEWHERE = {
 def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
     """Full names of the linear layers to quantize."""
     skipped = {*HfQuantizer.get_modules_to_not_convert(model, None), *_kept_in_float(model)}
-    skipped |= set(config.modules_to_not_convert or [])
+    skipped |= {*(config.modules_to_not_convert or []), *routers(model)}
     inner = getattr(model, "base_model", model)
     prefix = "" if inner is model else same_module_name(model, inner) + "."
 
@@ -77,6 +78,17 @@ def is_linear(module: nn.Module) -> bool:
     except Exception:  # whatever it needs beyond a weight and a bias
         return False
     return isinstance(y, torch.Tensor) and y.shape == expected.shape and torch.allclose(y, expected, atol=1e-5)
+
+
+def routers(model: nn.Module) -> list[str]:
+    """Full names of linear layers that choose or weigh the experts of a mixture: beside them, or in a router there."""
+    found = []
+    for name, module in model.named_modules():
+        if "experts" in module._modules:
+            for kind in ("gate", "router", "shared_expert_gate"):
+                inside = module.get_submodule(kind).named_modules(prefix=kind) if kind in module._modules else ()
+                found += [f"{name}.{child}" for child, layer in inside if isinstance(layer, nn.Linear)]
+    return found
 
 
 def _is_wide(module: Any) -> bool:

@@ -70,7 +70,7 @@ def test_a_layer_that_is_handed_integers_says_why():
 
 
 def test_experts_that_stay_in_float_are_named(caplog):
-    sizes = {**BERT, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 100}
-    config = transformers.GptOssConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
-    quantize_model_(transformers.GptOssForCausalLM(config), GroupQuantConfig())
-    assert "stay in float, because they are no linear layers: model.layers.0.mlp.experts" in caplog.text
+    sizes = {**BERT, "intermediate_size": 64, "num_key_value_heads": 2, "vocab_size": 100}
+    config = transformers.JetMoeConfig(**sizes, num_local_experts=4, num_experts_per_tok=2, kv_channels=16)
+    quantize_model_(transformers.JetMoeForCausalLM(config), GroupQuantConfig())
+    assert "stay in float, because they are no linear layers: model.layers.0" in caplog.text

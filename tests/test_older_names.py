@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from qbl_trl import GroupQuantConfig
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.loading import open_model
+from qbl_trl.older_names import restore_settings_
 from qbl_trl.quant.hf_quantizer import quantize_model_
-from qbl_trl.rope import restore_rope_
 from tests.tiny import logits, tokens
 
 pytestmark = pytest.mark.skipif(not BEFORE_5, reason="transformers 5 reads what it writes")
@@ -96,5 +96,5 @@ def test_settings_inside_a_configuration_are_found():
     config = transformers.Qwen2VLConfig()
     sections = {"mrope_section": [2, 3, 3], "rope_type": "default"}
     config.text_config.rope_parameters = {**sections, "rope_theta": 500.0}
-    assert restore_rope_(config)
+    assert restore_settings_(config)
     assert (config.text_config.rope_scaling, config.text_config.rope_theta) == (sections, 500.0)

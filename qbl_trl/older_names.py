@@ -1,7 +1,7 @@
-"""Rotary settings of a configuration that transformers 5 wrote, for a transformers 4.57 that reads it.
+"""Settings of a configuration that transformers 5 wrote, for a transformers 4.57 that reads it.
 
-transformers 5 keeps them in one dictionary, `rope_parameters`, or in one for each kind of layer. 4.57 does not look
-there: it takes its defaults, and the model that it loads computes something else without a word.
+transformers 5 keeps those of rotary embeddings in one dictionary, `rope_parameters`, or in one for each kind of layer.
+4.57 does not look there: it takes its defaults, and the model that it loads computes something else without a word.
 
 | transformers 5 | transformers 4.57 |
 | --- | --- |
@@ -10,6 +10,7 @@ there: it takes its defaults, and the model that it loads computes something els
 | partial_rotary_factor | partial_rotary_factor (GPT-NeoX: rotary_pct) |
 | original_max_position_embeddings of longrope | the same, beside rope_scaling |
 | those of sliding layers, where they differ | rope_local_base_freq (Gemma 3) |
+| num_local_experts | num_experts (Qwen3-MoE) |
 
 What somebody has set since under the older names is left as it is.
 """
@@ -25,7 +26,7 @@ _OUTSIDE = ("rope_theta", "partial_rotary_factor")
 _LENGTH = "original_max_position_embeddings"
 
 
-def restore_rope_(config: Any) -> bool:
+def restore_settings_(config: Any) -> bool:
     """Give a configuration the settings under the names this transformers reads, in place; whether any was another."""
     if not BEFORE_5:
         return False
@@ -42,16 +43,13 @@ def _parts(config: Any) -> Iterator[Any]:
 
 
 def _restore_(config: Any) -> bool:
-    stored = vars(config).pop("rope_parameters", None)  # what is saved from here has the older names alone
-    if not isinstance(stored, dict) or not stored:
-        return False
     try:
         defaults = type(config)()
     except (TypeError, ValueError):  # a class without defaults has none that nobody chose
         defaults = config
     other = {
         name: value
-        for name, value in _older_names(config, defaults, stored).items()
+        for name, value in (_rope(config, defaults) | _experts(config, defaults)).items()
         if getattr(config, name, None) == getattr(defaults, name, None) != value
     }
     for name, value in other.items():
@@ -59,7 +57,17 @@ def _restore_(config: Any) -> bool:
     return bool(other)
 
 
-def _older_names(config: Any, defaults: Any, stored: dict[str, Any]) -> dict[str, Any]:
+def _experts(config: Any, defaults: Any) -> dict[str, Any]:
+    if not hasattr(defaults, "num_experts") or hasattr(defaults, "num_local_experts"):
+        return {}
+    stored = vars(config).pop("num_local_experts", None)
+    return {} if stored is None else {"num_experts": stored}
+
+
+def _rope(config: Any, defaults: Any) -> dict[str, Any]:
+    stored = vars(config).pop("rope_parameters", None)  # what is saved from here has the older names alone
+    if not isinstance(stored, dict) or not stored:
+        return {}
     kinds = {name: kind for name, kind in stored.items() if isinstance(kind, dict)}
     whole = kinds.get("full_attention") or next(iter(kinds.values()), stored)
     longrope = whole.get("rope_type") == "longrope"
@@ -84,4 +92,4 @@ def _known(config: Any, *names: str) -> tuple[str, ...]:
     return tuple(name for name in names if hasattr(config, name))
 
 
-__all__ = ["restore_rope_"]
+__all__ = ["restore_settings_"]

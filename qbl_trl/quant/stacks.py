@@ -1,0 +1,116 @@
+"""Stacked experts in a model: separated, put back, and named as the files name them; see `experts`."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from qbl_trl.generation import BEFORE_5
+from qbl_trl.quant.experts import DenseWeightExperts, Experts, GptOssExperts, Llama4Experts, Parts
+from qbl_trl.quant.modules import replace
+
+_INTERFACE = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate", "num_experts")
+_OTHERS = {
+    "Llama4TextExperts": Llama4Experts,
+    "Qwen3VLMoeTextExperts": DenseWeightExperts,
+    "GptOssExperts": GptOssExperts,
+}
+
+
+def set_apart(model: nn.Module) -> dict[str, nn.Module]:
+    """Separate all experts of a model; returns the modules that held them stacked, by their names."""
+    stacked = {path: module for path, module in model.named_modules() if _kind(module) is not None}
+    named = _names_in_files(model) if stacked and not BEFORE_5 else []
+    for path, module in stacked.items():
+        experts = _separable(module)
+        for name in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
+            halves = ("gate_proj", "up_proj") if name == "gate_up_proj" and experts.is_concatenated else (name,)
+            told = next((parts for target, parts in named if _fits(target, f"{path}.{name}")), halves)
+            experts.fill(name, getattr(module, name).data, told if len(told) == len(halves) else halves)
+        replace(model, path, experts)
+    return stacked
+
+
+def keep_apart(model: nn.Module, stacked: dict[str, nn.Module], layers: Iterable[str]) -> dict[str, Parts]:
+    """Put back the stacked tensors of which none of `layers` is a part.
+
+    Args:
+        stacked: what `set_apart` returned.
+
+    Returns:
+        The parts of the tensors that stay separated, by the tensors' full names.
+    """
+    wanted = set(layers)
+    kept: dict[str, Parts] = {}
+    for path, old in stacked.items():
+        before, after = model.get_submodule(path), _separable(old)
+        for name, parts in getattr(before, "parts", {}).items():
+            if any(f"{path}.{index}.{part}" in wanted for index in range(after.num_experts) for part in parts):
+                after.fill(name, getattr(old, name).data, parts)
+                kept[f"{path}.{name}"] = parts
+        replace(model, path, after if after.parts else old)
+    return kept
+
+
+def separate_(model: nn.Module, name: str, weight: Tensor, parts: Parts) -> list[str]:
+    """Make linear layers of a stacked tensor that arrives while loading; returns their full names.
+
+    Args:
+        name: of the tensor; weight: (experts, rows, columns), or columns before rows as its module has them.
+        parts: what `keep_apart` returned for this tensor.
+    """
+    path, _, own = name.rpartition(".")
+    experts = model.get_submodule(path)
+    if not isinstance(experts, Experts):
+        experts = _separable(experts)
+        replace(model, path, experts)
+    return [f"{path}.{layer}" for layer in experts.fill(own, weight, parts)]
+
+
+def together_(model: nn.Module) -> None:
+    """Stack experts again whose layers are float by now, so that the model saves as transformers saves it."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Experts):
+            replace(model, path, module.stacked())
+
+
+def not_joining(conversions: list[Any], model: nn.Module) -> list[Any]:
+    """Conversions of transformers' loading, but for those that join what is separate in this model."""
+    apart = [f"{path}.{name}" for path, m in model.named_modules() if isinstance(m, Experts) for name in m.parts]
+    return [
+        step
+        for step in conversions
+        if not (hasattr(step, "operations") and any(_fits(step.target_patterns[0], name) for name in apart))
+    ]
+
+
+def _kind(module: nn.Module) -> type[Experts] | None:
+    if isinstance(module, Experts):
+        return None
+    if all(hasattr(module, name) for name in _INTERFACE):
+        return Experts
+    return _OTHERS.get(type(module).__name__) if type(module).__module__.startswith("transformers.") else None
+
+
+def _separable(module: Any) -> Experts:
+    return (_kind(module) or Experts)(module)
+
+
+def _names_in_files(model: Any) -> list[tuple[str, Parts]]:
+    """What transformers 5 joins while it loads: the target of a conversion, and the files' names of its parts."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+    found = []
+    for step in get_model_conversion_mapping(model):
+        if isinstance(step, WeightConverter):
+            parts = [re.search(r"\*\.(\w+)\.weight$", source) for source in step._original_source_patterns]
+            if all(parts) and all(isinstance(op, MergeModulelist | Concatenate) for op in step.operations):
+                found.append((step.target_patterns[0], tuple(part[1] for part in parts if part)))
+    return found
+
+
+def _fits(target: str, name: str) -> bool:
+    """Whether a conversion with this target makes the tensor of this name."""
+    return name.endswith(target.replace("\\", ""))
