@@ -18,9 +18,14 @@ _OTHERS = {
 }
 
 
+def stacks_of(model: nn.Module) -> list[str]:
+    """Full names of the modules that hold stacked experts."""
+    return [path for path, module in model.named_modules() if _kind(module) is not None]
+
+
 def set_apart(model: nn.Module) -> dict[str, nn.Module]:
     """Separate all experts of a model; returns the modules that held them stacked, by their names."""
-    stacked = {path: module for path, module in model.named_modules() if _kind(module) is not None}
+    stacked = {path: model.get_submodule(path) for path in stacks_of(model)}
     named = _names_in_files(model) if stacked and not BEFORE_5 else []
     for path, module in stacked.items():
         experts = _separable(module)

@@ -167,6 +167,13 @@ def test_adapters_and_formats_that_the_other_version_named_are_found(name, tmp_p
     assert torch.equal(logits(again, tokens()), logits(merged, tokens()))
 
 
+def test_experts_without_an_adapter_are_named():
+    with pytest.warns(
+        UserWarning, match=r"no adapter acts on the experts of this model \(model.layers.0.mlp.experts and 1"
+    ):
+        get_peft_model(mixture("GptOss"), QBLoRAConfig(r=4))
+
+
 @stacking
 def test_what_is_not_converted_stays_stacked_and_loads_anywhere(tmp_path):
     model = mixture("Qwen3Moe")
