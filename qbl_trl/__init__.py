@@ -1,20 +1,20 @@
 """Balanced low-rank adapters over 4-bit models, trained in TRL and deployed exactly, still at 4 bits.
 
 Importing the package registers the adapter with PEFT and the quantizer with transformers; everything else is loaded
-when it is first named.
+when it is first named. The command `qbl-trl` registers them once it has read its arguments.
 """
 
 import importlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qbl_trl.adapter import model as _adapter
-from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.errors import explain_missing
-from qbl_trl.quant import hf_quantizer as _quantizer
 
 if TYPE_CHECKING:
     from qbl_trl.adapter.to_lora import to_lora
+    from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
     from qbl_trl.merging import merge
     from qbl_trl.onnx.export import export_onnx
     from qbl_trl.parity import verify
@@ -24,15 +24,29 @@ __version__ = "0.1.0"
 __all__ = ["GroupQuantConfig", "QBLoRACallback", "QBLoRAConfig", "export_onnx", "merge", "to_lora", "verify"]
 
 _LAZY = {
+    "GroupQuantConfig": "qbl_trl.config",
     "QBLoRACallback": "qbl_trl.trl.callback",
+    "QBLoRAConfig": "qbl_trl.config",
     "export_onnx": "qbl_trl.onnx.export",
     "merge": "qbl_trl.merging",
     "to_lora": "qbl_trl.adapter.to_lora",
     "verify": "qbl_trl.parity",
 }
 
-_adapter.register()
-_quantizer.register()
+
+def register() -> None:
+    """Make the adapter known to PEFT, and the quantizer to transformers (once)."""
+    for name in ("qbl_trl.adapter.model", "qbl_trl.quant.hf_quantizer"):
+        importlib.import_module(name).register()
+
+
+def _is_command() -> bool:
+    """Whether a shell runs `qbl-trl`: its help and what is wrong with its arguments come before torch is loaded."""
+    return Path(sys.argv[0]).stem == "qbl-trl" or (sys.argv[0] == "-m" and "qbl_trl.cli" in sys.orig_argv)
+
+
+if not _is_command():
+    register()
 
 
 def __getattr__(name: str) -> Any:

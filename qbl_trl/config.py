@@ -10,13 +10,12 @@ import torch
 from peft import LoraConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qbl_trl.allowed import ALLOWED_BITS, ALLOWED_GROUP_SIZES, SCALE_DTYPE_NAMES
 from qbl_trl.errors import ConfigError
 from qbl_trl.peft_type import QBLORA
 
 QUANT_METHOD = "group_quant"
-ALLOWED_BITS = (2, 4, 8)
-ALLOWED_GROUP_SIZES = (16, 32, 64, 128, 256)
-SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SCALE_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in SCALE_DTYPE_NAMES}
 POOLINGS = ("mean", "rms", "sum")
 ALGORITHMS = ("rtn", "mse", "hqq", "gptq")
 

@@ -1,6 +1,7 @@
 """The package's imports point one way, and only its edges know the big libraries."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "qbl_trl"
 # siblings that never import each other, but for the adapter, which may look at the base it sits on.
 ROWS = [
     {"generation"},
-    {"errors", "peft_type", "progress", "random_state", "older_names", "tokenizers"},
+    {"allowed", "errors", "peft_type", "progress", "random_state", "older_names", "tokenizers"},
     {"folders"},
     {"config"},
     {"loading"},
@@ -21,6 +22,7 @@ ROWS = [
     {"quant", "adapter"},
     {"merging"},
     {"trl", "onnx"},
+    {"commands"},
     {"cli"},
 ]
 ALLOWED_SIBLINGS = {("adapter", "quant")}
@@ -73,6 +75,51 @@ def test_importing_the_package_loads_neither_the_trainer_nor_the_exporter():
         "import sys, qbl_trl\n"
         "heavy = {'trl', 'optimum', 'onnx', 'onnxruntime'} & set(sys.modules)\n"
         "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "answer"),
+    [
+        (["--help"], 0, "COMMAND"),
+        (["--version"], 0, "qbl-trl 0."),
+        (["quantize", "--help"], 0, "--algorithm"),
+        (["export", "--help"], 0, "--accuracy-level"),
+        (["merge", "ADAPTER"], 2, "required: output"),
+        (["export", "MODEL", "OUT", "--provider", "tpu"], 2, "invalid choice: 'tpu'"),
+        (["quantize", "--from", "MODEL", "OUT", "--bits", "8"], 1, "leave out --bits"),
+    ],
+)
+@pytest.mark.parametrize("launched", ["module", "script"])
+def test_help_and_wrong_arguments_are_answered_before_anything_large_is_loaded(
+    arguments, status, answer, launched, tmp_path
+):
+    script = tmp_path / "qbl-trl"  # what pip writes
+    script.write_text("import sys\nfrom qbl_trl.cli import main\nsys.exit(main())\n")
+    how = ["-m", "qbl_trl.cli"] if launched == "module" else [str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    command = [sys.executable, "-X", "importtime", *how, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    timed = [line for line in run.stderr.splitlines() if line.startswith("import time:")]
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in timed}
+    assert run.returncode == status, run.stderr
+    assert answer in run.stdout + run.stderr
+    assert "qbl_trl" in loaded
+    assert not loaded & {"torch", "transformers", "peft", "numpy", "onnx", "onnxruntime"}
+
+
+def test_a_command_knows_the_adapter_and_the_quantizer_when_it_runs(tmp_path):
+    code = (
+        "import sys\n"
+        "sys.argv = ['qbl-trl']\n"
+        "from qbl_trl.cli import main\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert main(['inspect', './nowhere']) == 1\n"
+        "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+        "assert 'QBLORA' in PEFT_TYPE_TO_CONFIG_MAPPING\n"
+        "assert 'group_quant' in AUTO_QUANTIZER_MAPPING"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

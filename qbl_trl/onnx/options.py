@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from qbl_trl.errors import ExportError
-from qbl_trl.quant.calibration import tokens_of
 
 DTYPES = {"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")}  # by provider, the default first
 LOWERINGS = ("auto", "factored", "float_zero_point", "low_rank")
@@ -152,7 +151,7 @@ def check_choices(
         if calibration is not None and (isinstance(calibration, (str, bytes)) or not isinstance(calibration, Iterable)):
             raise ExportError(f"export_onnx: calibration takes batches of token ids, not {calibration!r}")
         for batch in calibration if isinstance(calibration, (list, tuple)) else ():
-            tokens_of(batch)
+            importlib.import_module("qbl_trl.quant.calibration").tokens_of(batch)
     return named
 
 

@@ -15,7 +15,8 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from qbl_trl.config import ALLOWED_GROUP_SIZES, QUANT_METHOD, GroupQuantConfig
+from qbl_trl.allowed import ALLOWED_GROUP_SIZES
+from qbl_trl.config import QUANT_METHOD, GroupQuantConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.older_names import restore_settings_

@@ -12,7 +12,7 @@ import sys
 import torch
 from torch import Tensor
 
-from qbl_trl.config import ALLOWED_BITS
+from qbl_trl.allowed import ALLOWED_BITS
 from qbl_trl.errors import ConfigError
 
 

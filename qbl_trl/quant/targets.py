@@ -14,7 +14,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
-from qbl_trl.config import ALLOWED_GROUP_SIZES, GroupQuantConfig
+from qbl_trl.allowed import ALLOWED_GROUP_SIZES
+from qbl_trl.config import GroupQuantConfig
 from qbl_trl.quant.modules import same_module_name
 
 _READ_ELSEWHERE = {

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from qbl_trl.config import ALLOWED_BITS
+from qbl_trl.allowed import ALLOWED_BITS
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import Affine
 from qbl_trl.quant.importers.folders import CODES_ARE_KEPT, FolderReader, refuse_activations, refuse_rotations

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qbl_trl.config import ALLOWED_BITS, LayerFormat
+from qbl_trl.allowed import ALLOWED_BITS
+from qbl_trl.config import LayerFormat
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.importers.reader import Reader, dtype_name, stored_group_size
 from qbl_trl.quant.importers.shards import Shards, read_json

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qbl_trl.config import ALLOWED_GROUP_SIZES, SCALE_DTYPES, LayerFormat
+from qbl_trl.allowed import ALLOWED_GROUP_SIZES
+from qbl_trl.config import SCALE_DTYPES, LayerFormat
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import Affine, group_count
 from qbl_trl.quant.linear import GroupQuantLinear

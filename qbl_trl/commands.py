@@ -1,0 +1,189 @@
+"""What each command of `qbl-trl` does with its arguments; a package is loaded by the command that needs it."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from qbl_trl.errors import ConfigError
+from qbl_trl.folders import refuse_graph
+
+
+def quantize(args: argparse.Namespace) -> None:
+    from qbl_trl.config import GroupQuantConfig
+    from qbl_trl.folders import check_apart, check_free
+    from qbl_trl.quant.importers import convert_checkpoint
+
+    check_free(args.output, args.overwrite)
+    check_apart(args.output, args.model)
+    _check_exists(args.model)
+    if args.convert:
+        convert_checkpoint(args.model, args.output, overwrite=args.overwrite)
+    elif Path(args.model).is_file():
+        raise ConfigError(f"{args.model} is a file; `qbl-trl quantize --from` takes over what a GGUF file holds")
+    else:
+        _check_holds_model(args.model)
+        _check_float(args.model)
+        settings = GroupQuantConfig(
+            bits=args.bits,
+            group_size=args.group_size,
+            symmetric=args.symmetric,
+            algorithm=args.algorithm,
+            scale_dtype=args.scale_dtype,
+            quantize_embeddings=args.quantize_embeddings,
+            modules_to_not_convert=args.modules_to_not_convert,
+        )
+        _save(_load(args.model, args.dtype, settings), args.model, args.output, args.overwrite)
+    print(args.output)
+
+
+def _check_float(name: str) -> None:
+    from transformers import AutoConfig
+
+    from qbl_trl.config import QUANT_METHOD
+
+    stored = getattr(AutoConfig.from_pretrained(name), "quantization_config", None)
+    if stored is not None and stored.get("quant_method") == QUANT_METHOD:
+        raise ConfigError(f"{name} is quantized already, in the format that this command writes")
+    if stored is not None:
+        raise ConfigError(
+            f"{name} is quantized already ({stored.get('quant_method', 'unknown method')}); `qbl-trl quantize --from` "
+            "takes its codes over as they are, or name the float model"
+        )
+
+
+def _check_exists(name: str) -> None:
+    """A path that is not there is no model id."""
+    path = Path(name)
+    if not path.exists() and (path.is_absolute() or name.startswith(".") or len(path.parts) > 2):
+        raise ConfigError(f"{name}: no such file or folder")
+
+
+def _check_holds_model(name: str) -> None:
+    """A folder is opened for its weights."""
+    folder = Path(name)
+    refuse_graph(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"{name} is an adapter; `qbl-trl merge {name} MERGED` makes a model of it and its base")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(f"{name} holds no model (no config.json)")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    from qbl_trl.loading import load_adapter
+    from qbl_trl.quant.summary import float_parts, summarize
+
+    if args.against is not None:
+        _check_exists(str(args.against.absolute()))
+    adapter = Path(args.model, "adapter_config.json").is_file()
+    model = load_adapter(args.model).unload() if adapter else _load(args.model)
+    layers = summarize(model, args.against)
+    print(f"{'layer':<44} {'N x K':>14} {'bits':>4} {'group':>5} {'B/weight':>8} {'error':>8}  exact in_factors")
+    for layer in layers:
+        shape = f"{layer.out_features} x {layer.in_features}"
+        error = "-" if layer.error is None else f"{layer.error:.4f}"
+        factors = ", ".join([*map(str, layer.in_factors[:6]), *["..."] * (len(layer.in_factors) > 6)]) or "none"
+        print(
+            f"{layer.name:<44} {shape:>14} {layer.bits:>4} {layer.group_size:>5} {layer.bytes_per_weight:>8.3f} "
+            f"{error:>8}  {factors}"
+        )
+    weights = sum(layer.out_features * layer.in_features for layer in layers)
+    size = sum(layer.bytes_per_weight * layer.out_features * layer.in_features for layer in layers)
+    merged = sum(layer.delta is not None for layer in layers)
+    print(f"{len(layers)} layers, {weights / 1e6:.1f} M weights, {size / 1e6:.1f} MB, {merged} with a merged adapter")
+    apart = sorted(float_parts(model).items(), key=lambda item: -item[1])
+    if apart:
+        held = sum(count for _, count in apart)
+        print(f"in float beside them: {held / 1e6:.1f} MB, most of it in {', '.join(name for name, _ in apart[:2])}")
+
+
+def merge(args: argparse.Namespace) -> None:
+    from qbl_trl.folders import check_apart, check_free
+    from qbl_trl.loading import load_adapter, saved_adapter
+    from qbl_trl.merging import merge
+
+    check_free(args.output, args.overwrite)
+    check_apart(args.output, args.adapter, args.base, saved_adapter(args.adapter).base_model_name_or_path)
+    _save(
+        merge(load_adapter(args.adapter, args.base), lossy=args.lossy), str(args.adapter), args.output, args.overwrite
+    )
+    print(args.output)
+
+
+def to_lora(args: argparse.Namespace) -> None:
+    from qbl_trl.adapter.to_lora import to_lora
+
+    print(to_lora(args.adapter, args.output, overwrite=args.overwrite))
+
+
+def convert(args: argparse.Namespace) -> None:
+    from qbl_trl.folders import new_folder
+    from qbl_trl.quant.writers import check_request, write_checkpoint
+    from qbl_trl.tokenizers import save_tokenizer
+
+    check_request(args.output, args.to, args.template)
+    if args.to == "hqq":
+        with new_folder(args.output) as draft:
+            report = write_checkpoint(_load(args.model), draft, args.to)
+            save_tokenizer(args.model, draft)
+    else:
+        report = write_checkpoint(_load(args.model), args.output, args.to, template=args.template)
+    print(f"{args.output}: {report.layers} layers; weights off by {report.largest_rounding:.1e} at most")
+
+
+def export(args: argparse.Namespace) -> None:
+    from qbl_trl.onnx.options import run
+
+    run(args)
+
+
+def verify(args: argparse.Namespace) -> int:
+    from qbl_trl.parity import verify
+    from qbl_trl.tokenizers import open_tokenizer
+
+    if not any(Path(args.reference).glob("tokenizer*")) and Path(args.reference).is_dir():
+        raise ConfigError(f"{args.reference} holds no tokenizer, and --text needs one")
+    tokens = open_tokenizer(args.reference)(args.text, return_tensors="pt").input_ids
+    if not tokens.numel():
+        raise ConfigError("verify: --text holds no token")
+    report = verify(args.reference, args.candidate, tokens)
+    print(report)
+    if args.tolerance is not None and not report.max_abs_difference <= args.tolerance:
+        print(
+            f"largest logit difference {report.max_abs_difference:.1e} is over {args.tolerance:.1e}. Of 8-bit "
+            "activations or caches, packed embeddings and half precision expect more: KL per token tells what they "
+            "cost; --tolerance sets the limit, none for no limit",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def report(args: argparse.Namespace) -> None:
+    from qbl_trl.trl.report import write_report
+
+    print(write_report(args.run_dir))
+
+
+def _load(name: str, dtype: str = "float32", settings: Any = None) -> Any:
+    import torch
+
+    from qbl_trl.loading import open_model
+
+    _check_exists(name)
+    _check_holds_model(name)
+    wanted = getattr(torch, dtype, None)
+    if wanted not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ConfigError(f"--dtype {dtype} is not known; allowed: float32, float16, bfloat16")
+    quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
+    return open_model(name, dtype=wanted, **quantize)
+
+
+def _save(model: Any, tokenizer_of: str, output: Path, overwrite: bool) -> None:
+    """The model and the tokenizer beside it; a folder's tokenizer files are copied as they are."""
+    from qbl_trl.folders import new_folder
+    from qbl_trl.tokenizers import save_tokenizer
+
+    with new_folder(output, overwrite) as draft:
+        model.save_pretrained(draft)
+        save_tokenizer(tokenizer_of, draft)
