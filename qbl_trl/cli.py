@@ -67,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     inspect = add("inspect", "layers, bits, bytes, quantization error, fitting factors", "base --against MODEL")
     inspect.add_argument("model", help="a quantized or merged folder, or an adapter: its base")
     inspect.add_argument("--against", type=Path, help="folder of the float weights, for the error of each layer")
+    inspect.add_argument("--all", action="store_true", help="a row for each layer; by default layers alike share one")
 
     merge = add("merge", "adapter folder -> plain 4-bit model, exactly", "run/adapter merged")
     merge.add_argument("adapter", type=Path, help="a saved adapter")

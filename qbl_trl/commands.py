@@ -71,6 +71,7 @@ def _check_holds_model(name: str) -> None:
 
 def inspect(args: argparse.Namespace) -> None:
     from qbl_trl.loading import load_adapter
+    from qbl_trl.quant.kinds import Kind, by_kind
     from qbl_trl.quant.summary import float_parts, summarize
 
     if args.against is not None:
@@ -78,15 +79,7 @@ def inspect(args: argparse.Namespace) -> None:
     adapter = Path(args.model, "adapter_config.json").is_file()
     model = load_adapter(args.model).unload() if adapter else _load(args.model)
     layers = summarize(model, args.against)
-    print(f"{'layer':<44} {'N x K':>14} {'bits':>4} {'group':>5} {'B/weight':>8} {'error':>8}  exact in_factors")
-    for layer in layers:
-        shape = f"{layer.out_features} x {layer.in_features}"
-        error = "-" if layer.error is None else f"{layer.error:.4f}"
-        factors = ", ".join([*map(str, layer.in_factors[:6]), *["..."] * (len(layer.in_factors) > 6)]) or "none"
-        print(
-            f"{layer.name:<44} {shape:>14} {layer.bits:>4} {layer.group_size:>5} {layer.bytes_per_weight:>8.3f} "
-            f"{error:>8}  {factors}"
-        )
+    print(_listed([Kind(layer.name, (layer,)) for layer in layers] if args.all else by_kind(layers)))
     weights = sum(layer.out_features * layer.in_features for layer in layers)
     size = sum(layer.bytes_per_weight * layer.out_features * layer.in_features for layer in layers)
     merged = sum(layer.delta is not None for layer in layers)
@@ -94,7 +87,29 @@ def inspect(args: argparse.Namespace) -> None:
     apart = sorted(float_parts(model).items(), key=lambda item: -item[1])
     if apart:
         held = sum(count for _, count in apart)
-        print(f"in float beside them: {held / 1e6:.1f} MB, most of it in {', '.join(name for name, _ in apart[:2])}")
+        largest = [name for name, count in apart if count >= held / 10][:2]
+        print(f"in float beside them: {held / 1e6:.1f} MB" + f", most of it in {', '.join(largest)}" * bool(largest))
+
+
+def _listed(kinds: list[Any]) -> str:
+    """A row for each kind of layer, under a head; columns are as wide as what they hold."""
+    rows = [("layers", "count", "N x K", "bits", "group", "B/weight", "error", "exact in_factors")]
+    for kind in kinds:
+        layer = kind.layers[0]
+        error = "-" if kind.errors is None else " to ".join(dict.fromkeys(f"{value:.4f}" for value in kind.errors))
+        factors = ", ".join([*map(str, layer.in_factors[:6]), *["..."] * (len(layer.in_factors) > 6)]) or "none"
+        shape = f"{layer.out_features} x {layer.in_features}"
+        size = f"{layer.bytes_per_weight:.3f}"
+        rows.append(
+            (kind.name, *map(str, (len(kind.layers), shape, layer.bits, layer.group_size, size, error, factors)))
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=False)), last]
+        )
+        for name, *cells, last in rows
+    )
 
 
 def merge(args: argparse.Namespace) -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_quantize_writes_what_loading_with_the_same_settings_gives(float_folder,
 def test_inspect_lists_every_layer_with_its_error_and_fitting_factors(float_folder, tmp_path, capsys):
     main(["quantize", str(float_folder), str(tmp_path / "q")])
     capsys.readouterr()
-    assert main(["inspect", str(tmp_path / "q"), "--against", str(float_folder)]) == 0
+    assert main(["inspect", str(tmp_path / "q"), "--against", str(float_folder), "--all"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + 14 + 2
     down = next(line for line in lines if "0.mlp.down_proj" in line)
@@ -51,6 +52,32 @@ def test_inspect_lists_every_layer_with_its_error_and_fitting_factors(float_fold
     assert down.endswith("32, 96")
     assert "14 layers" in lines[-2]
     assert lines[-1].startswith("in float beside them: 0.1 MB, most of it in model.embed_tokens, lm_head")
+
+
+def test_inspect_gives_layers_alike_one_row_with_the_range_of_their_errors(float_folder, tmp_path, capsys):
+    main(["quantize", str(float_folder), str(tmp_path / "q")])
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "q"), "--against", str(float_folder)]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == [
+        "layers",
+        "count",
+        "N",
+        "x",
+        "K",
+        "bits",
+        "group",
+        "B/weight",
+        "error",
+        "exact",
+        "in_factors",
+    ]
+    assert len(rows) == 7 + 2
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    errors = sorted(x.error for x in summarize(model, float_folder) if x.name.endswith("mlp.down_proj"))
+    down = next(row for row in rows if "down_proj" in row)
+    assert down.startswith("model.layers.0-1.mlp.down_proj ")
+    assert re.search(rf" 2  64 x 96 +4 +32 +0\.\d+ +{errors[0]:.4f} to {errors[1]:.4f} +32, 96$", down)
 
 
 def test_merge_makes_the_4_bit_base_again_and_folds_the_adapter(adapter, tmp_path):
