@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qbl_trl.errors import ConfigError, QblError
+from qbl_trl.leftovers import OLD, mark, remove_leftovers
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_free(folder: str | os.PathLike[str], overwrite: bool = False, error: type[QblError] = ConfigError) -> Path:
-    """The folder as a Path, if something may be written there.
+    """The folder as a Path, if something may be written there. What killed processes left beside it is removed.
 
     Raises:
         ConfigError (or the `error` given): if it is a file, holds files and `overwrite` is false, or nothing can be
@@ -23,14 +24,14 @@ def check_free(folder: str | os.PathLike[str], overwrite: bool = False, error: t
     path = Path(folder)
     if path.is_file():
         raise error(f"{path} is a file; name a folder to write into")
+    stays, real = _stays(path), path.resolve()
+    above = real if stays else next(parent for parent in real.parents if parent.exists())
+    remove_leftovers(real, above)
     filled = path.is_dir() and any(path.iterdir())
     if filled and not overwrite:
         raise error(f"{path} is not empty; choose another folder, or set overwrite to replace all of it")
-    stays = _stays(path)
     if filled and stays:
         raise error(f"{path} is in use and cannot be replaced (a mount, or the current folder); name a folder in it")
-    real = path.resolve()
-    above = real if stays else next(parent for parent in real.parents if parent.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=above):
             pass
@@ -60,8 +61,9 @@ def new_folder(
     """Write into a hidden sibling, which takes the folder's name when the block ends without an error.
 
     An old folder is replaced only then; after an error nothing is left behind. A killed process leaves the hidden
-    sibling, never a half-written folder under the wanted name. What lies behind a link is filled. An empty folder that
-    cannot be replaced (a mount, the current folder) is filled from a hidden folder in it.
+    sibling, never a half-written folder under the wanted name; whoever writes there next removes it. What lies behind a
+    link is filled. An empty folder that cannot be replaced (a mount, the current folder) is filled from a hidden folder
+    in it.
 
     Raises:
         ConfigError (or the `error` given): before anything is written, as `check_free`; or if the disk is full.
@@ -70,7 +72,7 @@ def new_folder(
     path.parent.mkdir(parents=True, exist_ok=True)
     inside = _stays(path)
     holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path if inside else path.parent))
-    draft, old = holder / "new", holder / "old"
+    draft, old, lock = holder / "new", holder / OLD, mark(holder)
     try:
         draft.mkdir()  # with the permissions that folders have here; those of `holder` are its own
         yield draft
@@ -92,6 +94,8 @@ def new_folder(
         raise error(f"{folder}: {reason.strerror}; nothing was written") from reason
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+        if lock is not None:
+            lock.close()
 
 
 def refuse_graph(folder: Path, error: type[QblError] = ConfigError) -> None:
