@@ -14,7 +14,7 @@ from pathlib import Path
 
 import qbl_trl
 from qbl_trl.allowed import ALLOWED_BITS, ALLOWED_GROUP_SIZES, SCALE_DTYPE_NAMES
-from qbl_trl.errors import ConfigError, QblError
+from qbl_trl.errors import FLAGS, SHOWN, ConfigError, QblError, said
 from qbl_trl.onnx import options
 
 _NEW = "a new or empty folder"
@@ -127,14 +127,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = getattr(importlib.import_module("qbl_trl.commands"), args.command.replace("-", "_"))
         return int(run(args) or 0)
     except Exception as error:
-        if os.environ.get("QBL_TRL_TRACEBACK"):
+        if os.environ.get(SHOWN):
             raise
         print(f"qbl-trl {args.command}: {_explained(error).removeprefix(f'{args.command}: ')}", file=sys.stderr)
         return 1
 
 
 _FLAGS = {
-    "set overwrite": "pass --overwrite",
+    **FLAGS,
     "Pass tolerance=None": "Pass --tolerance none",
     'merge(model, lossy="requantize")': "--lossy requantize",
 }
@@ -144,12 +144,9 @@ _LONGEST = 300  # characters of another library's message
 def _explained(error: Exception) -> str:
     """One of our messages as it is; another library's with its type, and how to see where it came from."""
     if isinstance(error, QblError | OSError):
-        text = str(error)
-        for called, flag in _FLAGS.items():
-            text = text.replace(called, flag)
-        return text
+        return said(error, _FLAGS)
     first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first[:_LONGEST]} (QBL_TRL_TRACEBACK=1 shows where)"
+    return f"{type(error).__name__}: {first[:_LONGEST]} ({SHOWN}=1 shows where)"
 
 
 def _refuse_ignored(args: argparse.Namespace) -> None:

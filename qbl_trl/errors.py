@@ -1,5 +1,9 @@
 """The errors this package raises. Each says where, what was given, what is allowed and what to do."""
 
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 
 class QblError(Exception):
     """Base of every error raised by qbl_trl."""
@@ -25,10 +29,39 @@ class ExportError(QblError, RuntimeError):
     """A model cannot be written as an ONNX graph that computes the same function."""
 
 
+class PackageError(QblError, ImportError):
+    """A package is not installed that comes with one of the extras."""
+
+
 _EXPORT_PACKAGES = {"onnx", "onnx_ir", "onnxruntime", "optimum"}
 
 
 def explain_missing(what: str, error: ModuleNotFoundError) -> None:
-    """Raise ImportError with what to install, if the module that is missing comes with the onnx extra."""
+    """Raise PackageError with what to install, if the module that is missing comes with the onnx extra."""
     if error.name is not None and error.name.partition(".")[0] in _EXPORT_PACKAGES:
-        raise ImportError(f'{what} needs {error.name}: pip install "qbl-trl[onnx]" (or "qbl-trl[onnx-gpu]")') from error
+        raise PackageError(
+            f'{what} needs {error.name}: pip install "qbl-trl[onnx]" (or "qbl-trl[onnx-gpu]")'
+        ) from error
+
+
+SHOWN = "QBL_TRL_TRACEBACK"  # set in the environment: errors end in a traceback, for whoever looks for their cause
+FLAGS = {"set overwrite": "pass --overwrite"}  # what an error asks of a caller, as a command line says it
+
+
+def said(error: BaseException, flags: Mapping[str, str] = FLAGS) -> str:
+    """The message of an error, with its notes, in the words of a command line."""
+    text = " ".join([str(error), *getattr(error, "__notes__", ())])
+    for called, flag in flags.items():
+        text = text.replace(called, flag)
+    return text
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """For scripts: an error of this package is its message on standard error and exit status 1, not a traceback."""
+    try:
+        yield
+    except QblError as error:
+        if os.environ.get(SHOWN):
+            raise
+        raise SystemExit(said(error)) from None

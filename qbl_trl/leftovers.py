@@ -1,4 +1,4 @@
-"""Hidden folders that killed processes left behind, told from those of living ones by a lock that ends with its process.
+"""Hidden folders that killed processes left, told from those of living ones by a lock that ends with its process.
 
     .out.k3x9_q2a/lock    locked while the process that writes `out` lives; names its host
 

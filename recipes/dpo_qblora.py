@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, ScriptArguments, TrlParser
 
 from qbl_trl import GroupQuantConfig, QBLoRACallback, QBLoRAConfig
+from qbl_trl.errors import one_line
 
 
 @dataclass
@@ -44,6 +45,8 @@ def main(script: ScriptArguments, training: DPOConfig, args: DPOQBLoRAArguments)
     """Load, train, save; merging and its check are the callback's."""
     if not args.model_name_or_path or not script.dataset_name:
         raise SystemExit("--model_name_or_path and --dataset_name are needed (or --config with both)")
+    callback = QBLoRACallback(merged_output_dir=Path(training.output_dir, "merged"), overwrite=args.overwrite)
+    callback.check_outputs(training)
     options: dict[str, Any] = {"dtype": getattr(torch, args.dtype)}
     if getattr(AutoConfig.from_pretrained(args.model_name_or_path), "quantization_config", None) is None:
         options["quantization_config"] = GroupQuantConfig(group_size=args.group_size, algorithm=args.algorithm)
@@ -62,7 +65,7 @@ def main(script: ScriptArguments, training: DPOConfig, args: DPOQBLoRAArguments)
             quantization_aware=True,
             task_type="CAUSAL_LM",
         ),
-        callbacks=[QBLoRACallback(merged_output_dir=Path(training.output_dir, "merged"), overwrite=args.overwrite)],
+        callbacks=[callback],
     )
     resume = training.resume_from_checkpoint  # a folder, or true: the last checkpoint
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
@@ -70,4 +73,5 @@ def main(script: ScriptArguments, training: DPOConfig, args: DPOQBLoRAArguments)
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    with one_line():
+        main(*make_parser().parse_args_and_config())

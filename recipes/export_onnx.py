@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from qbl_trl import export_onnx
+from qbl_trl.errors import one_line
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -85,4 +86,5 @@ def answer(folder: Path, prompt: str, provider: str, max_new_tokens: int, thread
 
 
 if __name__ == "__main__":
-    main(make_parser().parse_args())
+    with one_line():
+        main(make_parser().parse_args())

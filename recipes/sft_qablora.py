@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
 from qbl_trl import GroupQuantConfig, QBLoRACallback, QBLoRAConfig
+from qbl_trl.errors import one_line
 
 DEMO = "demo"
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
@@ -92,14 +93,6 @@ def load_demo() -> tuple[str, DatasetDict]:
 
 def main(script: ScriptArguments, training: SFTConfig, args: QABLoRAArguments) -> None:
     """Load, train, save; merging and its check are the callback's."""
-    name, dataset = args.model_name_or_path, None
-    if name == DEMO:
-        name, dataset = load_demo()
-    if script.dataset_name:
-        dataset = load_dataset(script.dataset_name, name=script.dataset_config)
-    if dataset is None:
-        raise SystemExit("--dataset_name is needed beside --model_name_or_path: any dataset TRL's SFTTrainer takes")
-
     output = Path(training.output_dir)
     adapter = QBLoRAConfig(
         r=args.r,
@@ -110,21 +103,30 @@ def main(script: ScriptArguments, training: SFTConfig, args: QABLoRAArguments) -
         quantization_aware=True,
         task_type="CAUSAL_LM",
     )
+    callback = QBLoRACallback(
+        adapter,
+        merged_output_dir=output / "merged",
+        onnx_output_dir=output / "onnx" if args.export_onnx else None,
+        onnx_options={"provider": args.provider},
+        overwrite=args.overwrite,
+    )
+    callback.check_outputs(training)
+
+    name, dataset = args.model_name_or_path, None
+    if name == DEMO:
+        name, dataset = load_demo()
+    if script.dataset_name:
+        dataset = load_dataset(script.dataset_name, name=script.dataset_config)
+    if dataset is None:
+        raise SystemExit("--dataset_name is needed beside --model_name_or_path: any dataset TRL's SFTTrainer takes")
+
     trainer = SFTTrainer(
         load_base(args, name),
         args=training,
         train_dataset=dataset[script.dataset_train_split],
         eval_dataset=dataset[script.dataset_test_split] if training.eval_strategy != "no" else None,
         processing_class=AutoTokenizer.from_pretrained(name),
-        callbacks=[
-            QBLoRACallback(
-                adapter,
-                merged_output_dir=output / "merged",
-                onnx_output_dir=output / "onnx" if args.export_onnx else None,
-                onnx_options={"provider": args.provider},
-                overwrite=args.overwrite,
-            )
-        ],
+        callbacks=[callback],
     )
     resume = training.resume_from_checkpoint  # a folder, or true: the last checkpoint
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
@@ -132,4 +134,5 @@ def main(script: ScriptArguments, training: SFTConfig, args: QABLoRAArguments) -
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config(with_default(sys.argv[1:])))
+    with one_line():
+        main(*make_parser().parse_args_and_config(with_default(sys.argv[1:])))

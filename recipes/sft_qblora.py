@@ -17,6 +17,7 @@ from transformers.utils import is_bitsandbytes_available
 from trl import ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
 from qbl_trl import QBLoRACallback, QBLoRAConfig
+from qbl_trl.errors import one_line
 
 
 @dataclass
@@ -47,6 +48,14 @@ def main(script: ScriptArguments, training: SFTConfig, args: QBLoRAArguments) ->
         raise SystemExit("--model_name_or_path and --dataset_name are needed (or --config with both)")
     if not is_bitsandbytes_available():
         raise SystemExit('this recipe trains over bitsandbytes: pip install "qbl-trl[bnb]"')
+    adapter = QBLoRAConfig(
+        r=args.r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        in_factor=args.in_factor,
+        out_factor=args.out_factor,
+        task_type="CAUSAL_LM",
+    )
     dtype = getattr(torch, args.dtype)
     model = AutoModelForCausalLM.from_pretrained(
         args.model_name_or_path,
@@ -66,14 +75,7 @@ def main(script: ScriptArguments, training: SFTConfig, args: QBLoRAArguments) ->
         train_dataset=dataset[script.dataset_train_split],
         eval_dataset=dataset[script.dataset_test_split] if training.eval_strategy != "no" else None,
         processing_class=AutoTokenizer.from_pretrained(args.model_name_or_path),
-        peft_config=QBLoRAConfig(
-            r=args.r,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            in_factor=args.in_factor,
-            out_factor=args.out_factor,
-            task_type="CAUSAL_LM",
-        ),
+        peft_config=adapter,
         callbacks=[QBLoRACallback()],
     )
     resume = training.resume_from_checkpoint  # a folder, or true: the last checkpoint
@@ -82,4 +84,5 @@ def main(script: ScriptArguments, training: SFTConfig, args: QBLoRAArguments) ->
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    with one_line():
+        main(*make_parser().parse_args_and_config())

@@ -1,11 +1,14 @@
 """Every recipe's parser takes every configuration shipped for it, and every flag is documented."""
 
 import importlib.util
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from qbl_trl.errors import ConfigError
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 CONFIGS = {
@@ -41,6 +44,62 @@ def test_every_recipe_says_how_to_run_it(recipe):
     module = load(recipe)
     assert f"accelerate launch recipes/{recipe}.py" in module.__doc__
     assert callable(module.main)
+
+
+def launch(recipe, monkeypatch, *arguments):
+    """The message with which a recipe stops, launched as a shell launches it."""
+    monkeypatch.setattr(sys, "argv", [f"{recipe}.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(RECIPES / f"{recipe}.py"), run_name="__main__")
+    assert isinstance(stop.value.code, str)  # Python prints it and exits with status 1
+    return stop.value.code
+
+
+ON_CPU = ("--use_cpu", "true", "--bf16", "false")
+NOWHERE = ("--model_name_or_path", "/no/where", "--dataset_name", "/no/where")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "output", "arguments"),
+    [
+        ("sft_qablora", "merged", (*ON_CPU, *NOWHERE, "--output_dir", "RUN")),
+        ("sft_qablora", "merged", (*ON_CPU, "--output_dir", "RUN")),  # the embedded default
+        ("sft_qablora", "onnx", (*ON_CPU, *NOWHERE, "--output_dir", "RUN", "--export_onnx", "true")),
+        ("dpo_qblora", "merged", (*ON_CPU, *NOWHERE, "--output_dir", "RUN")),
+        ("export_onnx", "onnx", ("--model", "/no/where", "--output", "RUN/onnx")),
+    ],
+)
+def test_a_second_launch_says_in_one_line_what_to_do_before_anything_is_loaded(
+    recipe, output, arguments, tmp_path, monkeypatch
+):
+    if output == "onnx":
+        pytest.importorskip("onnx", reason="the [onnx] extra is not installed")
+    (tmp_path / output).mkdir()
+    (tmp_path / output / "config.json").touch()
+    said = launch(recipe, monkeypatch, *(part.replace("RUN", str(tmp_path)) for part in arguments))
+    folder = tmp_path / output
+    assert said == f"{folder} is not empty; choose another folder, or pass --overwrite to replace all of it"
+
+
+def test_a_setting_that_cannot_work_is_one_line_too_and_its_traceback_one_variable_away(monkeypatch, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="the [bnb] extra is not installed")
+    arguments = (*ON_CPU, *NOWHERE, "--output_dir", str(tmp_path), "--in_factor", "0")
+    said = launch("sft_qblora", monkeypatch, *arguments)
+    assert "in_factor" in said
+    assert "\n" not in said
+    monkeypatch.setenv("QBL_TRL_TRACEBACK", "1")
+    with pytest.raises(ConfigError, match="in_factor"):
+        runpy.run_path(str(RECIPES / "sft_qblora.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize("recipe", ["sft_qablora", "dpo_qblora", "export_onnx"])
+def test_the_flag_that_replaces_outputs_needs_no_value(recipe, tmp_path):
+    parser = load(recipe).make_parser()
+    if recipe == "export_onnx":
+        own = parser.parse_args(["--model", "m", "--output", "o", "--overwrite"])
+    else:
+        *_, own = parser.parse_args_and_config([*ON_CPU, "--output_dir", str(tmp_path), "--overwrite"])
+    assert own.overwrite is True
 
 
 def test_the_accelerate_configurations_are_readable():

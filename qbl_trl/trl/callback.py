@@ -116,12 +116,20 @@ class QBLoRACallback(TrainerCallback):
 
     # -- before training ------------------------------------------------------------------------------------------
 
+    def check_outputs(self, args: TrainingArguments) -> None:
+        """Refuse what could not be written in the end, as the trainer's constructor does: before a model is loaded.
+
+        Raises:
+            ConfigError: if an output folder is not empty, or cannot be written.
+        """
+        if args.should_save:
+            self.outputs.check(args.output_dir)
+
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         trainer = find_trainer(model)
-        if args.should_save:
-            self.outputs.check(args.output_dir)
+        self.check_outputs(args)
         if self.outputs.onnx is not None:
             finish.check_decoder(model)
         if self.config is not None:
@@ -144,8 +152,7 @@ class QBLoRACallback(TrainerCallback):
                 "QBLoRACallback(config) was added after the trainer was built; pass it in callbacks=[...] of the "
                 "trainer, or give the trainer peft_config=QBLoRAConfig(...) and add QBLoRACallback()"
             )
-        if args.should_save:
-            self.outputs.check(args.output_dir)  # training again would find the first run's outputs
+        self.check_outputs(args)  # training again would find the first run's outputs
         trainer = find_trainer(model)
         if not self.record.layers or trainer not in (None, self._trainer):  # added after the trainer was built
             self._meet(trainer, model)
