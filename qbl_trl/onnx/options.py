@@ -123,6 +123,11 @@ def check_choices(
             raise ExportError(f"export_onnx: {name}={given!r} is not known; allowed: {', '.join(map(str, allowed))}")
     if prompt_accuracy_level is not None and provider != "cpu":
         raise ExportError("export_onnx: prompt_accuracy_level chooses between kernels that only provider='cpu' has")
+    if prompt_accuracy_level == 0 and accuracy_level is None:
+        raise ExportError(
+            "export_onnx: prompt_accuracy_level=0 changes nothing without accuracy_level: prompts and steps are read in "
+            "float32 then. Set accuracy_level=4 beside it, or leave it out"
+        )
     if max_length is not None and not (type(max_length) is int and max_length >= SHORTEST):
         raise ExportError(f"export_onnx: max_length={max_length!r} must be a whole number of at least {SHORTEST}")
     numbers = (int, float)

@@ -210,6 +210,7 @@ def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch):
         ({"accuracy_level": 4.0}, "accuracy_level=4.0 is not known"),
         ({"prompt_accuracy_level": True}, "prompt_accuracy_level=True is not known"),
         ({"provider": "cuda", "prompt_accuracy_level": 0}, "only provider='cpu' has"),
+        ({"prompt_accuracy_level": 0}, "prompt_accuracy_level=0 changes nothing without accuracy_level"),
         ({"logits": "first"}, "logits='first' is not known"),
         ({"max_length": 0}, "max_length=0 must be a whole number of at least 4"),
         ({"max_length": 12.5}, "max_length=12.5 must be a whole number"),
