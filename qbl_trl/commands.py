@@ -154,14 +154,9 @@ def export(args: argparse.Namespace) -> None:
 
 def verify(args: argparse.Namespace) -> int:
     from qbl_trl.parity import verify
-    from qbl_trl.tokenizers import open_tokenizer
+    from qbl_trl.texts import token_ids
 
-    if not any(Path(args.reference).glob("tokenizer*")) and Path(args.reference).is_dir():
-        raise ConfigError(f"{args.reference} holds no tokenizer, and --text needs one")
-    tokens = open_tokenizer(args.reference)(args.text, return_tensors="pt").input_ids
-    if not tokens.numel():
-        raise ConfigError("verify: --text holds no token")
-    report = verify(args.reference, args.candidate, tokens)
+    report = verify(args.reference, args.candidate, token_ids(args.reference, [args.text])[0])
     print(report)
     if args.tolerance is not None and not report.max_abs_difference <= args.tolerance:
         print(

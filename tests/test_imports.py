@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "qbl_trl"
 ROWS = [
     {"generation"},
     {"allowed", "errors", "leftovers", "peft_type", "progress", "random_state", "older_names", "tokenizers"},
-    {"folders"},
+    {"folders", "texts"},
     {"config"},
     {"loading"},
     {"parity"},

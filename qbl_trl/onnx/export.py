@@ -85,8 +85,8 @@ def export_onnx(
             float.
         prompt_accuracy_level: the same where more than one token is read at once; by default no other. 0 beside
             accuracy_level=4 reads prompts with float32 activations (an adapter's digits stay): faster from about 32
-            tokens on where the processor multiplies floats well, with the weights twice in memory. 0 alone is refused: it
-            would change nothing.
+            tokens on where the processor multiplies floats well, with the weights twice in memory. 0 alone is refused:
+            it would change nothing.
         embedding_bits: 4 or 8 packs an embedding and a head that are float, tied or not, for the graph alone: a model
             this small loses most of its bytes there, and the head is read at every step. Not exact; reported.
         kv_cache_dtype: "int8" keeps keys and values in 8 bits on CPU, one scale for each feature of each key head: a

@@ -61,6 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-dtype", choices=KV_CACHE_DTYPES[1:], help="of keys and values: a quarter of the memory, not exact"
     )
     parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="texts that the scales of --kv-cache-dtype are measured on, with blank lines between them, or a .jsonl of "
+        'strings or of objects with "text", "prompt" and "completion", or "messages" (default: what the model writes)',
+    )
+    parser.add_argument(
         "--logits", default="all", choices=LOGITS, help="positions the graph answers for; generating needs the last"
     )
     parser.add_argument(
@@ -125,7 +132,7 @@ def check_choices(
         raise ExportError("export_onnx: prompt_accuracy_level chooses between kernels that only provider='cpu' has")
     if prompt_accuracy_level == 0 and accuracy_level is None:
         raise ExportError(
-            "export_onnx: prompt_accuracy_level=0 changes nothing without accuracy_level: prompts and steps are read in "
+            "export_onnx: prompt_accuracy_level=0 changes nothing without accuracy_level: prompts and steps are in "
             "float32 then. Set accuracy_level=4 beside it, or leave it out"
         )
     if max_length is not None and not (type(max_length) is int and max_length >= SHORTEST):
@@ -163,6 +170,8 @@ def check_choices(
 def run(args: argparse.Namespace) -> None:
     """Export, and print the report."""
     export_onnx = importlib.import_module("qbl_trl").export_onnx  # says what to install where packages are missing
+    texts = importlib.import_module("qbl_trl.texts")
+    calibration = args.calibration and texts.token_ids(args.tokenizer or args.model, texts.read_texts(args.calibration))
     print(
         export_onnx(
             args.model,
@@ -175,6 +184,7 @@ def run(args: argparse.Namespace) -> None:
             prompt_accuracy_level=args.prompt_accuracy_level,
             embedding_bits=args.embedding_bits,
             kv_cache_dtype=args.kv_cache_dtype,
+            calibration=calibration,
             logits=args.logits,
             max_length=args.max_length,
             tokenizer=args.tokenizer,
