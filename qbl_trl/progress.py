@@ -5,14 +5,15 @@ from typing import Any
 from transformers.utils import logging
 
 
-def progress(total: int, what: str, unit: str) -> Any:
+def progress(total: int, what: str, unit: str, delay: float = 0.0) -> Any:
     """A tqdm bar, as a context manager.
 
     Args:
         total: number of units.
         what: what is being done, such as "quantizing".
+        delay: seconds before anything is shown.
     """
-    return logging.tqdm(total=total, desc=what, unit=unit, disable=None, leave=False)
+    return logging.tqdm(total=total, desc=what, unit=unit, disable=None, leave=False, delay=delay)
 
 
 def step(bar: Any, what: str) -> None:

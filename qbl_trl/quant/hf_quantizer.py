@@ -20,6 +20,7 @@ from qbl_trl.config import QUANT_METHOD, GroupQuantConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.older_names import restore_settings_
+from qbl_trl.progress import progress
 from qbl_trl.quant.apply import finish_, quantize_layer_
 from qbl_trl.quant.checkpoint import Stored, check_tensors, read_headers
 from qbl_trl.quant.head import empty_embeddings_, tie_again_
@@ -32,6 +33,8 @@ from qbl_trl.quant.stacks import keep_apart, not_joining, separate_, set_apart, 
 from qbl_trl.quant.stored import empty_layer, expected_tensors, folder_of, packed_in, stored_layers
 from qbl_trl.quant.targets import target_layers
 
+_SOON = 1.0  # seconds: what is done by then needs no bar
+
 
 class GroupQuantizer(HfQuantizer):
     """Affine group quantization of linear layers, on load or from packed files; see GroupQuantConfig."""
@@ -41,6 +44,7 @@ class GroupQuantizer(HfQuantizer):
 
     quantization_config: GroupQuantConfig
     missing: frozenset[str] = frozenset()
+    _bar: Any = None
 
     def update_tp_plan(self, config: Any) -> Any:
         """The first sight of the configuration in transformers 4.57: the files are checked before any is opened."""
@@ -121,17 +125,23 @@ class GroupQuantizer(HfQuantizer):
     def create_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, **kwargs: Any
     ) -> None:
-        """Quantize one weight as it arrives and put the packed layer in its place (transformers 4.57)."""
-        self.quantize_arrived_(model, param_name, param_value.to(target_device))
+        """Quantize one weight as it arrives and put the packed layer in its place (transformers 4.57).
 
-    def quantize_arrived_(self, model: nn.Module, name: str, weight: Tensor) -> None:
-        """Quantize the weight of one layer, or of all experts that it stacks."""
+        That generation shows the progress of files, not of weights as its successor does: the bar is ours.
+        """
+        if self._bar is None:
+            self._bar = progress(len(self.targets), "quantizing", "layer", delay=_SOON)
+        self._bar.update(self.quantize_arrived_(model, param_name, param_value.to(target_device)))
+
+    def quantize_arrived_(self, model: nn.Module, name: str, weight: Tensor) -> int:
+        """Quantize the weight of one layer, or of all experts that it stacks; returns the number of layers."""
         stacked = name in self.stacks
         layers = separate_(model, name, weight, self.stacks[name]) if stacked else [name.rpartition(".")[0]]
-        for layer in layers:
-            if layer in self.chosen:
-                value = model.get_submodule(layer).weight.data if stacked else weight
-                quantize_layer_(model, layer, value, self.quantization_config)  # type: ignore[arg-type]
+        chosen = [layer for layer in layers if layer in self.chosen]
+        for layer in chosen:
+            value = model.get_submodule(layer).weight.data if stacked else weight
+            quantize_layer_(model, layer, value, self.quantization_config)  # type: ignore[arg-type]
+        return len(chosen)
 
     def get_quantize_ops(self) -> Any:
         """The same as an operation of transformers 5's loading pipeline."""
@@ -140,6 +150,9 @@ class GroupQuantizer(HfQuantizer):
         return GroupQuantize(self)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None  # the model keeps its quantizer, and is copied with it
         if self.pre_quantized:
             tie_again_(model)
         else:
@@ -190,8 +203,10 @@ def quantize_model_(model: PreTrainedModel, config: GroupQuantConfig) -> PreTrai
     quantizer.quantization_config = config = requested(model, config)
     quantizer.choose_(model)
     if config.algorithm != "gptq":
-        for name in quantizer.targets:
-            quantize_layer_(model, name, model.get_submodule(name).weight.data, config)  # type: ignore[arg-type]
+        with progress(len(quantizer.targets), "quantizing", "layer", delay=_SOON) as bar:
+            for name in quantizer.targets:
+                quantize_layer_(model, name, model.get_submodule(name).weight.data, config)  # type: ignore[arg-type]
+                bar.update()
     finish_(model, config, quantizer.targets)
     attach_(model, quantizer)
     return model
