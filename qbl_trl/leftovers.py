@@ -6,6 +6,7 @@ A lock is held by the operating system for the process (and for what it forked),
 one that can be taken has no living owner. It is only trusted on the host that made it, and where locks work at all.
 """
 
+import os
 import re
 import shutil
 import socket
@@ -50,7 +51,8 @@ def remove_leftovers(path: Path, above: Path) -> None:
     One that was stopped between taking the old folder away and putting the new one in its place gives the old one back.
     """
     named = re.compile(re.escape(f".{path.name}.") + "[a-z0-9_]{8}")  # tempfile's eight characters
-    for holder in [entry for entry in above.iterdir() if named.fullmatch(entry.name)] if fcntl else []:
+    entries = list(above.iterdir()) if fcntl is not None and above.is_dir() and os.access(above, os.R_OK) else []
+    for holder in [entry for entry in entries if named.fullmatch(entry.name)]:
         with suppress(OSError), (holder / _LOCK).open("r+", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while the process lives
             if file.read() != _MARK:

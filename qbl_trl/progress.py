@@ -1,7 +1,9 @@
-"""Progress bars for what takes longer than a few seconds: on a terminal only, and silenced with transformers' own."""
+"""For what takes longer than a few seconds: lines, and bars, on a terminal only and silenced with transformers' own."""
 
+import sys
 from typing import Any
 
+from tqdm import tqdm
 from transformers.utils import logging
 
 
@@ -20,3 +22,9 @@ def step(bar: Any, what: str) -> None:
     """One unit is done; `what` comes next."""
     bar.update()
     bar.set_description(what)
+
+
+def say(line: str) -> None:
+    """One line on standard output at once, above the bars of a terminal."""
+    tqdm.write(line)
+    sys.stdout.flush()

@@ -50,14 +50,17 @@ class ExportReport:
         """Ready for JSON."""
         return asdict(self)
 
+    def lowerings(self) -> dict[str, int]:
+        """How many layers were written in each way."""
+        return dict(sorted(Counter(f"{layer.operator} + {layer.correction}" for layer in self.layers).items()))
+
     def __str__(self) -> str:
-        kinds = Counter(f"{layer.operator} + {layer.correction}" for layer in self.layers)
         lines = [
             f"{self.path}: {self.bytes / 1e6:.1f} MB, {self.dtype}, {self.provider}, {self.seconds:.1f} s",
             f"attention: {self.attention}"
             + (f" ({self.attention_reason})" if self.attention_reason else "")
             + (f", cache in {self.kv_cache_dtype}" if self.kv_cache_dtype != self.dtype else ""),
-            "layers: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())),
+            "layers: " + ", ".join(f"{count} {kind}" for kind, count in self.lowerings().items()),
             "nodes: " + ", ".join(f"{count} {name}" for name, count in sorted(self.operators.items(), key=_by_count)),
         ]
         for title, parity in (

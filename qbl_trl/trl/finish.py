@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.adapter.wrapped import is_decoder
 from qbl_trl.errors import ConfigError, ExportError, MergeError
-from qbl_trl.folders import folder_bytes, new_folder
+from qbl_trl.folders import new_folder
 from qbl_trl.merging import merge, unwrap
 from qbl_trl.parity import compare, logits_of, unpatched_forward
 from qbl_trl.quant.head import input_table
@@ -116,10 +116,15 @@ def check_decoder(model: nn.Module) -> None:
 
 
 def export(model_dir: Path, output_dir: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the ONNX graph with the package's public `export_onnx`, looked up now: training never loads ONNX."""
+    """Write the ONNX graph with the package's public `export_onnx`, looked up now: training never loads ONNX.
+
+    Returns:
+        The report's "export" entry: the figures of ExportReport, with a count of layers in place of a list.
+    """
     export_onnx = importlib.import_module("qbl_trl").export_onnx
     report = export_onnx(model_dir, output_dir, **options)
-    return {"output": str(output_dir), "summary": str(report), "bytes": folder_bytes(output_dir)}
+    figures = {name: value for name, value in report.to_dict().items() if name not in ("path", "layers", "operators")}
+    return {"output": str(output_dir), "summary": str(report), "lowerings": report.lowerings(), **figures}
 
 
 def sizes(model: nn.Module, merged: nn.Module | None) -> dict[str, int]:

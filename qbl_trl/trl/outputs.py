@@ -10,9 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 
+from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.errors import ConfigError
 from qbl_trl.folders import check_free, folder_bytes
+from qbl_trl.progress import say
 from qbl_trl.trl import finish
+from qbl_trl.trl.page import size
 from qbl_trl.trl.run_record import RunRecord
 
 
@@ -78,7 +81,7 @@ class Outputs:
         input_ids: Tensor | None,
         tokenizer: Any,
     ) -> None:
-        """Merge, verify and write; what happened goes into `record`.
+        """Merge, verify and write; what happened goes into `record`, and is said as it happens.
 
         Raises:
             MergeError: if the merged model disagrees with the trained one.
@@ -86,8 +89,11 @@ class Outputs:
                 the adapter is saved and the report written first.
         """
         try:
+            if all(layer.merges_exactly() for layer in adapter_layers(model).values()):
+                say(f"Merging {record.adapter['layers']} layers, and comparing the model with the trained one")
             merged, record.merge = finish.merge_and_verify(model, input_ids, self.stored_delta)
             record.sizes = finish.sizes(model, merged)
+            say(_merged(record))
             if merged is not None and self.merged is not None:
                 self._write(record, merged, self.merged, tokenizer)
         except Exception as error:
@@ -102,8 +108,32 @@ class Outputs:
         finish.write_merged(merged, tokenizer, folder, self.overwrite)
         record.merge["output"] = str(folder)
         record.sizes["merged_folder"] = folder_bytes(folder)
+        say(f"Merged model written to {folder} ({size(record.sizes['merged_folder'])})")
         if self.onnx is not None:
+            say(f"Exporting it to {self.onnx}, which may take minutes")
             record.export = finish.export(folder, self.onnx, {"overwrite": self.overwrite, **self.onnx_options})
+            say(_exported(record.export))
+
+
+def _merged(record: RunRecord) -> str:
+    """What became of the merge, in one line."""
+    merge = record.merge
+    if not merge["exact"]:
+        return f"Not merged: {merge['reason']}"
+    if "parity" not in merge:
+        return f"Merged layer by layer in {merge['seconds']:.1f} s; not compared on logits: {merge['not_compared']}"
+    found = merge["parity"]
+    return (
+        f"Merged in {merge['seconds']:.1f} s: largest logit difference {found['max_abs_difference']:.1e} (allowed "
+        f"{found['tolerance']:.1e}), on {found['tokens']} tokens"
+    )
+
+
+def _exported(export: Mapping[str, Any]) -> str:
+    """What the export wrote, in one line; the run's report has the rest."""
+    found = [(name, export.get(key)) for name, key in (("", "parity"), (" as written", "parity_as_written"))]
+    parity = [f"largest logit difference{name} {one['max_abs_difference']:.1e}" for name, one in found if one]
+    return "; ".join([f"Exported in {export['seconds']:.0f} s ({size(export['bytes'])})", *parity])
 
 
 __all__ = ["Outputs"]

@@ -5,12 +5,14 @@ import os
 import re
 from collections.abc import Sequence
 from html import escape
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from qbl_trl.errors import ConfigError
 from qbl_trl.trl import charts
 from qbl_trl.trl.charts import Line
+from qbl_trl.trl.deployed import export, parity, sizes
 from qbl_trl.trl.page import badge, facts, page, scroll, section, size, table
 from qbl_trl.trl.run_record import REPORT, SCHEMA
 
@@ -37,9 +39,9 @@ def render(record: dict[str, Any]) -> str:
     """The page of one report; nothing in it is fetched from elsewhere."""
     history = record["log_history"]
     body = "".join(
-        part(record, history) for part in (_head, _key_figures, _losses, _shifts, _map, _parity, _sizes, _layers)
+        part(record, history) for part in (_head, _key_figures, _losses, _shifts, _map, parity, sizes, export, _layers)
     )
-    return page(f"{record['model']}: balanced adapters", body)
+    return page(f"{_short(record['model'])}: balanced adapters", body)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -77,7 +79,8 @@ def _head(record: dict[str, Any], history: Any) -> str:
     ranks = sorted({layer["rank"] for layer in layers})
     span = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0] if ranks else '?'}"
     nominal = f"{span} (the parameters of plain rank {first.get('nominal_rank')})"
-    return f'<h1>{escape(record["model"])}{state}</h1><p class="lead">{escape(kind + nominal)}</p>'
+    place = f"; {record['model']}" if _short(record["model"]) != record["model"] else ""
+    return f'<h1>{escape(_short(record["model"]))}{state}</h1><p class="lead">{escape(kind + nominal + place)}</p>'
 
 
 def _key_figures(record: dict[str, Any], history: Any) -> str:
@@ -156,58 +159,8 @@ def _map(record: dict[str, Any], history: Any) -> str:
     return section(title, note, scroll(charts.heat_map(rows, columns, values, unit)))
 
 
-def _parity(record: dict[str, Any], history: Any) -> str:
-    merge = record["merge"]
-    note = "Logits of the training model and of the merged 4-bit model on the same training tokens."
-    if not merge:
-        return section("Parity", note, '<p class="empty">Not measured yet: training is not over.</p>')
-    if not merge["exact"]:
-        return section("Parity", note, badge("not merged", "neutral"), f"<p>{escape(merge['reason'])}</p>")
-    if "parity" not in merge:
-        return section("Parity", note, badge("by layers", "neutral"), f"<p>{escape(merge['not_compared'])}</p>")
-    parity = merge["parity"]
-    names = {
-        "mean_abs_difference": "mean difference",
-        "kl_per_token": "KL per token, nats",
-        "top1_agreement": "same best token",
-        "tokens": "tokens",
-    }
-    rows = [
-        (label, f"{parity[name]:.2%}" if name == "top1_agreement" else f"{parity[name]:.3g}")
-        for name, label in names.items()
-        if name in parity
-    ]
-    probe = record["probe"]
-    if probe:
-        rows.append((f"probe before training, {len(probe)} layers, relative", f"{max(probe.values()):.1e}"))
-    return section(
-        "Parity", note, charts.decades(parity["max_abs_difference"], parity["tolerance"]), table(("", ""), rows)
-    )
-
-
-def _sizes(record: dict[str, Any], history: Any) -> str:
-    found, export = record["sizes"], record["export"]
-    if "merged" not in found:
-        return ""
-    half = found["float16"]
-    items = [
-        ("16-bit model", float(half), size(half), "--neutral"),
-        (
-            "merged, 4-bit",
-            float(found["merged"]),
-            f"{size(found['merged'])}, {half / found['merged']:.1f} times smaller",
-            "--train",
-        ),
-    ]
-    if export:
-        items.append(("ONNX folder", float(export["bytes"]), size(export["bytes"]), "--eval"))
-    items.append(("adapter alone", float(found["adapter"]), size(found["adapter"]), "--merged"))
-    return section("Size", "Tensors in memory, and the exported folder on disk.", charts.bars(items))
-
-
 def _layers(record: dict[str, Any], history: Any) -> str:
     columns = (
-        "name",
         "out_features",
         "in_features",
         "in_factor",
@@ -218,14 +171,31 @@ def _layers(record: dict[str, Any], history: Any) -> str:
         "stable_rank",
         "norm",
     )
-    rows = [[_number(layer.get(column)) for column in columns] for layer in record["layers"]]
+    start = shared_start([layer["name"] for layer in record["layers"]])
+    rows = [
+        [layer["name"].removeprefix(start), *(_number(layer.get(column)) for column in columns)]
+        for layer in record["layers"]
+    ]
     head = ("layer", "N", "K", "p", "e", "rank", "shift, max", "mean", "stable rank", "norm")
     listing = f"<details><summary>{len(rows)} layers</summary>{scroll(table(head, rows))}</details>"
     return section(
         "Layers",
-        "Shapes (N outputs, K inputs), factors (p inputs pooled, e outputs shared) and the last measurement of each.",
+        "Shapes (N outputs, K inputs), factors (p inputs pooled, e outputs shared) and the last measurement of each."
+        + (f" Names go on from {start}" if start else ""),
         listing,
     )
+
+
+def shared_start(names: Sequence[str]) -> str:
+    """The modules that all names begin with, with the dot behind them."""
+    modules = [name.split(".")[:-1] for name in names] if len(names) > 1 else []
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))
+    return "".join(f"{parts[0]}." for parts in shared)
+
+
+def _short(model: str) -> str:
+    """The last folder of an absolute path; a model id as it is."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def _block(name: str) -> str:
@@ -242,4 +212,4 @@ def _number(value: Any) -> Any:
     return "-" if value is None else value
 
 
-__all__ = ["PAGE", "render", "write_report"]
+__all__ = ["PAGE", "render", "shared_start", "write_report"]

@@ -58,3 +58,37 @@ def sft(output: Path, callback: Any, model: Any = None, **changes: Any) -> SFTTr
 def losses(trainer: Any) -> list[float]:
     """Training losses as they were logged."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class Exported:
+    """What `export_onnx` answers, for runs without ONNX: two layers, and a graph with 8-bit activations."""
+
+    def to_dict(self) -> dict[str, Any]:
+        exact = {
+            "tokens": 18,
+            "max_abs_difference": 2e-6,
+            "mean_abs_difference": 1e-7,
+            "kl_per_token": 1e-9,
+            "top1_agreement": 1.0,
+            "ties": 0,
+        }
+        return {
+            "path": "x",
+            "provider": "cpu",
+            "dtype": "float32",
+            "attention": "gqa",
+            "attention_reason": "",
+            "layers": ({"name": "one"}, {"name": "two"}),
+            "operators": {"MatMulNBits": 2},
+            "kv_cache_dtype": "int8",
+            "fallbacks": (),
+            "bytes": 123456,
+            "seconds": 4.2,
+            "parity": exact,
+            "parity_cached": exact,
+            "parity_embeddings": None,
+            "parity_as_written": {**exact, "max_abs_difference": 3e-2},
+        }
+
+    def lowerings(self) -> dict[str, int]:
+        return {"MatMulNBits + block delta in 8 bits": 2}

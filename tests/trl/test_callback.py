@@ -23,7 +23,7 @@ from qbl_trl.trl import finish
 from qbl_trl.trl.callback import REPORT, QBLoRACallback
 from tests.tiny import tiny_llama, tokens
 from tests.trl import data
-from tests.trl.runs import adapter, base, losses, settings, sft
+from tests.trl.runs import Exported, adapter, base, losses, settings, sft
 
 IDS = tokens(vocabulary=32)
 
@@ -324,7 +324,9 @@ def test_a_merge_that_disagrees_is_not_written_and_the_adapter_is_kept(tmp_path,
 
 def test_the_exporter_is_called_by_its_public_name(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setitem(vars(qbl_trl), "export_onnx", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setitem(
+        vars(qbl_trl), "export_onnx", lambda *args, **kwargs: calls.append((args, kwargs)) or Exported()
+    )
     callback = QBLoRACallback(
         adapter(), merged_output_dir=tmp_path / "m", onnx_output_dir=tmp_path / "x", onnx_options={"provider": "cuda"}
     )

@@ -9,9 +9,9 @@ import pytest
 from qbl_trl.errors import ConfigError
 from qbl_trl.trl.callback import QBLoRACallback
 from qbl_trl.trl.charts import Line, decades, heat_map, line_chart, ticks
-from qbl_trl.trl.report import PAGE, render, write_report
+from qbl_trl.trl.report import PAGE, render, shared_start, write_report
 from tests.trl import data
-from tests.trl.runs import adapter, sft
+from tests.trl.runs import Exported, adapter, sft
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,76 @@ def test_a_base_without_zero_points_shows_the_size_of_the_change(record):
         for name in [key for key in entry if "zero_point" in key]:
             del entry[name]
     assert "<h2>Size of the weight change by layer</h2>" in render(record)
+
+
+def test_an_export_shows_its_figures_beside_the_merge(record):
+    plain = render(record)
+    assert "ONNX" not in plain
+    record["export"] = {
+        "output": "run/<onnx>",
+        "summary": "",
+        "lowerings": Exported().lowerings(),
+        **Exported().to_dict(),
+    }
+    text = re.sub(r"<[^>]*>", " ", render(record))
+    for title, largest in (
+        ("merged model", None),
+        ("whole texts", "2.0e-06"),
+        ("its cache", "2.0e-06"),
+        ("as written", "3.0e-02"),
+    ):
+        assert title in text
+        assert largest is None or re.search(rf"{title} +{largest} +1\.0e-07 +1\.0e-09 +100\.00% +18", text)
+    assert "embedding and head packed" not in text  # nothing was
+    for shown in ("run/&lt;onnx&gt;", "123.5 KB", "4 s", "cpu, float32, cache in int8", "gqa", "2 layers"):
+        assert shown in text, shown
+    assert "MatMulNBits + block delta in 8 bits" in text
+    assert charts_of(render(record))
+
+
+def test_an_export_of_an_earlier_report_shows_what_it_has(record):
+    record["export"] = {"output": "run/onnx", "summary": "", "bytes": 5000}
+    assert "5.0 KB" in render(record)
+
+
+def test_the_merge_is_one_row_of_figures(record):
+    parity = record["merge"]["parity"]
+    text = re.sub(r"<[^>]*>", " ", render(record))
+    assert re.search(
+        rf"merged model +{parity['max_abs_difference']:.1e} +{parity['mean_abs_difference']:.1e} "
+        rf"+{parity['kl_per_token']:.1e} +{parity['top1_agreement']:.2%} +{parity['tokens']}",
+        text,
+    )
+    assert f"{len(record['probe'])} layers with random adapters differed from their merged form" in text
+
+
+@pytest.mark.parametrize(
+    ("names", "start"),
+    [
+        (["a.b.layers.0.q", "a.b.layers.0.k", "a.b.layers.1.q"], "a.b.layers."),
+        (["a.blocks.q", "a.blocked.q"], "a."),
+        (["head", "a.b"], ""),
+        (["a.b.q"], ""),
+        ([], ""),
+    ],
+)
+def test_names_of_layers_leave_out_the_modules_that_all_begin_with(names, start):
+    assert shared_start(names) == start
+
+
+def test_rows_of_layers_are_short_and_the_page_says_what_they_go_on_from(record):
+    text = render(record)
+    assert "Names go on from base_model.model.model.layers." in text
+    assert ">0.self_attn.q_proj<" in text
+    assert ">base_model.model.model.layers.0.self_attn.q_proj<" not in text
+
+
+def test_a_model_in_a_folder_has_the_name_of_the_folder(record):
+    record["model"] = "/somewhere/else/tiny-model"
+    text = render(record)
+    assert "<title>tiny-model: balanced adapters</title>" in text
+    assert "<h1>tiny-model<" in text
+    assert "; /somewhere/else/tiny-model</p>" in text
 
 
 def test_names_from_outside_are_escaped(record):
