@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ def quantize(args: argparse.Namespace) -> None:
     from qbl_trl.folders import check_apart, check_free
     from qbl_trl.quant.importers import convert_checkpoint
 
+    began = time.perf_counter()
     check_free(args.output, args.overwrite)
     check_apart(args.output, args.model)
     _check_exists(args.model)
@@ -34,7 +36,7 @@ def quantize(args: argparse.Namespace) -> None:
             modules_to_not_convert=args.modules_to_not_convert,
         )
         _save(_load(args.model, args.dtype, settings), args.model, args.output, args.overwrite)
-    print(args.output)
+    print(_written(args.output, args.model, began))
 
 
 def _check_float(name: str) -> None:
@@ -117,12 +119,14 @@ def merge(args: argparse.Namespace) -> None:
     from qbl_trl.loading import load_adapter, saved_adapter
     from qbl_trl.merging import merge
 
+    began = time.perf_counter()
     check_free(args.output, args.overwrite)
+    base = args.base or saved_adapter(args.adapter).base_model_name_or_path
     check_apart(args.output, args.adapter, args.base, saved_adapter(args.adapter).base_model_name_or_path)
     _save(
         merge(load_adapter(args.adapter, args.base), lossy=args.lossy), str(args.adapter), args.output, args.overwrite
     )
-    print(args.output)
+    print(_written(args.output, base, began))
 
 
 def to_lora(args: argparse.Namespace) -> None:
@@ -197,3 +201,23 @@ def _save(model: Any, tokenizer_of: str, output: Path, overwrite: bool) -> None:
     with new_folder(output, overwrite) as draft:
         model.save_pretrained(draft)
         save_tokenizer(tokenizer_of, draft)
+
+
+def _written(output: Path, source: str | None, began: float) -> str:
+    """One line: the folder, its packed layers, bytes of weights before (if they lie in a folder) and after, seconds."""
+    from qbl_trl.quant.checkpoint import read_headers
+
+    names = read_headers(output)
+    packed, merged = (sum(name.endswith(f".{part}") for name in names) for part in ("scales", "delta"))
+    layers = f"{packed} packed layers" * bool(packed) + f" ({merged} with a merged adapter)" * bool(merged)
+    before = _weights(Path(source)) if source else 0
+    size = f"{before / 1e6:.1f} MB -> " * bool(before) + f"{_weights(output) / 1e6:.1f} MB"
+    return f"{output}: " + ", ".join([*[layers] * bool(layers), size, f"{time.perf_counter() - began:.1f} s"])
+
+
+def _weights(path: Path) -> int:
+    """Bytes of a weights file, or of those of a folder; 0 for a model id."""
+    files = (
+        [path] if path.is_file() else [file for kind in ("safetensors", "bin", "pt") for file in path.glob(f"*.{kind}")]
+    )
+    return sum(file.stat().st_size for file in files)

@@ -17,6 +17,8 @@ from tests.quant import foreign
 from tests.quant.test_importers import AWQ, affines
 from tests.tiny import logits, tiny_gpt2, tiny_llama, tiny_tokenizer, tokens
 
+FILE = "model.safetensors"
+
 
 @pytest.fixture
 def float_folder(tmp_path):
@@ -38,7 +40,9 @@ def test_quantize_writes_what_loading_with_the_same_settings_gives(float_folder,
     settings = GroupQuantConfig(group_size=16, algorithm="mse")
     expected = AutoModelForCausalLM.from_pretrained(float_folder, quantization_config=settings)
     assert torch.equal(logits(ours, tokens()), logits(expected, tokens()))
-    assert capsys.readouterr().out.strip() == str(tmp_path / "q")
+    before, after = (file.stat().st_size / 1e6 for file in (float_folder / FILE, tmp_path / "q" / FILE))
+    said = capsys.readouterr().out
+    assert re.fullmatch(rf"{tmp_path}/q: 14 packed layers, {before:.1f} MB -> {after:.1f} MB, \d+\.\d s\n", said)
 
 
 def test_inspect_lists_every_layer_with_its_error_and_fitting_factors(float_folder, tmp_path, capsys):
@@ -80,9 +84,12 @@ def test_inspect_gives_layers_alike_one_row_with_the_range_of_their_errors(float
     assert re.search(rf" 2  64 x 96 +4 +32 +0\.\d+ +{errors[0]:.4f} to {errors[1]:.4f} +32, 96$", down)
 
 
-def test_merge_makes_the_4_bit_base_again_and_folds_the_adapter(adapter, tmp_path):
+def test_merge_makes_the_4_bit_base_again_and_folds_the_adapter(adapter, tmp_path, capsys):
     folder, expected = adapter
     assert main(["merge", str(folder), str(tmp_path / "merged")]) == 0
+    before = (tmp_path / "float" / FILE).stat().st_size / 1e6
+    said = f"{tmp_path}/merged: 14 packed layers (14 with a merged adapter), {before:.1f} MB -> "
+    assert capsys.readouterr().out.startswith(said)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     # float32 rounding of sums of at most 96 products
     torch.testing.assert_close(logits(merged, tokens()), expected, rtol=0, atol=1e-5)
