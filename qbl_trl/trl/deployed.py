@@ -79,7 +79,10 @@ def export(record: dict[str, Any], history: Any) -> str:
         )
         reason = found["attention_reason"]
         rows.append(("attention", found["attention"] + (f" ({reason})" if reason else "")))
-    rows += [(f"{count} layers", how) for how, count in found.get("lowerings", {}).items()]
+    rows += [
+        (f"{count} {'layer' if count == 1 else 'layers'}", how.removesuffix(" + none"))
+        for how, count in found.get("lowerings", {}).items()
+    ]
     rows += [("would fall back to the CPU", fallback) for fallback in found.get("fallbacks", ())]
     return section("ONNX export", "The graph that was written when training ended.", table(("", ""), rows))
 

@@ -19,7 +19,7 @@ main { max-width:960px; margin:0 auto; padding:40px 20px 64px; }
 h1 { font-size:26px; line-height:1.25; margin:0 0 6px; letter-spacing:-.01em; overflow-wrap:anywhere; }
 h2 { font-size:17px; margin:0 0 2px; }
 .lead, .note { color:var(--soft); margin:0; }
-.note { font-size:13.5px; margin-bottom:14px; max-width:74ch; }
+.note { font-size:13.5px; margin-bottom:14px; max-width:74ch; } .scroll + .note { margin:12px 0 0; }
 section { background:var(--card); border:1px solid var(--rule); border-radius:12px; padding:22px 24px;
   margin-top:18px; }
 .facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(190px,1fr)); gap:12px; margin-top:22px; }

@@ -102,7 +102,9 @@ def test_an_export_shows_its_figures_beside_the_merge(record):
     assert "embedding and head packed" not in text  # nothing was
     for shown in ("run/&lt;onnx&gt;", "123.5 KB", "4 s", "cpu, float32, cache in int8", "gqa", "2 layers"):
         assert shown in text, shown
-    assert "MatMulNBits + block delta in 8 bits" in text
+    assert re.search(r"2 layers +MatMulNBits \+ block delta in 8 bits", text)
+    record["export"]["lowerings"] = {"MatMulNBits + none": 1}
+    assert re.search(r"1 layer +MatMulNBits +<", re.sub(r"</?t[dr][^>]*>", " ", render(record)))
     assert charts_of(render(record))
 
 
