@@ -42,7 +42,8 @@ def register() -> None:
 
 def _is_command() -> bool:
     """Whether a shell runs `qbl-trl`: its help and what is wrong with its arguments come before torch is loaded."""
-    return Path(sys.argv[0]).stem == "qbl-trl" or (sys.argv[0] == "-m" and "qbl_trl.cli" in sys.orig_argv)
+    started = (sys.argv or [""])[0]
+    return Path(started).stem == "qbl-trl" or (started == "-m" and "qbl_trl.cli" in sys.orig_argv)
 
 
 if not _is_command():

@@ -104,7 +104,14 @@ def make_parser() -> argparse.ArgumentParser:
     verify = add("verify", "compare two models on the same text", "merged onnx --text 'Once upon a time'")
     verify.add_argument("reference", help="folder of a torch or ONNX model")
     verify.add_argument("candidate", help="folder of a torch or ONNX model")
-    verify.add_argument("--text", default=_TEXT, help="what both read (default: two sentences)")
+    read = verify.add_mutually_exclusive_group()
+    read.add_argument("--text", default=_TEXT, help="what both read (default: two sentences)")
+    read.add_argument(
+        "--text-file",
+        type=Path,
+        metavar="FILE",
+        help="texts that both read, as those of `qbl-trl export --calibration`",
+    )
     verify.add_argument(
         "--tolerance",
         type=options.tolerance_or_none,

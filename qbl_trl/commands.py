@@ -157,10 +157,16 @@ def export(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> int:
-    from qbl_trl.parity import verify
-    from qbl_trl.texts import token_ids
+    from qbl_trl.parity import ParityReport, logits_of
+    from qbl_trl.parity import verify as compared
+    from qbl_trl.texts import read_texts, token_ids
 
-    report = verify(args.reference, args.candidate, token_ids(args.reference, [args.text])[0])
+    missing = next((name for name in (args.reference, args.candidate) if not Path(name).is_dir()), None)
+    if missing is not None:
+        raise ConfigError(f"verify: {missing} is no folder")
+    ids = token_ids(args.reference, [args.text] if args.text_file is None else read_texts(args.text_file))
+    reference, candidate = logits_of(args.reference), logits_of(args.candidate)
+    report = ParityReport.joined([compared(reference, candidate, row) for row in ids])
     print(report)
     if args.tolerance is not None and not report.max_abs_difference <= args.tolerance:
         print(

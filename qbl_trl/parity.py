@@ -9,7 +9,7 @@ Positions masked out are not compared. Nothing here imports ONNX Runtime: a fold
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -48,6 +48,17 @@ class ParityReport:
     kl_per_token: float
     top1_agreement: float
     ties: int
+
+    @classmethod
+    def joined(cls, reports: Sequence["ParityReport"]) -> "ParityReport":
+        """Several comparisons as one: the largest difference of all, and means over all their positions."""
+        tokens = sum(report.tokens for report in reports)
+        mean, kl, same = (
+            sum(getattr(report, name) * report.tokens for report in reports) / tokens
+            for name in ("mean_abs_difference", "kl_per_token", "top1_agreement")
+        )
+        largest = max(report.max_abs_difference for report in reports)
+        return cls(tokens, largest, mean, kl, same, sum(report.ties for report in reports))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON."""

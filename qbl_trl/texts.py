@@ -1,4 +1,4 @@
-"""Texts of a person as token ids: that of `qbl-trl verify --text`, and those of `qbl-trl export --calibration`.
+"""Texts of a person as token ids: those of `qbl-trl verify --text-file` and `qbl-trl export --calibration`.
 
 FILE.jsonl     one text per line: a JSON string, or an object as TRL's datasets hold them
                {"text": ...}    {"prompt": ..., "completion": ...}    {"messages": [...]}, by the chat template

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, verify
 from qbl_trl.cli import main, make_parser
+from qbl_trl.parity import ParityReport
 from qbl_trl.quant.summary import summarize
 from tests.quant import foreign
 from tests.quant.test_importers import AWQ, affines
@@ -268,6 +269,22 @@ def test_verify_says_what_a_difference_may_come_from(tmp_path, capsys):
     assert "KL per token" in found.out
     assert "is over 1.0e-03. Of 8-bit activations or caches, packed embeddings and half precision expect" in found.err
     assert main([*told, "--tolerance", "none"]) == 0
+
+
+def test_verify_reads_the_texts_of_a_file(tmp_path, capsys):
+    for name, seed in (("one", 0), ("other", 1)):
+        tiny_llama(seed=seed).save_pretrained(tmp_path / name)
+    tiny_tokenizer().save_pretrained(tmp_path / "one")
+    texts = ["w3 w7 w9", "w50 w2"]
+    (tmp_path / "texts.txt").write_text("\n\n".join(texts))
+    folders = [str(tmp_path / "one"), str(tmp_path / "other")]
+    assert main(["verify", *folders, "--text-file", str(tmp_path / "texts.txt"), "--tolerance", "none"]) == 0
+    found = capsys.readouterr().out
+    tokenizer = tiny_tokenizer()
+    each = [verify(*folders, tokenizer(text, return_tensors="pt").input_ids) for text in texts]
+    assert found.strip() == str(ParityReport.joined(each))
+    assert main(["verify", folders[0], str(tmp_path / "nowhere")]) == 1
+    assert "nowhere is no folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["nan", "-1", "inf"])

@@ -9,7 +9,7 @@ import torch
 
 from qbl_trl import verify
 from qbl_trl.errors import ConfigError
-from qbl_trl.parity import compare, logits_of, positions
+from qbl_trl.parity import ParityReport, compare, logits_of, positions
 from tests.tiny import tiny_llama, tokens
 
 
@@ -20,6 +20,18 @@ def test_a_model_agrees_with_itself_and_its_folder(tmp_path):
     assert report.max_abs_difference == 0
     assert report.top1_agreement == 1
     assert report.tokens == 18
+
+
+def test_comparisons_of_several_texts_are_joined_as_one_of_all_their_positions():
+    first, second = (tiny_llama(seed=seed) for seed in (0, 1))
+    texts = [tokens(1, length, seed=length) for length in (3, 9, 5)]
+    apart = [
+        (logits_of(first)(text, torch.ones_like(text)), logits_of(second)(text, torch.ones_like(text)))
+        for text in texts
+    ]
+    whole = compare(*(torch.cat(sides, 1) for sides in zip(*apart, strict=True)))
+    joined = ParityReport.joined([verify(first, second, text) for text in texts]).to_dict()
+    assert joined == pytest.approx(whole.to_dict())
 
 
 def test_the_figures_are_those_of_the_definition():

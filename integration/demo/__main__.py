@@ -109,7 +109,7 @@ def run(folder: Path, stories: list[dict[str, str]], output: Path, threads: int)
         "logit_difference": {"merged": merge_parity.max_abs_difference, "onnx": onnx_parity.max_abs_difference},
         "bytes": sizes,
         "decode_tokens_per_second": speed,
-        "lowering": str(getattr(report, "lowering", "factored")),
+        "lowerings": report.lowerings(),
         "loss": [entry for entry in history(output) if "loss" in entry],
         "seconds": {"train": train_seconds, "export": export_seconds, "total": time.time() - started},
         "threads": threads,
