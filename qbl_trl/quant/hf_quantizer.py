@@ -24,9 +24,10 @@ from qbl_trl.progress import progress
 from qbl_trl.quant.apply import finish_, quantize_layer_
 from qbl_trl.quant.checkpoint import Stored, check_tensors, read_headers
 from qbl_trl.quant.head import empty_embeddings_, tie_again_
+from qbl_trl.quant.kept_dtypes import keep_stored_dtypes
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import replace
-from qbl_trl.quant.packed import BESIDE_CODES, PackedWeight
+from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.renaming import name_here, names_in_model
 from qbl_trl.quant.requested import requested
 from qbl_trl.quant.stacks import keep_apart, not_joining, separate_, set_apart, together_
@@ -261,35 +262,13 @@ def _refuse_disk(device_map: Any) -> None:
         )
 
 
-def _keep_stored_dtypes() -> None:
-    """transformers 4.57 casts every float tensor of a quantized checkpoint to the model's dtype while loading it.
-
-    Scales, zeros and deltas are part of the packed format: cast to bfloat16 they are other weights. There is no hook
-    around that cast, so the one function that chooses the dtype is wrapped. transformers 5 needs nothing.
-    """
-    from transformers import modeling_utils
-
-    original = getattr(modeling_utils, "_infer_parameter_dtype", None)
-    if original is None or getattr(original, "keeps_group_quant", False):
-        return
-
-    def infer(model: nn.Module, param_name: str, *args: Any, **kwargs: Any) -> Any:
-        layer, _, part = param_name.rpartition(".")
-        if part in BESIDE_CODES and isinstance(model.get_submodule(layer), PackedWeight):
-            return True, None
-        return original(model, param_name, *args, **kwargs)
-
-    infer.keeps_group_quant = True  # type: ignore[attr-defined]
-    modeling_utils._infer_parameter_dtype = infer
-
-
 def register() -> None:
     """Make `quant_method: group_quant` known to transformers (once)."""
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(GroupQuantConfig)
         register_quantizer(QUANT_METHOD)(GroupQuantizer)
     if BEFORE_5:
-        _keep_stored_dtypes()
+        keep_stored_dtypes()
 
 
 register()
