@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.core_model_loading import ConversionOps
 
 from qbl_trl.quant.hf_quantizer import GroupQuantizer
@@ -18,15 +18,19 @@ class GroupQuantize(ConversionOps):  # type: ignore[misc]
         self,
         input_dict: dict[str, Any],
         model: nn.Module | None = None,
-        full_layer_name: str | None = None,
         missing_keys: set[str] | None = None,
         **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        """Returns nothing to set: the packed layer is already in its place."""
-        (value,) = input_dict.values()
-        weight = value[0] if isinstance(value, list) else value
-        if model is not None and full_layer_name is not None:
-            self.hf_quantizer.quantize_arrived_(model, full_layer_name, weight)
+    ) -> dict[str, Any]:
+        """Returns what is not quantized; packed layers are already in their place.
+
+        Weights that the files hold as one arrive together, by their full names.
+        """
+        rest = {}
+        for name, value in input_dict.items():
+            if model is None or not self.hf_quantizer.param_needs_quantization(model, name):
+                rest[name] = value
+                continue
+            self.hf_quantizer.quantize_arrived_(model, name, value[0] if isinstance(value, list) else value)
             if missing_keys is not None:
-                missing_keys.discard(full_layer_name)
-        return {}
+                missing_keys.discard(name)
+        return rest

@@ -28,9 +28,9 @@ from qbl_trl.quant.kept_dtypes import keep_stored_dtypes
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import PackedWeight
-from qbl_trl.quant.renaming import name_here, names_in_model
+from qbl_trl.quant.renaming import keep_packed_names_, name_here, names_in_model, without_packed
 from qbl_trl.quant.requested import requested
-from qbl_trl.quant.stacks import keep_apart, not_joining, separate_, set_apart, together_
+from qbl_trl.quant.stacks import keep_apart, separate_, set_apart, together_
 from qbl_trl.quant.stored import empty_layer, expected_tensors, folder_of, packed_in, stored_layers
 from qbl_trl.quant.targets import target_layers
 
@@ -107,9 +107,9 @@ class GroupQuantizer(HfQuantizer):
         return stacked
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        """Experts that are packed one by one are not joined (transformers 5)."""
+        """What is packed is neither joined nor split (transformers 5)."""
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
-        return not_joining(conversions, model)
+        return without_packed(conversions, model)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """transformers 4.57 would hand over memory that nothing was loaded into: such layers are drawn instead."""
@@ -161,6 +161,8 @@ class GroupQuantizer(HfQuantizer):
                 self.choose_(model)
             finish_(model, self.quantization_config, self.targets)
             model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]  # the model has a copy
+        if not BEFORE_5:
+            keep_packed_names_(model)
         return model
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
@@ -216,6 +218,8 @@ def quantize_model_(model: PreTrainedModel, config: GroupQuantConfig) -> PreTrai
 def attach_(model: PreTrainedModel, quantizer: GroupQuantizer) -> None:
     """Mark a model as quantized, the way `from_pretrained` marks it."""
     model.hf_quantizer = quantizer
+    if not BEFORE_5:
+        keep_packed_names_(model)
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
     model.config.quantization_config = quantizer.quantization_config

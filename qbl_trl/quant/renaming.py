@@ -5,10 +5,15 @@ the checkpoint of a model with a head, or the other way round. Adapters and sett
 instead, as the transformers that wrote them had them: those of mixtures have another name in transformers 5.
 """
 
+import re
 from collections.abc import Container, Iterable
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel, modeling_utils
+
+from qbl_trl.quant.experts import Experts
+from qbl_trl.quant.packed import PackedWeight
 
 _MOVED = ((".block_sparse_moe.", ".mlp."), (".mlp.", ".block_sparse_moe."))  # Mixtral, PhiMoE, MiniMax: 4.57 and 5
 
@@ -56,3 +61,36 @@ def _by_conversions(model: Any, names: list[str]) -> dict[str, str]:
             renamed, _ = rename_source_key(name, [], [], prefix, own)
         found[name] = renamed
     return found
+
+
+def without_packed(conversions: list[Any], model: nn.Module) -> list[Any]:
+    """Conversions of transformers 5, but for those that join or split weights that are packed in this model.
+
+    Float weights that the files hold as one (q, k and v, say) are split while they are loaded, and stacked where they
+    are those of experts; what is packed is stored under the names that it has in the model.
+    """
+    packed = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, PackedWeight)]
+    packed += [f"{path}.{name}" for path, m in model.named_modules() if isinstance(m, Experts) for name in m.parts]
+    return [
+        step
+        for step in conversions
+        if not hasattr(step, "operations")
+        or not any(makes(target, name) for target in step.target_patterns for name in packed)
+    ]
+
+
+def keep_packed_names_(model: Any) -> None:
+    """Save the packed layers of a model under their own names (transformers 5 would join them again)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    used = getattr(model, "_weight_conversions", None)
+    if used is None:  # as transformers chooses them for a model that it did not load
+        known = get_model_conversion_mapping(model, add_legacy=False)
+        used = [step for step in known if not isinstance(step, PrefixChange)]
+    model._weight_conversions = without_packed(used, model)
+
+
+def makes(target: str, name: str) -> bool:
+    """Whether a conversion to this target makes the tensor of this name."""
+    return re.search(re.escape(target.replace("\\", "")) + r"(?!\w)", name) is not None

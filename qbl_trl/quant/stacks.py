@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.quant.experts import DenseWeightExperts, Experts, GptOssExperts, Llama4Experts, Parts
 from qbl_trl.quant.modules import replace
+from qbl_trl.quant.renaming import makes
 
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate", "num_experts")
 _OTHERS = {
@@ -31,7 +32,7 @@ def set_apart(model: nn.Module) -> dict[str, nn.Module]:
         experts = _separable(module)
         for name in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
             halves = ("gate_proj", "up_proj") if name == "gate_up_proj" and experts.is_concatenated else (name,)
-            told = next((parts for target, parts in named if _fits(target, f"{path}.{name}")), halves)
+            told = next((parts for target, parts in named if makes(target, f"{path}.{name}")), halves)
             experts.fill(name, getattr(module, name).data, told if len(told) == len(halves) else halves)
         replace(model, path, experts)
     return stacked
@@ -80,16 +81,6 @@ def together_(model: nn.Module) -> None:
             replace(model, path, module.stacked())
 
 
-def not_joining(conversions: list[Any], model: nn.Module) -> list[Any]:
-    """Conversions of transformers' loading, but for those that join what is separate in this model."""
-    apart = [f"{path}.{name}" for path, m in model.named_modules() if isinstance(m, Experts) for name in m.parts]
-    return [
-        step
-        for step in conversions
-        if not (hasattr(step, "operations") and any(_fits(step.target_patterns[0], name) for name in apart))
-    ]
-
-
 def _kind(module: nn.Module) -> type[Experts] | None:
     if isinstance(module, Experts):
         return None
@@ -114,8 +105,3 @@ def _names_in_files(model: Any) -> list[tuple[str, Parts]]:
             if all(parts) and all(isinstance(op, MergeModulelist | Concatenate) for op in step.operations):
                 found.append((step.target_patterns[0], tuple(part[1] for part in parts if part)))
     return found
-
-
-def _fits(target: str, name: str) -> bool:
-    """Whether a conversion with this target makes the tensor of this name."""
-    return name.endswith(target.replace("\\", ""))

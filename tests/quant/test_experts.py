@@ -239,3 +239,18 @@ def test_the_number_of_experts_that_transformers_5_wrote_is_read(tmp_path):
     assert torch.equal(logits(again, tokens()), logits(model, tokens()))
     again.save_pretrained(tmp_path / "again")
     assert "num_local_experts" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+@pytest.mark.skipif(not hasattr(transformers, "HrmTextConfig"), reason="a model of newer transformers")
+def test_weights_that_the_files_hold_as_one_are_packed_apart(tmp_path):
+    config = transformers.HrmTextConfig(**{**COMMON, "head_dim": 16, "num_key_value_heads": 4})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "float")
+    assert any("gqkv_proj" in name for name in load_file(tmp_path / "float" / "model.safetensors"))
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=GroupQuantConfig())
+    quantize_model_(model, GroupQuantConfig())
+    assert torch.equal(logits(packed, tokens()), logits(model, tokens()))
+    for stored in (packed, model):
+        stored.save_pretrained(tmp_path / "packed")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+        assert torch.equal(logits(again, tokens()), logits(packed, tokens()))
