@@ -7,6 +7,7 @@ that ask only the chosen experts ask all of them: one without tokens adds nothin
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,12 +35,22 @@ def every_expert_asked() -> Iterator[None]:
     """
     original = torch.greater
 
-    def greater(counts: Any, bound: Any) -> Tensor:
+    def greater(counts: Any, bound: Any) -> Tensor | _Everyone:
         whole = isinstance(counts, Tensor) and counts.dim() == 1 and not counts.is_floating_point()
-        return torch.ge(counts, 0) if whole and bound == 0 else original(counts, bound)
+        return _Everyone(int(counts.shape[0])) if whole and bound == 0 else original(counts, bound)
 
     torch.greater = here_only(greater, original)  # type: ignore[assignment]
     try:
         yield
     finally:
         torch.greater = original
+
+
+@dataclass(frozen=True)
+class _Everyone:
+    """A mask that holds everywhere: its indices are constants, which say in the graph whose turn it is."""
+
+    count: int
+
+    def nonzero(self) -> list[Tensor]:
+        return [torch.tensor([index]) for index in range(self.count)]

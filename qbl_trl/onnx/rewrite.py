@@ -22,6 +22,7 @@ from qbl_trl.onnx.packing import pack_projections
 from qbl_trl.onnx.rotary import lower_rotary_tables
 from qbl_trl.onnx.shapes import answer_shapes
 from qbl_trl.onnx.skeleton import Skeleton
+from qbl_trl.onnx.unasked import let_unasked_experts_rest
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> Rewritten:
     if options.grouped_steps:
         add_grouped_steps(editor)
     _finish(model)
+    if options.provider == "cpu":
+        let_unasked_experts_rest(editor)
     return Rewritten(lowering.layers, *attention)
 
 

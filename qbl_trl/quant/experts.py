@@ -68,14 +68,16 @@ class Experts(nn.Module):
         An index of num_experts or more asks no expert. Every expert is asked, if only for no token, while several
         processes train (each has to see the same parameters used) and while a graph is traced.
         """
-        answer = torch.zeros_like(hidden_states, dtype=torch.float32)
+        count = self.num_experts
+        with torch.no_grad():  # (experts + 1, tokens, k)
+            chosen = nn.functional.one_hot(top_k_index.clamp(max=count), count + 1).permute(2, 0, 1)
         shared = self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
         every = shared or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        for index in range(self.num_experts) if every else top_k_index.unique().tolist():
-            if index < self.num_experts:
-                token, place = torch.where(top_k_index == index)
-                output = self.answer_of(index, hidden_states[token])
-                answer.index_add_(0, token, (output * top_k_weights[token, place, None]).float())
+        answer = torch.zeros_like(hidden_states, dtype=torch.float32)
+        for index in range(count) if every else chosen[:count].flatten(1).any(1).nonzero().flatten().tolist():
+            token, place = torch.where(chosen[index])
+            output = self.answer_of(index, hidden_states[token])
+            answer.index_add_(0, token, (output * top_k_weights[token, place, None]).float())
         return answer.to(hidden_states.dtype)
 
     def answer_of(self, index: int, x: Tensor) -> Tensor:
