@@ -10,12 +10,11 @@ standard operators.
 """
 
 import onnx_ir as ir
-import onnxruntime
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from packaging.version import Version
 
-from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute, constant_of, produced_by
+from qbl_trl.onnx.graph import Editor, attribute, constant_of, produced_by
+from qbl_trl.onnx.group_query import check_group_query, group_query, takes_query_lengths, told_positions
 from qbl_trl.onnx.markers import TRACE_DOMAIN
 from qbl_trl.onnx.masks import Masks
 from qbl_trl.onnx.rotary import table_rows
@@ -23,15 +22,6 @@ from qbl_trl.onnx.sites import Site, read_site, swaps_heads
 from qbl_trl.onnx.skeleton import Skeleton, Unfusable
 
 _SPARE_ROWS = 1024
-
-
-def takes_query_lengths(provider: str) -> bool:
-    """Whether GroupQueryAttention can be told how many queries each row has.
-
-    On CPU it then continues a batch over a cache by any number of tokens, and reads positions of its own at every step.
-    Without them it counts from the start of the cache, and ONNX Runtime refuses to continue a batch by more than one.
-    """
-    return provider == "cpu" and Version(onnxruntime.__version__) >= Version("1.32")
 
 
 def fuse_attention(
@@ -53,19 +43,14 @@ def fuse_attention(
         raise Unfusable("the model's attention does not go through transformers' attention interface")
     masks = Masks(editor)
     sites = [read_site(editor, node) for node in nodes]
-    kind, reason, query_lengths = kinds[0], "", takes_query_lengths(provider)
-    if kind == "gqa":
-        try:
-            for site in sites:
-                _check_group_query(site, skeleton, query_lengths)
-        except Unfusable as refusal:
-            if len(kinds) == 1:
-                raise
-            kind, reason = kinds[1], str(refusal)
+    query_lengths = takes_query_lengths(provider)
+    kind, reason = _first_fitting(sites, skeleton, kinds, provider)
     for site in sites:
         tables = None if site.table is None else _tables(editor, site.table, skeleton, max_length)
         if kind == "gqa":
-            fused = _group_query(editor, site, masks, tables, skeleton, query_lengths)
+            told = query_lengths and told_positions(site)
+            rows = _rows(editor, site.node, site.table, masks, skeleton) if told else None
+            fused = group_query(editor, site, masks, tables, rows, query_lengths)
         else:
             fused = _attention(editor, site, masks, tables, skeleton)
         for old, new in zip((site.present_key, site.present_value), fused.outputs[1:], strict=True):
@@ -81,6 +66,28 @@ def fuse_attention(
         if node.domain == TRACE_DOMAIN and node.op_type in ("Rotary", "RotaryTable"):
             raise Unfusable(f"{node.name}: rotary embedding is used outside attention")
     return kind, reason
+
+
+def _first_fitting(sites: list[Site], skeleton: Skeleton, kinds: tuple[str, ...], provider: str) -> tuple[str, str]:
+    """The first kind that fits every place, and why those before it do not; Unfusable if none does."""
+    reasons: list[str] = []
+    for kind in kinds:
+        try:
+            for site in sites:
+                if kind == "gqa":
+                    check_group_query(site, skeleton, provider)
+                else:
+                    _check_attention(site)
+        except Unfusable as refusal:
+            reasons.append(str(refusal))
+        else:
+            return kind, "; ".join(reasons)
+    raise Unfusable("; ".join(reasons))
+
+
+def _check_attention(site: Site) -> None:
+    if site.sink is not None:
+        raise Unfusable(f"{site.node.name}: the Attention operator has no attention sinks")
 
 
 def _rotate_apart(editor: Editor, masks: Masks, skeleton: Skeleton, max_length: int) -> None:
@@ -132,64 +139,6 @@ def _rows(editor: Editor, at: ir.Node, table: ir.Node | None, masks: Masks, skel
         raise Unfusable(f"{at.name}: nothing is rotated")
     rotary = skeleton.rotary[attribute(table, "name")]
     return table_rows(editor, at, masks.positions(table.inputs[1]), rotary)
-
-
-def _told_positions(site: Site) -> bool:
-    """Whether positions are an input. What the trace computes instead is counted from the length of the cache, which in
-    a buffer of full length is another one than that of the text: there the operator counts for itself."""
-    positions = None if site.table is None else site.table.inputs[1]
-    return positions is not None and positions.is_graph_input()
-
-
-def _check_group_query(site: Site, skeleton: Skeleton, query_lengths: bool) -> None:
-    """What ONNX Runtime asks of the sizes, and what an operator that counts positions itself cannot do."""
-    if site.head_size % 8:
-        raise Unfusable(f"{site.node.name}: GroupQueryAttention needs heads of a multiple of 8, not {site.head_size}")
-    rotary = None if site.table is None else skeleton.rotary[attribute(site.table, "name")]
-    if rotary is not None and rotary.width % 16:
-        raise Unfusable(
-            f"{site.node.name}: GroupQueryAttention rotates a multiple of 16 features, not {rotary.width} of a head"
-        )
-    if rotary is not None and rotary.switch and not (query_lengths and _told_positions(site)):
-        raise Unfusable(
-            f"{site.node.name}: rotary angles of longrope change once a text is longer than {rotary.switch}"
-        )
-
-
-def _group_query(
-    editor: Editor,
-    site: Site,
-    masks: Masks,
-    tables: tuple[ir.Value, ir.Value] | None,
-    skeleton: Skeleton,
-    query_lengths: bool,
-) -> ir.Node:
-    """Causal by itself. Padding is an attention bias; seqlens_k counts all of the cache, padding included.
-
-    Without query lengths or positions, tokens are rotated by their place in the cache: rotation is relative, so a row
-    padded on the left is only shifted as a whole.
-    """
-    attributes: dict[str, float | int] = {
-        "num_heads": site.heads,
-        "kv_num_heads": site.kv_heads,
-        "scale": site.scale,
-        "do_rotary": int(tables is not None),
-    }
-    if site.interleaved:
-        attributes["rotary_interleaved"] = 1
-    if site.window:  # both count the token itself
-        attributes["local_window_size"] = site.window
-    if site.softcap:
-        attributes["softcap"] = site.softcap
-    told = query_lengths and _told_positions(site)
-    rows = _rows(editor, site.node, site.table, masks, skeleton) if told else None
-    inputs = [site.query, site.key, site.value, site.past_key, site.past_value, *masks.lengths()]
-    inputs += [*(tables or (None, None)), rows, masks.padding()]
-    if query_lengths:  # the operator's last input, behind five that are not used
-        inputs += [None] * 5 + [masks.query_lengths()]
-    return editor.add(
-        site.node, "GroupQueryAttention", inputs, attributes, domain=MS_DOMAIN, outputs=3, like=site.past_value
-    )
 
 
 def _attach_output(editor: Editor, site: Site, attended: ir.Value) -> None:

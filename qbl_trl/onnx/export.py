@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from qbl_trl.errors import ExportError
 from qbl_trl.folders import check_apart, check_free, folder_bytes, new_folder
 from qbl_trl.onnx import companions
-from qbl_trl.onnx.attention import takes_query_lengths
 from qbl_trl.onnx.branches import choose_branches
 from qbl_trl.onnx.digits import layout_for
 from qbl_trl.onnx.gate import Gate
 from qbl_trl.onnx.genai import write_genai_config
+from qbl_trl.onnx.group_query import takes_query_lengths
 from qbl_trl.onnx.layers import DenseBase
 from qbl_trl.onnx.making import finish, make_exact
 from qbl_trl.onnx.options import TOLERANCE, check_choices

@@ -23,7 +23,7 @@ from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute
 from qbl_trl.onnx.masks import Masks
 
 _ROTARY = slice(7, 9)  # cos and sin among GroupQueryAttention's inputs
-_POSITIONS = 9
+_POSITIONS, _SINK = 9, 11
 
 
 def add_grouped_steps(editor: Editor) -> int:
@@ -86,9 +86,22 @@ def _grouped(editor: Editor, node: ir.Node, masks: Masks) -> ir.Graph:
         depth = editor.weight(f"attention.softcap.{cap}", (), editor.dtype, lambda: torch.tensor(cap))
         scores = body.add("Mul", [body.add("Tanh", [scores])[0], depth])[0]
     scores = body.add("Add", [scores, masks.step(int(_optional(node, "local_window_size")))])[0]
-    attended = body.add("MatMul", [body.add("Softmax", [scores], {"axis": -1})[0], values])[0]
+    weights = _weights(editor, body, masks, scores, (kv_heads, heads // kv_heads))
+    attended = body.add("MatMul", [weights, values])[0]
     flat = body.add("Reshape", [attended, constant([0, 1, heads * size])])[0]
     return body.graph(GROUPED, [flat, keys, values])
+
+
+def _weights(editor: Editor, body: _Body, masks: Masks, scores: ir.Value, heads: tuple[int, int]) -> ir.Value:
+    """Softmax of scores (B, KV, G, T); beside a sink, where there is one, whose own weight is dropped."""
+    sink = body.node.inputs[_SINK] if len(body.node.inputs) > _SINK else None
+    if sink is None:
+        return body.add("Softmax", [scores], {"axis": -1})[0]
+    column = body.add("Reshape", [sink, editor.constant([1, *heads, 1])])[0]
+    column = body.add("Expand", [column, masks.rows()])[0]
+    scores = body.add("Concat", [scores, column], {"axis": -1})[0]
+    ends = [editor.constant([end]) for end in (0, -1, 3)]
+    return body.add("Slice", [body.add("Softmax", [scores], {"axis": -1})[0], *ends])[0]
 
 
 def _heads(

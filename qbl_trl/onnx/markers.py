@@ -13,7 +13,7 @@ nodes afterwards, with weights read from the real model. No node of this domain 
 | Gelu | x (..., K) | (..., K) | form ("none" or "tanh") |
 | RotaryTable | x, position_ids (B, S) | cos or sin (B, S, R) | name, part (0: cos, 1: sin) |
 | Rotary | x (B, H, S, D), cos, sin | (B, H, S, D) | interleaved (1: pairs of neighbours) |
-| Attention | query (B, H, S, D), key, value (B, KV, T, D) | (B, S, H, D) | heads, scale, window, softcap |
+| Attention | query (B, H, S, D), key, value (B, KV, T, D), sink (H,) | (B, S, H, D) | heads, scale, window, softcap |
 
 During the trace no weight is read and only shapes matter, with one exception: a router chooses experts by its values,
 and an expert that no token reaches would be missing from the graph. So narrow outputs are noise, the others zeros.
@@ -123,16 +123,25 @@ class _Rotary(torch.autograd.Function):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float, window: int, softcap: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sink: Tensor | None,
+        heads: int,
+        scale: float,
+        window: int,
+        softcap: float,
     ) -> Tensor:
         return torch.zeros_like(query).transpose(1, 2).contiguous()
 
     @staticmethod
     def symbolic(
-        g: Any, query: Any, key: Any, value: Any, heads: int, scale: float, window: int, softcap: float
+        g: Any, query: Any, key: Any, value: Any, sink: Any, heads: int, scale: float, window: int, softcap: float
     ) -> Any:
         attributes = {"heads_i": heads, "scale_f": scale, "window_i": window, "softcap_f": softcap}
-        node = g.op(f"{TRACE_DOMAIN}::Attention", query, key, value, **attributes)
+        given = [] if sink is None else [sink]
+        node = g.op(f"{TRACE_DOMAIN}::Attention", query, key, value, *given, **attributes)
         sizes = _sizes(query)
         return _typed(node, query, [sizes[0], sizes[2], sizes[1], sizes[3]])
 
@@ -192,14 +201,14 @@ class GeluMarker(nn.Module):
 
 
 class RotaryTableMarker(nn.Module):
-    """Stands for the module that turns positions into cosines and sines, (B, S) -> two of (B, S, width)."""
+    """Stands for the module that turns positions into cosines and sines, (B, S) -> two of (B, S, columns)."""
 
-    def __init__(self, name: str, width: int) -> None:
+    def __init__(self, name: str, columns: int) -> None:
         super().__init__()
-        self.name, self.width = name, width
+        self.name, self.columns = name, columns
 
     def forward(self, x: Tensor, position_ids: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-        cos, sin = (_emit(_RotaryTable, x, position_ids, self.name, self.width, part) for part in (0, 1))
+        cos, sin = (_emit(_RotaryTable, x, position_ids, self.name, self.columns, part) for part in (0, 1))
         return cos, sin
 
 
@@ -210,7 +219,16 @@ def mark_rotary(
     return _emit(_Rotary, q, cos, sin, interleaved), _emit(_Rotary, k, cos, sin, interleaved)
 
 
-def mark_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float) -> Tensor:
-    """Stands for causal attention; window and softcap are 0 where unused."""
-    y: Tensor = _emit(_Attention, query, key, value, int(query.shape[1]), scale, window, softcap)
+def mark_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """Stands for causal attention; window and softcap are 0 where unused. A sink (H,) is one more score of a softmax,
+    whose weight goes nowhere."""
+    y: Tensor = _emit(_Attention, query, key, value, sink, int(query.shape[1]), scale, window, softcap)
     return y

@@ -8,6 +8,7 @@ step(window)    (B, 1, 1, T): padding for the last query alone, and keys `window
 grows_by_one    (1,): one new token over a past that is shorter than the text by that token
 last_token      (B, 1, 1): which of the new tokens is the last that is no padding
 last_place      (B, 1) = T - 1: where the last token stands in the cache
+rows            (4,) = B, 1, 1, 1: the shape of one value for every row
 """
 
 import numpy as np
@@ -103,6 +104,15 @@ class Masks:
             rows = self._add("Concat", [self._add("Shape", [self.ids], start=0, end=1), one], axis=0)
             self._made["last place"] = self._add("Expand", [last, rows])
         return self._made["last place"]
+
+    def rows(self) -> ir.Value:
+        """Shape of one value for every row, (4,) = B, 1, 1, 1."""
+        if "rows" not in self._made:
+            one = self.editor.constant([1])
+            self._made["rows"] = self._add(
+                "Concat", [self._add("Shape", [self.ids], start=0, end=1), *[one] * 3], axis=0
+            )
+        return self._made["rows"]
 
     def last_token(self) -> ir.Value:
         """Which of the new tokens is the last that is no padding, for every row, (B, 1, 1)."""

@@ -158,7 +158,7 @@ def check_choices(
             f'attention="auto" or "gqa"; not for {named} on {provider} with attention={attention!r}'
         )
     if kv_cache_dtype is not None:
-        if not importlib.import_module("qbl_trl.onnx.attention").takes_query_lengths(provider):
+        if not importlib.import_module("qbl_trl.onnx.group_query").takes_query_lengths(provider):
             raise ExportError(f"export_onnx: kv_cache_dtype={kv_cache_dtype!r} needs ONNX Runtime 1.32 or newer")
         if calibration is not None and (isinstance(calibration, (str, bytes)) or not isinstance(calibration, Iterable)):
             raise ExportError(f"export_onnx: calibration takes batches of token ids, not {calibration!r}")

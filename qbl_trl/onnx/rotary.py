@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qbl_trl.onnx.graph import Editor, attribute
 from qbl_trl.onnx.markers import TRACE_DOMAIN
+from qbl_trl.onnx.rotations import takes_angles_once
 
 _SOME = 4  # positions that tell how a table is laid out
 _REPEATED: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {  # a table's two copies of its angles
@@ -34,9 +35,10 @@ class Rotary:
     """One rotary embedding of a model. The model's module is copied: some remember the longest text they saw.
 
     Attributes:
+        columns: of the model's own table.
+        repeats: how that repeats its angles, one for each pair of features: "halves" (Llama), "neighbours" (Cohere) or
+            not, "once" (GPT-OSS); None where it does something else, and fused operators cannot read it.
         width: features that are rotated.
-        repeats: how the table repeats its angles, one for each pair of features: "halves" (Llama) or "neighbours"
-            (Cohere); None where it does neither, and fused operators cannot read it.
         switch: texts longer than this read the second part of the table; 0 where there is one part.
         limit: the longest text whose angles are fixed, or None.
 
@@ -51,8 +53,11 @@ class Rotary:
             cos, sin = self._rows(_SOME)
         except Exception as error:  # whatever else its forward may want or return
             raise NoTable(f"a {type(module).__name__} does not turn positions into cosines and sines") from error
-        self.width = int(cos.shape[-1])
+        self.columns = int(cos.shape[-1])
         self.repeats = next((how for how in _REPEATED if all(_is_repeated(part, how) for part in (cos, sin))), None)
+        if self.repeats is None and takes_angles_once(module):
+            self.repeats = "once"
+        self.width = 2 * self.columns if self.repeats == "once" else self.columns
 
     def rows(self, max_length: int) -> int:
         """Height of the table for texts of up to `max_length` tokens."""
@@ -70,8 +75,10 @@ class Rotary:
         """The same with each angle once, two of (rows, width / 2) float32, for fused operators."""
         if self.repeats is None:
             raise NoTable("its table repeats its angles in no known way")
-        cos, sin = (_REPEATED[self.repeats](part)[0] for part in self.read(max_length))
-        return cos, sin
+        cos, sin = self.read(max_length)
+        return (
+            (cos, sin) if self.repeats == "once" else (_REPEATED[self.repeats](cos)[0], _REPEATED[self.repeats](sin)[0])
+        )
 
     def _rows(self, length: int) -> tuple[Tensor, Tensor]:
         module, positions = self._module, torch.arange(length).unsqueeze(0)
@@ -114,7 +121,7 @@ def lower_rotary_tables(editor: Editor, rotary: dict[str, Rotary], max_length: i
         embedding = rotary[name]
         if positions is None:
             continue
-        shape = (embedding.rows(max_length), embedding.width)
+        shape = (embedding.rows(max_length), embedding.columns)
         rows = table_rows(editor, node, positions, embedding)
         read = _reader(embedding, max_length, which)
         table = editor.weight(f"{name}.{('cos', 'sin')[which]}", shape, editor.dtype, read)

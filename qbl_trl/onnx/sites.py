@@ -21,6 +21,7 @@ class Site:
         interleaved: features are rotated in pairs of neighbours.
         window: keys a query sees, itself included; 0 for all.
         softcap: 0 for none.
+        sink: (heads,), a score of each head beside those of the keys, whose weight goes nowhere; None for none.
     """
 
     node: ir.Node
@@ -39,6 +40,7 @@ class Site:
     scale: float
     window: int
     softcap: float
+    sink: ir.Value | None
 
 
 def read_site(editor: Editor, node: ir.Node) -> Site:
@@ -47,7 +49,7 @@ def read_site(editor: Editor, node: ir.Node) -> Site:
     Raises:
         Unfusable: if the graph around it is not the one expected.
     """
-    query, key, value = node.inputs
+    query, key, value, *given = node.inputs
     if query is None or key is None or value is None:
         raise Unfusable(f"{node.name}: an input is missing")
     past_key, key_now = _cache(node, key)
@@ -77,6 +79,7 @@ def read_site(editor: Editor, node: ir.Node) -> Site:
         scale=attribute(node, "scale"),
         window=attribute(node, "window"),
         softcap=attribute(node, "softcap"),
+        sink=given[0] if given else None,
     )
 
 

@@ -31,6 +31,7 @@ from qbl_trl.onnx.markers import (
 )
 from qbl_trl.onnx.own_attention import calls_torch, own_attention_traced
 from qbl_trl.onnx.rotary import NoTable, Rotary, changes_with_length, is_rotary
+from qbl_trl.onnx.rotations import pairs_neighbours, rotate_of
 from qbl_trl.onnx.sources import embedding_source
 from qbl_trl.onnx.threads import here_only
 from qbl_trl.quant.modules import plain_forward_
@@ -125,7 +126,7 @@ def _marker(name: str, module: nn.Module, made: Skeleton, dtype: torch.dtype, fu
         rotary = _rotary(name, module, fused)
         if rotary is not None:
             made.rotary[name] = rotary
-            return RotaryTableMarker(name, rotary.width)
+            return RotaryTableMarker(name, rotary.columns)
     return None
 
 
@@ -189,9 +190,9 @@ def fused_attention_traced(skeleton: Skeleton) -> Iterator[None]:
             files = {type(module).__module__ for module in skeleton.model.modules()}
             for file in sorted(files):
                 module = sys.modules[file]
-                original = module.__dict__.get("apply_rotary_pos_emb")
+                original = rotate_of(file)
                 if original is not None:
-                    mark = partial(mark_rotary, interleaved=_pairs_neighbours(file, original, skeleton))
+                    mark = partial(mark_rotary, interleaved=_interleaved(file, original, skeleton))
                     replaced.append((module, original))
                     module.apply_rotary_pos_emb = here_only(mark, original)  # type: ignore[attr-defined]
         with own_attention_traced(skeleton.model) if calls_torch(skeleton.model) else nullcontext():
@@ -201,30 +202,13 @@ def fused_attention_traced(skeleton: Skeleton) -> Iterator[None]:
             module.apply_rotary_pos_emb = original
 
 
-def _pairs_neighbours(file: str, rotate: Callable[..., Any], skeleton: Skeleton) -> bool:
-    """Whether a modeling file rotates pairs of neighbours (2i, 2i + 1), or pairs (i, i + width / 2), as Llama does.
-
-    Found by rotating: its tables may repeat their angles in one way and its features be paired in the other.
-    """
-    generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(1, 2, 3, 8, generator=generator), torch.randn(1, 1, 3, 8, generator=generator)
-    angles = torch.randn(1, 3, 4, generator=generator)
+def _interleaved(file: str, rotate: Callable[..., Any], skeleton: Skeleton) -> bool:
+    """Whether a modeling file rotates pairs of neighbours."""
     repeats = {rotary.repeats for rotary in skeleton.rotary.values()}
-    given = angles.repeat_interleave(2, -1) if repeats == {"neighbours"} else torch.cat([angles, angles], -1)
-    rotated = rotate(q, k, given.cos(), given.sin())
-    for interleaved in (False, True):
-        expected = (_rotated(x, angles.unsqueeze(1), interleaved) for x in (q, k))
-        if all(torch.allclose(y, wanted, atol=1e-5) for y, wanted in zip(rotated, expected, strict=True)):
-            return interleaved
-    raise Unfusable(f"{file}: its rotary embedding pairs features in another way than the fused operator")
-
-
-def _rotated(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
-    """Complex numbers, turned: their real and imaginary parts are neighbours, or two halves."""
-    pairs = x.unflatten(-1, (-1, 2) if interleaved else (2, -1))
-    real, imaginary = pairs.unbind(-1 if interleaved else -2)
-    turned = real * angles.cos() - imaginary * angles.sin(), real * angles.sin() + imaginary * angles.cos()
-    return torch.stack(turned, -1 if interleaved else -2).flatten(-2)
+    pairs = pairs_neighbours(rotate, str(repeats.pop()) if len(repeats) == 1 else "halves")
+    if pairs is None:
+        raise Unfusable(f"{file}: its rotary embedding pairs features in another way than the fused operator")
+    return pairs
 
 
 def _traced_attention(
@@ -238,6 +222,7 @@ def _traced_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     where = type(module).__name__
@@ -248,10 +233,10 @@ def _traced_attention(
         raise Unfusable(f"{where}: attention with a mask of its own has no fused form")
     cap = float(softcap or 0) if caps_scores else 0.0
     scale = int(query.shape[-1]) ** -0.5 if scaling is None else float(scaling)
-    return mark_attention(query, key, value, scale, sliding_window or 0, cap), None
+    return mark_attention(query, key, value, scale, sliding_window or 0, cap, s_aux), None
 
 
 # They make the causal mask themselves, whatever the attention; nothing else is in it.
 _CAUSAL_MASKS = ("bart", "biogpt", "blenderbot", "blenderbot-small", "marian", "mbart", "opt", "pegasus", "persimmon")
 # Arguments of attention functions that change the result; the others (position_ids, cache_position, ...) do not.
-_MEANINGFUL = ("head_mask", "s_aux", "position_bias", "relative_position", "block_bias", "alibi")
+_MEANINGFUL = ("head_mask", "position_bias", "relative_position", "block_bias", "alibi")

@@ -13,6 +13,7 @@ MOE = {**GATED, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim
 DEEPSEEK = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 8, "v_head_dim": 16}
 BART_SIDE = {"layers": 2, "attention_heads": 4, "ffn_dim": 96}
+YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 16}
 FALCON = {**WIDE, **TOKENS, "max_position_embeddings": 64}
 BART = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in BART_SIDE.items()}
 BART |= {"d_model": 64, "vocab_size": 100, "max_position_embeddings": 64}
@@ -30,6 +31,11 @@ ARCHITECTURES = {
         "attention",
     ),
     "qwen3 with experts": ("Qwen3Moe", {**MOE, "num_experts": 4}, "gqa"),
+    "gpt_oss with sinks and windows": (
+        "GptOss",
+        {**GATED, "head_dim": 32, "num_local_experts": 4, "sliding_window": 6, "rope_scaling": YARN},
+        "gqa",
+    ),
     "mixtral, which asks the chosen experts": ("Mixtral", {**MOE, "num_local_experts": 4}, "gqa"),
     "deepseek with experts and latent heads": (
         "DeepseekV3",
@@ -80,8 +86,11 @@ ARCHITECTURES = {
 def build(kind, settings):
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**settings)
-    decoder = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")
-    return quantize(decoder(config).eval())
+    decoder = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).eval()
+    for name, parameter in decoder.named_parameters():
+        if name.endswith("sinks"):
+            parameter.data.normal_()  # nearly zero until they are trained
+    return quantize(decoder)
 
 
 TOWER = {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}

@@ -18,7 +18,13 @@ from tests.onnx.models import merged_llama, operators, padded_batch
 from tests.tiny import tiny_llama
 
 FP32 = 5e-6  # sums are taken in different orders; logits of the tiny models are below 1
-SHARING = ["llama", "mistral with a window", "gemma2 with capped scores", "gpt_bigcode with one key head"]
+SHARING = [
+    "llama",
+    "mistral with a window",
+    "gemma2 with capped scores",
+    "gpt_bigcode with one key head",
+    "gpt_oss with sinks and windows",
+]
 
 
 @pytest.mark.parametrize("case", SHARING)

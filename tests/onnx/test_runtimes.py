@@ -10,6 +10,9 @@ import torch
 import transformers
 
 from qbl_trl import export_onnx, verify
+from qbl_trl.errors import ExportError
+from qbl_trl.onnx.session import OnnxLogits
+from qbl_trl.parity import logits_of
 from tests.onnx.architectures import ARCHITECTURES, GATED, TOKENS, VISION, build
 from tests.onnx.models import PAD, merged_llama, padded_batch
 from tests.tiny import tiny_tokenizer
@@ -44,8 +47,36 @@ def test_every_architecture_generates_what_the_torch_model_does(tmp_path, case):
     assert torch.equal(expected, found)
 
 
-@pytest.mark.parametrize("case", [name for name, row in ARCHITECTURES.items() if row[2] == "gqa"])
-def test_the_onnx_operator_fits_wherever_group_query_attention_does(tmp_path, case):
+FUSED = [name for name, row in ARCHITECTURES.items() if row[2] == "gqa"]
+
+
+@pytest.mark.parametrize("case", FUSED)
+def test_every_fused_decoder_goes_on_over_its_cache_by_one_token_and_by_several(tmp_path, case):
+    kind, settings, _ = ARCHITECTURES[case]
+    model = build(kind, settings)
+    export_onnx(model, tmp_path / "out")
+    graph, (ids, mask) = OnnxLogits(tmp_path / "out"), padded_batch()
+    expected = logits_of(model)(ids, mask)
+    for buffer in (0, 16):
+        cache, found = graph.empty_cache(2, buffer), []
+        for start, end in ((0, 4), (4, 5), (5, 9)):
+            logits, cache = graph.step(ids[:, start:end], mask[:, :end], cache)
+            found.append(logits)
+        difference = (torch.cat(found, 1) - expected)[mask.bool()].abs().max()
+        assert difference < 1e-5  # fp32 on both sides
+
+
+def test_the_onnx_operator_is_refused_where_there_are_sinks(tmp_path):
+    model = build(*ARCHITECTURES["gpt_oss with sinks and windows"][:2])
+    with pytest.raises(ExportError, match="the Attention operator has no attention sinks"):
+        export_onnx(model, tmp_path / "out", attention="attention")
+    report = export_onnx(model, tmp_path / "cuda", provider="cuda")
+    assert report.attention == "standard"
+    assert "no kernel on CUDA for attention sinks" in report.attention_reason
+
+
+@pytest.mark.parametrize("case", [name for name in FUSED if "sinks" not in name])
+def test_the_onnx_operator_fits_wherever_group_query_attention_does_but_for_sinks(tmp_path, case):
     kind, settings, _ = ARCHITECTURES[case]
     report = export_onnx(build(kind, settings), tmp_path / "out", attention="attention")
     assert "Attention" in report.operators
@@ -85,8 +116,6 @@ def test_beams_and_continued_generation_are_right(tmp_path, attention):
 def test_a_padded_batch_can_be_continued_by_several_tokens(tmp_path, attention):
     model = merged_llama()
     export_onnx(model, tmp_path / "out", attention=attention)
-    from qbl_trl.onnx.session import OnnxLogits
-
     graph, (ids, mask) = OnnxLogits(tmp_path / "out"), padded_batch()
     _, cache = graph.step(ids[:, :4], mask[:, :4], graph.empty_cache(2))
     rest, _ = graph.step(ids[:, 4:], mask, cache)
@@ -154,7 +183,7 @@ def test_a_graph_without_position_ids_counts_the_text_and_not_the_buffer(tmp_pat
 @pytest.mark.parametrize("logits", ["all", "last"])
 def test_a_buffer_is_shared_only_where_the_graph_is_right_in_one(tmp_path, monkeypatch, logits):
     model = build("Gemma", {**GATED, "head_dim": 16})
-    monkeypatch.setattr("qbl_trl.onnx.attention._told_positions", lambda site: True)
+    monkeypatch.setattr("qbl_trl.onnx.attention.told_positions", lambda site: True)
     export_onnx(model, tmp_path / "out", logits=logits)
     config = json.loads((tmp_path / "out" / "genai_config.json").read_text())
     assert config["search"]["past_present_share_buffer"] is False

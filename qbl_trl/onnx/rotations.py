@@ -1,0 +1,69 @@
+"""How a modeling file rotates queries and keys, found by rotating.
+
+Its `apply_rotary_pos_emb` is given random angles and compared with complex numbers that are turned by them. Tables of
+cosines and sines may repeat angles in one way and features be paired in the other.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_LAID_OUT: dict[str, Callable[[Tensor], Tensor]] = {  # as a table holds its angles, one for each pair of features
+    "halves": lambda angles: torch.cat([angles, angles], -1),
+    "neighbours": lambda angles: angles.repeat_interleave(2, -1),
+    "once": lambda angles: angles,
+}
+
+
+def rotate_of(file: str) -> Callable[..., Any] | None:
+    """The function that rotates queries and keys in a modeling file, where it has one."""
+    found: Callable[..., Any] | None = sys.modules[file].__dict__.get("apply_rotary_pos_emb")
+    return found
+
+
+def reads_rows(rotate: Callable[..., Any]) -> bool:
+    """Whether it takes whole tables, and positions to find rows by, and not the rows themselves."""
+    positions = inspect.signature(rotate).parameters.get("position_ids")
+    return positions is not None and positions.default is inspect.Parameter.empty
+
+
+def pairs_neighbours(rotate: Callable[..., Any], repeats: str) -> bool | None:
+    """Whether features are rotated in pairs (2i, 2i + 1), or in pairs (i, i + width / 2), as Llama does; None: neither.
+
+    Args:
+        repeats: how the tables that it is given repeat their angles: "halves", "neighbours", or not ("once").
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 2, 3, 8, generator=generator), torch.randn(1, 1, 3, 8, generator=generator)
+    angles = torch.randn(1, 3, 4, generator=generator)
+    table = _LAID_OUT[repeats](angles)
+    given = [table.cos(), table.sin()]
+    if reads_rows(rotate):
+        given = [given[0][0], given[1][0], torch.arange(3)[None]]
+    try:
+        rotated = rotate(q, k, *given)
+    except (RuntimeError, TypeError):  # sizes or arguments of another kind
+        return None
+    for interleaved in (False, True):
+        expected = (_rotated(x, angles.unsqueeze(1), interleaved) for x in (q, k))
+        if all(torch.allclose(y, wanted, atol=1e-5) for y, wanted in zip(rotated, expected, strict=True)):
+            return interleaved
+    return None
+
+
+def takes_angles_once(module: nn.Module) -> bool:
+    """Whether the modeling file of a rotary embedding rotates by tables that hold each angle once."""
+    rotate = rotate_of(type(module).__module__)
+    return rotate is not None and pairs_neighbours(rotate, "once") is not None
+
+
+def _rotated(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
+    """Complex numbers, turned: their real and imaginary parts are neighbours, or two halves."""
+    pairs = x.unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    real, imaginary = pairs.unbind(-1 if interleaved else -2)
+    turned = real * angles.cos() - imaginary * angles.sin(), real * angles.sin() + imaginary * angles.cos()
+    return torch.stack(turned, -1 if interleaved else -2).flatten(-2)
