@@ -158,7 +158,9 @@ def _attach_output(editor: Editor, site: Site, attended: ir.Value) -> None:
 
 def _merges_heads(reshape: ir.Node) -> bool:
     """(B, S, H, D) -> a rank 3 shape that ends in -1, or in a known size: the model's own merge of heads."""
-    target = produced_by(reshape.inputs[1], "Concat")
+    known, target = constant_of(reshape.inputs[1]), produced_by(reshape.inputs[1], "Concat")
+    if known is not None:
+        return known.size == 3
     if target is None or len(target.inputs) != 3:
         return False
     last = constant_of(target.inputs[2])

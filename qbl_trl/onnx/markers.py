@@ -208,14 +208,37 @@ class RotaryTableMarker(nn.Module):
         self.name, self.columns = name, columns
 
     def forward(self, x: Tensor, position_ids: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-        cos, sin = (_emit(_RotaryTable, x, position_ids, self.name, self.columns, part) for part in (0, 1))
-        return cos, sin
+        return mark_tables(x, position_ids, self.name, self.columns)
+
+
+class WholeTableMarker(RotaryTableMarker):
+    """The same for a module that gives tables for a length, whose rows are read by positions."""
+
+    def forward(self, x: Tensor, seq_len: Any = None, **_: Any) -> tuple[Any, Any]:  # type: ignore[override]
+        return _Rows(self, x, 0), _Rows(self, x, 1)
+
+
+class _Rows:
+    """A table that is read by positions (B, S)."""
+
+    def __init__(self, marker: RotaryTableMarker, x: Tensor, part: int) -> None:
+        self.marker, self.x, self.part = marker, x, part
+
+    def __getitem__(self, position_ids: Tensor) -> Tensor:
+        return mark_tables(self.x, position_ids, self.marker.name, self.marker.columns)[self.part]
+
+
+def mark_tables(x: Tensor, position_ids: Tensor, name: str, columns: int) -> tuple[Tensor, Tensor]:
+    """Stands for cosines and sines of positions (B, S), two of (B, S, columns)."""
+    cos, sin = (_emit(_RotaryTable, x, position_ids, name, columns, part) for part in (0, 1))
+    return cos, sin
 
 
 def mark_rotary(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, interleaved: bool, **__: Any
+    q: Tensor, k: Tensor, cos: Any, sin: Any, *rows: Any, interleaved: bool, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Stands for `apply_rotary_pos_emb` of a modeling file."""
+    """Stands for `apply_rotary_pos_emb` of a modeling file; it reads whole tables itself."""
+    cos, sin = (table[rows[0]] if isinstance(table, _Rows) else table for table in (cos, sin))
     return _emit(_Rotary, q, cos, sin, interleaved), _emit(_Rotary, k, cos, sin, interleaved)
 
 

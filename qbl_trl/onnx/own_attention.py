@@ -1,13 +1,15 @@
-"""Decoders that call torch's attention themselves, and not through transformers' attention interface.
+"""Decoders whose attention does not go through transformers' attention interface.
 
-Their masks are computed beside it and handed over. A fused operator makes its own, so only models are named here whose
-mask holds nothing but the future and padding. Key heads are repeated for the call; the operator wants them once.
+Some call torch's attention themselves. Their masks are computed beside it and handed over. A fused operator makes its
+own, so only models are named here whose mask holds nothing but the future, padding, and one window for all layers. Key
+heads are repeated for the call; the operator wants them once. What others compute is said again (`own_layers.py`).
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -15,26 +17,38 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qbl_trl.onnx.markers import mark_attention
+from qbl_trl.onnx.own_layers import said_again
 from qbl_trl.onnx.threads import here_only
 
-_PLAIN = ("dbrx", "falcon", "nemotron", "olmoe", "qwen2_moe", "stablelm")
+_PLAIN = ("dbrx", "falcon", "nemotron", "olmoe", "phimoe", "qwen2_moe", "stablelm")
+_ONE_WINDOW = ("phimoe",)  # all layers have the window that the configuration names
 
 
 def calls_torch(model: PreTrainedModel) -> bool:
     """Whether a model calls torch's attention itself, with a mask that the fused operators can make."""
     config = model.config
-    apart = getattr(config, "alibi", False) or getattr(config, "sliding_window", None)
+    windows = _window(model) and config.model_type not in _ONE_WINDOW
+    apart = getattr(config, "alibi", False) or windows
     return config.model_type in _PLAIN and config._attn_implementation == "sdpa" and not apart
+
+
+def _window(model: PreTrainedModel) -> int:
+    return getattr(model.config, "sliding_window", None) or 0
 
 
 @contextmanager
 def own_attention_traced(model: PreTrainedModel) -> Iterator[None]:
-    """While open, the model's attention emits placeholders, and key heads are not repeated."""
+    """While open, attention that is the model's own emits placeholders, and key heads are not repeated."""
     file = sys.modules[type(model).__module__]
-    repeat = file.__dict__.get("repeat_kv")
-    layers = [layer for layer in model.modules() if type(layer).__name__.endswith("Attention")]
+    layers = [layer for layer in model.modules() if said_again(layer) is not None]
     for layer in layers:
-        layer.forward = _marking(layer.forward)
+        layer.forward = _saying_again(layer)
+    repeat = None
+    if calls_torch(model):
+        repeat = file.__dict__.get("repeat_kv")
+        layers = [layer for layer in model.modules() if type(layer).__name__.endswith("Attention")]
+        for layer in layers:
+            layer.forward = _marking(layer.forward, _window(model))
     if repeat is not None:
         file.repeat_kv = here_only(lambda heads, times: heads, repeat)  # type: ignore[attr-defined]
     try:
@@ -46,14 +60,25 @@ def own_attention_traced(model: PreTrainedModel) -> Iterator[None]:
             file.repeat_kv = repeat  # type: ignore[attr-defined]
 
 
-def _marking(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _saying_again(layer: nn.Module) -> Callable[..., Any]:
+    """Arguments are given by the names they have in the model's own code."""
+    named, instead = inspect.signature(layer.forward), said_again(layer)
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        given = named.bind(*args, **kwargs).arguments
+        return instead(layer, **{**given, **given.pop("kwargs", {})})  # type: ignore[misc]
+
+    return again
+
+
+def _marking(forward: Callable[..., Any], window: int) -> Callable[..., Any]:
     """torch's attention is replaced as late as this: Optimum replaces it too, for the whole trace."""
 
     @wraps(forward)
     def marked(*args: Any, **kwargs: Any) -> Any:
         functional: Any = nn.functional
         original = functional.scaled_dot_product_attention
-        functional.scaled_dot_product_attention = here_only(_attention, original)
+        functional.scaled_dot_product_attention = here_only(partial(_attention, window), original)
         try:
             return forward(*args, **kwargs)
         finally:
@@ -62,6 +87,8 @@ def _marking(forward: Callable[..., Any]) -> Callable[..., Any]:
     return marked
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None, **__: Any) -> Tensor:
+def _attention(
+    window: int, query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None, **__: Any
+) -> Tensor:
     scaling = int(query.shape[-1]) ** -0.5 if scale is None else float(scale)
-    return torch.transpose(mark_attention(query, key, value, scaling, 0, 0.0), 1, 2)
+    return torch.transpose(mark_attention(query, key, value, scaling, window), 1, 2)

@@ -6,10 +6,12 @@
 | longrope | the short factors' up to the length of their training, then the long factors' for every position |
 | dynamic | up to the length where the model starts to change its angles; the graph refuses longer texts |
 
+Some give tables for a length, of which layers read rows by their positions (Phi-MoE): they are asked in the same way.
 A traced rotary embedding of the last two types would keep the angles of the text it was traced with, for every text.
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 
 import onnx_ir as ir
@@ -47,7 +49,7 @@ class Rotary:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = copy.deepcopy(module)
+        self._module = _ByLength(copy.deepcopy(module)) if gives_tables(module) else copy.deepcopy(module)
         self.switch, self.limit = _switch(module), _limit(module)
         try:
             cos, sin = self._rows(_SOME)
@@ -86,6 +88,24 @@ class Rotary:
         with torch.no_grad():
             cos, sin = module(torch.zeros(1, dtype=torch.float32, device=device), positions.to(device))
         return cos[0].float().cpu(), sin[0].float().cpu()
+
+
+class _ByLength(nn.Module):
+    """A rotary embedding that gives the tables of a length, as one that gives rows for positions."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.module(x, seq_len=int(position_ids.max()) + 1)
+        return cos[position_ids], sin[position_ids]
+
+
+def gives_tables(module: nn.Module) -> bool:
+    """Whether a rotary embedding gives whole tables for a length, and not rows for positions."""
+    parameters = inspect.signature(module.forward).parameters
+    return "seq_len" in parameters and "position_ids" not in parameters
 
 
 def _is_repeated(table: Tensor, how: str) -> bool:

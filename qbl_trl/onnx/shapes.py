@@ -28,10 +28,10 @@ def answer_shapes(editor: Editor, skeleton: Skeleton) -> None:
             if output.shape is not None:  # the tracer forgets it where it is unsure of the layer's input
                 output.shape = ir.Shape([*list(output.shape)[:-1], width])
                 _answer_for_width(editor, output, len(output.shape), width)
-    for node in editor.graph:
+    for node in list(editor.graph):
         _spread(node)
-    for node in [node for node in editor.graph if node.op_type == "Reshape" and not node.domain]:
-        _answer_for_rows(editor, node)
+        if node.op_type == "Reshape" and not node.domain:
+            _answer_for_rows(editor, node)
 
 
 def _spread(node: ir.Node) -> None:
@@ -105,6 +105,16 @@ def _answer_for_rows(editor: Editor, reshape: ir.Node) -> None:
         output, width = reshape.outputs[0], numbers[-1]
         if output.shape is None and width > 0:
             _answer_for_width(editor, output, len(numbers), width)
+            output.shape = ir.Shape([number if number > 0 else None for number in numbers])
+            output.type = output.type or _type_of(data)
+
+
+def _type_of(value: ir.Value) -> ir.TypeProtocol | None:
+    """The element type of a value, or of what it is moved, cut or chosen from."""
+    node = value.producer()
+    if value.type is not None or node is None or node.inputs[0] is None or node.op_type == "Cast":
+        return value.type
+    return _type_of(node.inputs[0])
 
 
 def _is_size(part: ir.Value | None, axis: int, data: ir.Value) -> bool:
@@ -116,17 +126,35 @@ def _is_size(part: ir.Value | None, axis: int, data: ir.Value) -> bool:
     if shape is None or shape.attributes or index is None or index.size != 1 or index.item() != axis:
         return False
     source = shape.inputs[0]
-    return source is not None and source.shape is not None and axis < len(source.shape) - 1 and _has_rows(data, source)
+    if source is None or source.shape is None or axis >= len(source.shape) - 1:
+        return False
+    return _has_rows(data, source, axis)
 
 
-def _has_rows(value: ir.Value | None, source: ir.Value) -> bool:
-    """Whether `value` is made from `source` by steps that keep all its axes but the last."""
+def _has_rows(value: ir.Value | None, source: ir.Value, axis: int) -> bool:
+    """Whether `value` is made from `source` by steps that keep all its axes but the last, or all up to `axis`."""
     while value is not None and value is not source:
         node = value.producer()
-        if node is None or (node.domain, node.op_type) not in _ROWWISE or not _along_last_axis(node):
+        if node is None or not (_is_rowwise(node) or (axis < 2 and _keeps_first_two(node))):
             return False
         value = node.inputs[0]
     return value is source
+
+
+def _is_rowwise(node: ir.Node) -> bool:
+    return (node.domain, node.op_type) in _ROWWISE and _along_last_axis(node)
+
+
+def _keeps_first_two(node: ir.Node) -> bool:
+    """Whether a node only moves, chooses from, or splits up what is behind its first two axes."""
+    if node.domain:
+        return False
+    if node.op_type == "Transpose":
+        return list(attribute(node, "perm"))[:2] == [0, 1]
+    if node.op_type == "Gather":
+        return "axis" in node.attributes and attribute(node, "axis") >= 2
+    target = constant_of(node.inputs[1]) if node.op_type == "Reshape" and "allowzero" not in node.attributes else None
+    return target is not None and target.size > 2 and target[:2].tolist() == [0, 0]
 
 
 def _along_last_axis(node: ir.Node) -> bool:

@@ -7,7 +7,7 @@ not copied. The caller's model is never touched.
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,11 +26,13 @@ from qbl_trl.onnx.markers import (
     LinearMarker,
     NormMarker,
     RotaryTableMarker,
+    WholeTableMarker,
     mark_attention,
     mark_rotary,
 )
 from qbl_trl.onnx.own_attention import calls_torch, own_attention_traced
-from qbl_trl.onnx.rotary import NoTable, Rotary, changes_with_length, is_rotary
+from qbl_trl.onnx.own_layers import own_tables, said_again
+from qbl_trl.onnx.rotary import NoTable, Rotary, changes_with_length, gives_tables, is_rotary
 from qbl_trl.onnx.rotations import pairs_neighbours, rotate_of
 from qbl_trl.onnx.sources import embedding_source
 from qbl_trl.onnx.threads import here_only
@@ -90,6 +92,8 @@ def build_skeleton(
         marker = _marker(name, module, made, dtype, fused_attention)
         if marker is not None:
             memo[id(module)] = marker
+    if fused_attention:
+        made.rotary |= {name: Rotary(table) for name, table in own_tables(model).items()}
     skeleton = plain_forward_(copy.deepcopy(model, memo), placed=False)
     skeleton.eval()
     tables = [buffer for buffer in skeleton.buffers() if buffer.dim() > 1]  # of positions; others (frequencies) stay
@@ -126,7 +130,7 @@ def _marker(name: str, module: nn.Module, made: Skeleton, dtype: torch.dtype, fu
         rotary = _rotary(name, module, fused)
         if rotary is not None:
             made.rotary[name] = rotary
-            return RotaryTableMarker(name, rotary.columns)
+            return (WholeTableMarker if gives_tables(module) else RotaryTableMarker)(name, rotary.columns)
     return None
 
 
@@ -188,14 +192,15 @@ def fused_attention_traced(skeleton: Skeleton) -> Iterator[None]:
     try:
         if skeleton.rotary:
             files = {type(module).__module__ for module in skeleton.model.modules()}
+            apart = {type(module).__module__ for module in skeleton.model.modules() if said_again(module) is not None}
             for file in sorted(files):
                 module = sys.modules[file]
                 original = rotate_of(file)
-                if original is not None:
+                if original is not None and file not in apart:
                     mark = partial(mark_rotary, interleaved=_interleaved(file, original, skeleton))
                     replaced.append((module, original))
                     module.apply_rotary_pos_emb = here_only(mark, original)  # type: ignore[attr-defined]
-        with own_attention_traced(skeleton.model) if calls_torch(skeleton.model) else nullcontext():
+        with own_attention_traced(skeleton.model):
             yield
     finally:
         for module, original in replaced:

@@ -15,6 +15,7 @@ LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nop
 BART_SIDE = {"layers": 2, "attention_heads": 4, "ffn_dim": 96}
 YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 16}
 FALCON = {**WIDE, **TOKENS, "max_position_embeddings": 64}
+GPTJ = {"n_embd": 128, "n_layer": 2, "n_head": 4, "rotary_dim": 16, "n_positions": 64, "vocab_size": 100}
 BART = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in BART_SIDE.items()}
 BART |= {"d_model": 64, "vocab_size": 100, "max_position_embeddings": 64}
 ARCHITECTURES = {
@@ -34,6 +35,11 @@ ARCHITECTURES = {
     "gpt_oss with sinks and windows": (
         "GptOss",
         {**GATED, "head_dim": 32, "num_local_experts": 4, "sliding_window": 6, "rope_scaling": YARN},
+        "gqa",
+    ),
+    "phimoe, which reads rows of whole rotary tables": (
+        "Phimoe",
+        {**GATED, "num_local_experts": 4, "sliding_window": 32},  # torch's cache is wrong beyond it
         "gqa",
     ),
     "mixtral, which asks the chosen experts": ("Mixtral", {**MOE, "num_local_experts": 4}, "gqa"),
@@ -63,10 +69,19 @@ ARCHITECTURES = {
         "gqa",
     ),
     "starcoder2, which Optimum does not know": ("Starcoder2", {**GATED, "sliding_window": 6}, "gqa"),
-    "gptj, which rotates in a way of its own": (
-        "GPTJ",
-        {**TOKENS, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64, "vocab_size": 100},
-        "standard",
+    "gptj, which rotates in a way of its own": ("GPTJ", {**TOKENS, **GPTJ}, "gqa"),
+    "codegen, whose heads lie in four parts": ("CodeGen", {**TOKENS, **GPTJ}, "gqa"),
+    "gpt_neo with windows and unscaled": (
+        "GPTNeo",
+        {**WIDE, **TOKENS, "num_layers": 2, "num_heads": 4, "window_size": 6, "max_position_embeddings": 64}
+        | {"attention_types": [[["global", "local"], 1]]},
+        "gqa",
+    ),
+    "xglm with positions as sinusoids": (
+        "XGLM",
+        {**TOKENS, "d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96, "vocab_size": 100}
+        | {"max_position_embeddings": 64},
+        "gqa",
     ),
     "biogpt, which makes its mask by itself": (
         "BioGpt",

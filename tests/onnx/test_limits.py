@@ -49,6 +49,26 @@ def test_longrope_changes_its_factors_where_the_model_does(tmp_path, attention):
         assert difference(model, tmp_path / "out", length) < 5e-6
 
 
+@pytest.mark.parametrize("attention", ["attention", "gqa", "standard"])
+def test_longrope_of_phi_moe_scales_both_of_its_tables_and_its_layers_share_a_window(tmp_path, attention):
+    scaling = {"type": "longrope", **FACTORS, "short_mscale": 1.1, "long_mscale": 1.3}
+    scaling["original_max_position_embeddings"] = 16
+    model = decoder("Phimoe", **GATED, num_local_experts=4, rope_scaling=scaling, sliding_window=12)
+    assert export_onnx(model, tmp_path / "out", attention=attention).attention == attention
+    for length in (16, 19, 20, 40):  # 19 with 3 padded are 16; the other row is longer
+        assert difference(model, tmp_path / "out", length) < 5e-6
+
+
+def test_ctrl_is_fused_and_reads_padding_where_torch_does(tmp_path):
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "dff": 96, "vocab_size": 100, "n_positions": 64}
+    torch.manual_seed(0)
+    model = transformers.CTRLLMHeadModel(transformers.CTRLConfig(**sizes)).eval()
+    report = export_onnx(model, tmp_path / "out")
+    assert report.attention == "gqa"
+    assert report.parity_cached.max_abs_difference < 5e-6
+    assert difference(model, tmp_path / "out", 20) < 5e-6
+
+
 def test_longrope_is_refused_where_the_operator_counts_positions_itself(tmp_path):
     scaling = {"rope_type": "longrope", "factor": 4.0, **FACTORS}
     with pytest.raises(ExportError, match=r"longrope change once a text is longer than 64; \"auto\" tries the others"):

@@ -37,6 +37,7 @@ def test_a_layer_adds_no_arithmetic_on_shapes(tmp_path, attention):
         "olmo2 with norms behind",
         "gemma3 with norms of heads",
         "stablelm, which calls torch's attention",
+        "xglm with positions as sinusoids",
     ],
 )
 def test_neither_do_layers_whose_heads_the_trace_takes_apart(tmp_path, case):
