@@ -129,7 +129,7 @@ def _attention(
     }
     if site.softcap:
         attributes["softcap"] = site.softcap
-    inputs = [query, key, site.value, masks.causal(site.window), site.past_key, site.past_value]
+    inputs = [query, key, site.value, masks.causal(site.window, site.bias), site.past_key, site.past_value]
     return editor.add(site.node, "Attention", inputs, attributes, outputs=3, like=site.past_value)
 
 

@@ -74,7 +74,7 @@ def group_query(
     if site.softcap:
         attributes["softcap"] = site.softcap
     inputs = [site.query, site.key, site.value, site.past_key, site.past_value, *masks.lengths()]
-    inputs += [*(tables or (None, None)), rows, masks.padding(), site.sink]
+    inputs += [*(tables or (None, None)), rows, masks.padding(site.bias), site.sink]
     if query_lengths:  # the operator's last input, behind four that are not used
         inputs += [None] * 4 + [masks.query_lengths()]
     while inputs[-1] is None:

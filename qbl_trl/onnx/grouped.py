@@ -20,10 +20,10 @@ import torch
 
 from qbl_trl.onnx.choices import GROUPED, WHOLE
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute
-from qbl_trl.onnx.masks import Masks
+from qbl_trl.onnx.masks import BIASED, Masks
 
 _ROTARY = slice(7, 9)  # cos and sin among GroupQueryAttention's inputs
-_POSITIONS, _SINK = 9, 11
+_POSITIONS, _BIAS, _SINK = 9, 10, 11
 
 
 def add_grouped_steps(editor: Editor) -> int:
@@ -85,11 +85,21 @@ def _grouped(editor: Editor, node: ir.Node, masks: Masks) -> ir.Graph:
     if cap:
         depth = editor.weight(f"attention.softcap.{cap}", (), editor.dtype, lambda: torch.tensor(cap))
         scores = body.add("Mul", [body.add("Tanh", [scores])[0], depth])[0]
-    scores = body.add("Add", [scores, masks.step(int(_optional(node, "local_window_size")))])[0]
+    for mask in _masks(editor, body, masks, (kv_heads, heads // kv_heads)):
+        scores = body.add("Add", [scores, mask])[0]
     weights = _weights(editor, body, masks, scores, (kv_heads, heads // kv_heads))
     attended = body.add("MatMul", [weights, values])[0]
     flat = body.add("Reshape", [attended, constant([0, 1, heads * size])])[0]
     return body.graph(GROUPED, [flat, keys, values])
+
+
+def _masks(editor: Editor, body: _Body, masks: Masks, heads: tuple[int, int]) -> list[ir.Value]:
+    """What is added to the scores of a single token."""
+    window, bias = int(_optional(body.node, "local_window_size")), body.node.inputs[_BIAS]
+    if bias is None or not (bias.name or "").startswith(BIASED):
+        return [masks.step(window)]
+    biased = body.add("Reshape", [bias, editor.constant([0, *heads, -1])])[0]  # it holds padding too
+    return [biased, masks.step(window)] if window else [biased]
 
 
 def _weights(editor: Editor, body: _Body, masks: Masks, scores: ir.Value, heads: tuple[int, int]) -> ir.Value:

@@ -13,7 +13,10 @@ nodes afterwards, with weights read from the real model. No node of this domain 
 | Gelu | x (..., K) | (..., K) | form ("none" or "tanh") |
 | RotaryTable | x, position_ids (B, S) | cos or sin (B, S, R) | name, part (0: cos, 1: sin) |
 | Rotary | x (B, H, S, D), cos, sin | (B, H, S, D) | interleaved (1: pairs of neighbours) |
-| Attention | query (B, H, S, D), key, value (B, KV, T, D), sink (H,) | (B, S, H, D) | heads, scale, window, softcap |
+| Attention | query (B, H, S, D), key, value (B, KV, T, D), others | (B, S, H, D) | heads, scale, window, softcap |
+
+Attention may be given others, which its attribute `given` names: a bias of scores (B or 1 times H, 1, T), which counts
+`bias_scale` times; and a sink (H,), one more score of each softmax, whose weight goes nowhere.
 
 During the trace no weight is read and only shapes matter, with one exception: a router chooses experts by its values,
 and an expert that no token reaches would be missing from the graph. So narrow outputs are noise, the others zeros.
@@ -127,21 +130,34 @@ class _Attention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        bias: Tensor | None,
         sink: Tensor | None,
         heads: int,
         scale: float,
         window: int,
         softcap: float,
+        bias_scale: float,
     ) -> Tensor:
         return torch.zeros_like(query).transpose(1, 2).contiguous()
 
     @staticmethod
     def symbolic(
-        g: Any, query: Any, key: Any, value: Any, sink: Any, heads: int, scale: float, window: int, softcap: float
+        g: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        bias: Any,
+        sink: Any,
+        heads: int,
+        scale: float,
+        window: int,
+        softcap: float,
+        bias_scale: float,
     ) -> Any:
-        attributes = {"heads_i": heads, "scale_f": scale, "window_i": window, "softcap_f": softcap}
-        given = [] if sink is None else [sink]
-        node = g.op(f"{TRACE_DOMAIN}::Attention", query, key, value, *given, **attributes)
+        given = {name: other for name, other in (("bias", bias), ("sink", sink)) if other is not None}
+        attributes: dict[str, Any] = {"heads_i": heads, "scale_f": scale, "window_i": window, "softcap_f": softcap}
+        attributes |= {"bias_scale_f": bias_scale, "given_s": " ".join(given)}
+        node = g.op(f"{TRACE_DOMAIN}::Attention", query, key, value, *given.values(), **attributes)
         sizes = _sizes(query)
         return _typed(node, query, [sizes[0], sizes[2], sizes[1], sizes[3]])
 
@@ -249,9 +265,11 @@ def mark_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    bias: Tensor | None = None,
+    bias_scale: float = 1.0,
     sink: Tensor | None = None,
 ) -> Tensor:
-    """Stands for causal attention; window and softcap are 0 where unused. A sink (H,) is one more score of a softmax,
-    whose weight goes nowhere."""
-    y: Tensor = _emit(_Attention, query, key, value, sink, int(query.shape[1]), scale, window, softcap)
+    """Stands for causal attention; window and softcap are 0 where unused."""
+    heads = int(query.shape[1])
+    y: Tensor = _emit(_Attention, query, key, value, bias, sink, heads, scale, window, softcap, bias_scale)
     return y

@@ -1,6 +1,6 @@
 """Masks and positions that every layer shares, computed once per run at the head of the graph.
 
-padding         (B, 1, S, T): a large negative number on padded keys
+padding         (B, 1, S, T): a large negative number on padded keys; with a bias (B, H, S, T), that on the others
 causal(window)  padding, and the same on keys after the query, or `window` and more before it
 lengths         seqlens_k (B,) = T - 1 and total_sequence_length = T, both int32
 query_lengths   (B,) = S, int32
@@ -16,8 +16,10 @@ import onnx_ir as ir
 import torch
 
 from qbl_trl.onnx.graph import Editor
+from qbl_trl.onnx.sites import Bias
 from qbl_trl.onnx.skeleton import Unfusable
 
+BIASED = "mask/biased"  # begins the names of masks that hold a bias
 # Finite, so that a row of padding attends evenly instead of to nothing; far below any score.
 _HIDDEN = {torch.float32: -3.0e38, torch.float16: -6.0e4, torch.bfloat16: -3.0e38}
 
@@ -53,17 +55,19 @@ class Masks:
             self._made["queries"] = self._for_every_row(self._add("Cast", [self._steps()], to=ir.DataType.INT32))
         return self._made["queries"]
 
-    def padding(self) -> ir.Value:
-        """Additive mask of padded keys, (B, 1, S, T)."""
-        if "padding" not in self._made:
+    def padding(self, bias: Bias | None = None) -> ir.Value:
+        """Additive mask of padded keys, (B, 1, S, T), or (B, H, S, T) with a bias."""
+        key = f"padding {bias}"
+        if key not in self._made:
             one = self.editor.constant([1])
             target = self._add("Concat", [one, one, self._steps(), one], axis=0)
-            self._made["padding"] = self._add("Expand", [self._hide(self._padded()), target])
-        return self._made["padding"]
+            made = self._made[key] = self._add("Expand", [self._hide(self._padded(), bias), target])
+            made.name = made.name if bias is None else f"{BIASED}/{made.name}"
+        return self._made[key]
 
-    def causal(self, window: int) -> ir.Value:
-        """Additive mask of padded and unreachable keys, (B, 1, S, T)."""
-        key = f"causal {window}"
+    def causal(self, window: int, bias: Bias | None = None) -> ir.Value:
+        """Additive mask of padded and unreachable keys, (B, 1, S, T), or (B, H, S, T) with a bias."""
+        key = f"causal {window} {bias}"
         if key not in self._made:
             constant, zero, one = self.editor.constant, self.editor.constant(0), self.editor.constant(1)
             total = self._total()
@@ -74,7 +78,7 @@ class Masks:
             if window:
                 far = self._add("LessOrEqual", [keys, self._add("Sub", [queries, constant(window)])])
                 hidden = self._add("Or", [hidden, far])
-            self._made[key] = self._hide(self._add("Or", [hidden, self._padded()]))
+            self._made[key] = self._hide(self._add("Or", [hidden, self._padded()]), bias)
         return self._made[key]
 
     def step(self, window: int) -> ir.Value:
@@ -153,11 +157,25 @@ class Masks:
             self._made["padded"] = self._add("Unsqueeze", [absent, self.editor.constant([1, 2])])
         return self._made["padded"]
 
-    def _hide(self, hidden: ir.Value) -> ir.Value:
+    def _hide(self, hidden: ir.Value, bias: Bias | None = None) -> ir.Value:
         editor = self.editor
         depth = editor.weight("mask.hidden", (), editor.dtype, lambda: torch.tensor(_HIDDEN[editor.dtype]))
+        if bias is not None:
+            return self._add("Where", [hidden, depth, self._bias(bias)])
         seen = editor.weight("mask.seen", (), editor.dtype, lambda: torch.tensor(0.0))
         return self._add("Where", [hidden, depth, seen])
+
+    def _bias(self, bias: Bias) -> ir.Value:
+        """(B or 1, H, 1, T)."""
+        editor, total = self.editor, self._add("Shape", [self.mask], start=1, end=2)
+        end, axis = editor.constant([torch.iinfo(torch.int64).max]), editor.constant([-1])
+        value = self._add("Slice", [bias.value, self._add("Neg", [total]), end, axis])
+        target = self._add("Concat", [editor.constant([-1, bias.heads, 1]), total], axis=0)
+        value = self._add("Reshape", [value, target])
+        if bias.scale == 1:
+            return value
+        factor = editor.weight(f"mask.bias.{bias.scale}", (), editor.dtype, lambda: torch.tensor(bias.scale))
+        return self._add("Mul", [value, factor])
 
     def _total(self) -> ir.Value:
         """T, a scalar."""

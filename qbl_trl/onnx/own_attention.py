@@ -28,8 +28,7 @@ def calls_torch(model: PreTrainedModel) -> bool:
     """Whether a model calls torch's attention itself, with a mask that the fused operators can make."""
     config = model.config
     windows = _window(model) and config.model_type not in _ONE_WINDOW
-    apart = getattr(config, "alibi", False) or windows
-    return config.model_type in _PLAIN and config._attn_implementation == "sdpa" and not apart
+    return config.model_type in _PLAIN and config._attn_implementation == "sdpa" and not windows
 
 
 def _window(model: PreTrainedModel) -> int:
@@ -77,8 +76,8 @@ def _marking(forward: Callable[..., Any], window: int) -> Callable[..., Any]:
     @wraps(forward)
     def marked(*args: Any, **kwargs: Any) -> Any:
         functional: Any = nn.functional
-        original = functional.scaled_dot_product_attention
-        functional.scaled_dot_product_attention = here_only(partial(_attention, window), original)
+        original, more = functional.scaled_dot_product_attention, {"window": window, "bias": kwargs.get("alibi")}
+        functional.scaled_dot_product_attention = here_only(partial(_attention, more), original)
         try:
             return forward(*args, **kwargs)
         finally:
@@ -88,7 +87,8 @@ def _marking(forward: Callable[..., Any], window: int) -> Callable[..., Any]:
 
 
 def _attention(
-    window: int, query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None, **__: Any
+    more: dict[str, Any], query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None, **__: Any
 ) -> Tensor:
+    """A bias (Falcon's alibi) is scaled as the scores are."""
     scaling = int(query.shape[-1]) ** -0.5 if scale is None else float(scale)
-    return torch.transpose(mark_attention(query, key, value, scaling, window), 1, 2)
+    return torch.transpose(mark_attention(query, key, value, scaling, bias_scale=scaling, **more), 1, 2)

@@ -104,6 +104,27 @@ def _xglm(layer: Any, hidden_states: Tensor, past_key_values: Any = None, **_: A
     return layer.out_proj(_attended(past_key_values, layer.layer_idx, heads, layer.scaling)), None
 
 
+def _bloom(
+    layer: Any, hidden_states: Tensor, residual: Tensor, alibi: Tensor, layer_past: Any = None, **_: Any
+) -> tuple[Tensor, None]:
+    x, heads = layer.query_key_value(hidden_states), layer.num_heads
+    turns = x.view(*x.shape[:2], heads, 3, layer.head_dim)
+    split = _side_by_side(x, turns, layer.hidden_size, heads)
+    y = _attended(layer_past, layer.layer_idx, split, layer.inv_norm_factor, bias=alibi)
+    return layer.dense(y) + residual, None
+
+
+def _mpt(
+    layer: Any, hidden_states: Tensor, position_bias: Tensor, past_key_values: Any = None, **_: Any
+) -> tuple[Tensor, None]:
+    x = layer.Wqkv(hidden_states)
+    if layer.clip_qkv:
+        x = x.clamp(min=-layer.clip_qkv, max=layer.clip_qkv)
+    query, key, value = (_heads(part, layer.n_heads) for part in x.split(layer.hidden_size, -1))
+    y = _attended(past_key_values, layer.layer_idx, (query, key, value), layer.softmax_scale, bias=position_bias)
+    return layer.out_proj(y), None
+
+
 def _ctrl(layer: Any, v: Tensor, k: Tensor, q: Tensor, layer_past: Any = None, **_: Any) -> tuple[Tensor, None]:
     projected = (layer.Wq(q), layer.Wk(k), layer.Wv(v))
     query, key, value = (_heads(x, layer.num_heads) for x in projected)
@@ -116,6 +137,8 @@ _LAYERS: dict[str, Callable[..., Any]] = {  # by modeling file and class
     "gptj.GPTJAttention": _gptj,
     "codegen.CodeGenAttention": _codegen,
     "xglm.XGLMAttention": _xglm,
+    "bloom.BloomAttention": _bloom,
+    "mpt.MptAttention": _mpt,
     "ctrl.MultiHeadAttention": _ctrl,
 }
 _TURNED = (_gptj, _codegen)

@@ -4,6 +4,8 @@ A row's next token then stands at the row's own end, over what was padding, and 
 
     seqlens_k = tokens of the row - 1    query_seqlens = those of them that are new    no attention bias
 
+but for a bias that a model has of its own (alibi), which is made once more for a mask that hides nothing.
+
 Nothing ever reads padding, so that windows and places count text alone. Over the same weights as the graph it is made
 from, which is for padding on the left, and without the choices of `grouped.py`: GenAI's cache does not grow.
 """
@@ -12,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 from onnx.onnx_pb import GraphProto, NodeProto
 
 from qbl_trl.onnx import protos
 from qbl_trl.onnx.choices import WHOLE, needed, settled
+from qbl_trl.onnx.masks import BIASED
 
 _SEQLENS, _BIAS, _QUERIES = 5, 10, 16  # inputs of GroupQueryAttention
 
@@ -29,9 +32,12 @@ def write_right_padded(source: Path, target: Path) -> None:
     attentions = [node for node in nodes if node.op_type == "GroupQueryAttention"]
     if not attentions or any(len(node.input) <= _QUERIES for node in attentions):
         return
+    biased = {name for node in attentions for name in node.input[_BIAS : _BIAS + 1] if name.startswith(BIASED)}
     for node in attentions:
-        node.input[_SEQLENS], node.input[_BIAS], node.input[_QUERIES] = "right/seqlens", "", "right/queries"
-    nodes = needed([*_counts(graph), *nodes], (value.name for value in graph.output))
+        bias = f"right/{node.input[_BIAS]}" if node.input[_BIAS] in biased else ""
+        node.input[_SEQLENS], node.input[_BIAS], node.input[_QUERIES] = "right/seqlens", bias, "right/queries"
+    nodes = [*_counts(graph), *_without_padding(nodes, biased), *nodes]
+    nodes = needed(nodes, (value.name for value in graph.output))
     read = {name for node in nodes for name in node.input}
     kept = [weight for weight in graph.initializer if weight.name in read]
     for part in (graph.node, graph.initializer, graph.value_info):
@@ -39,6 +45,23 @@ def write_right_padded(source: Path, target: Path) -> None:
     graph.node.extend(nodes)
     graph.initializer.extend(kept)
     onnx.save(model, target)
+
+
+def _without_padding(nodes: list[NodeProto], values: set[str]) -> list[NodeProto]:
+    """Nodes that make values as if all of the mask were text; their names begin with right/."""
+    made = needed(nodes, values)
+    names = {name: f"right/{name}" for node in made for name in node.output} | {"attention_mask": "right/text"}
+    copies = [
+        protos.node("Shape", ["attention_mask"], "right/shape"),
+        protos.node("ConstantOfShape", ["right/shape"], "right/text", value=numpy_helper.from_array(np.array([1]))),
+    ]
+    for node in made:
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        copy.name = f"right/{node.name}"
+        copy.input[:], copy.output[:] = ([names.get(name, name) for name in part] for part in (node.input, node.output))
+        copies.append(copy)
+    return copies if values else []
 
 
 def _counts(graph: GraphProto) -> list[NodeProto]:

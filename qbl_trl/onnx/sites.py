@@ -11,6 +11,18 @@ from qbl_trl.onnx.skeleton import Unfusable
 
 
 @dataclass(frozen=True)
+class Bias:
+    """What every head adds to the scores of its keys, `scale` times `value` (B or 1 times heads, 1, T or more).
+
+    Where there are more, the keys are the last of so many.
+    """
+
+    value: ir.Value
+    heads: int
+    scale: float
+
+
+@dataclass(frozen=True)
 class Site:
     """One attention of the model.
 
@@ -22,6 +34,7 @@ class Site:
         window: keys a query sees, itself included; 0 for all.
         softcap: 0 for none.
         sink: (heads,), a score of each head beside those of the keys, whose weight goes nowhere; None for none.
+        bias: of the scores; None for none.
     """
 
     node: ir.Node
@@ -41,6 +54,7 @@ class Site:
     window: int
     softcap: float
     sink: ir.Value | None
+    bias: Bias | None
 
 
 def read_site(editor: Editor, node: ir.Node) -> Site:
@@ -49,7 +63,9 @@ def read_site(editor: Editor, node: ir.Node) -> Site:
     Raises:
         Unfusable: if the graph around it is not the one expected.
     """
-    query, key, value, *given = node.inputs
+    query, key, value, *others = node.inputs
+    given = dict(zip(str(attribute(node, "given")).split(), others, strict=True))
+    bias = given.get("bias")
     if query is None or key is None or value is None:
         raise Unfusable(f"{node.name}: an input is missing")
     past_key, key_now = _cache(node, key)
@@ -79,7 +95,8 @@ def read_site(editor: Editor, node: ir.Node) -> Site:
         scale=attribute(node, "scale"),
         window=attribute(node, "window"),
         softcap=attribute(node, "softcap"),
-        sink=given[0] if given else None,
+        sink=given.get("sink"),
+        bias=None if bias is None else Bias(bias, heads, attribute(node, "bias_scale")),
     )
 
 

@@ -238,7 +238,7 @@ def _traced_attention(
         raise Unfusable(f"{where}: attention with a mask of its own has no fused form")
     cap = float(softcap or 0) if caps_scores else 0.0
     scale = int(query.shape[-1]) ** -0.5 if scaling is None else float(scaling)
-    return mark_attention(query, key, value, scale, sliding_window or 0, cap, s_aux), None
+    return mark_attention(query, key, value, scale, sliding_window or 0, cap, sink=s_aux), None
 
 
 # They make the causal mask themselves, whatever the attention; nothing else is in it.

@@ -20,6 +20,7 @@ from optimum.utils import DummyPastKeyValuesGenerator, DummyTextInputGenerator, 
 from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError
+from qbl_trl.onnx.alibi import bias_rounded
 from qbl_trl.onnx.experts import every_expert_asked, traced_tokens
 from qbl_trl.onnx.skeleton import Skeleton, Unfusable
 from qbl_trl.random_state import same_random_state
@@ -57,7 +58,13 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
     """
     config = _onnx_config(skeleton, dtype)
     shapes = {"batch_size": 2, "sequence_length": traced_tokens(skeleton.model.config)}
-    with tempfile.TemporaryDirectory() as folder, _quiet(), same_random_state(), every_expert_asked():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _quiet(),
+        same_random_state(),
+        every_expert_asked(),
+        bias_rounded(skeleton.model),
+    ):
         path = Path(folder, "model.onnx")
         try:
             sizes = cache_sizes(skeleton.model)

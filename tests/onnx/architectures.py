@@ -61,7 +61,18 @@ ARCHITECTURES = {
     "olmo2 with norms behind": ("Olmo2", GATED, "gqa"),
     "gemma3 with norms of heads": ("Gemma3Text", {**GATED, "head_dim": 32, "sliding_window": 6}, "gqa"),
     "falcon with grouped heads": ("Falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}, "gqa"),
-    "falcon with alibi": ("Falcon", {**FALCON, "alibi": True}, "standard"),
+    "falcon with alibi": ("Falcon", {**FALCON, "alibi": True, "multi_query": False}, "gqa"),
+    "falcon with alibi and one key head": ("Falcon", {**FALCON, "alibi": True}, "gqa"),
+    "bloom, whose heads lie in turns": (
+        "Bloom",
+        {**TOKENS, "hidden_size": 96, "n_layer": 2, "n_head": 6, "vocab_size": 100},
+        "gqa",
+    ),
+    "mpt, whose bias is a table": (
+        "Mpt",
+        {**TOKENS, "d_model": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 100, "max_seq_len": 64},
+        "gqa",
+    ),
     "gpt_bigcode with one key head": ("GPTBigCode", {**TOKENS, "n_embd": 64, "n_layer": 2, "n_head": 4}, "gqa"),
     "cohere2 with windows and interleaved angles": (
         "Cohere2",
