@@ -57,7 +57,7 @@ class Masks:
 
     def padding(self, bias: Bias | None = None) -> ir.Value:
         """Additive mask of padded keys, (B, 1, S, T), or (B, H, S, T) with a bias."""
-        key = f"padding {bias}"
+        key = f"padding {_name(bias)}"
         if key not in self._made:
             one = self.editor.constant([1])
             target = self._add("Concat", [one, one, self._steps(), one], axis=0)
@@ -67,7 +67,7 @@ class Masks:
 
     def causal(self, window: int, bias: Bias | None = None) -> ir.Value:
         """Additive mask of padded and unreachable keys, (B, 1, S, T), or (B, H, S, T) with a bias."""
-        key = f"causal {window} {bias}"
+        key = f"causal {window} {_name(bias)}"
         if key not in self._made:
             constant, zero, one = self.editor.constant, self.editor.constant(0), self.editor.constant(1)
             total = self._total()
@@ -200,3 +200,7 @@ class Masks:
         mask = ir.Value(name="attention_mask", shape=ir.Shape(axes), type=ir.TensorType(ir.DataType.INT64))
         self.editor.graph.inputs.insert(1, mask)
         return mask
+
+
+def _name(bias: Bias | None) -> str:
+    return "" if bias is None else f"{bias.value.name} {bias.scale}"
