@@ -172,6 +172,8 @@ class Masks:
         value = self._add("Slice", [bias.value, self._add("Neg", [total]), end, axis])
         target = self._add("Concat", [editor.constant([-1, bias.heads, 1]), total], axis=0)
         value = self._add("Reshape", [value, target])
+        if bias.value.dtype != editor.float_type:
+            value = self._add("Cast", [value], to=editor.float_type)
         if bias.scale == 1:
             return value
         factor = editor.weight(f"mask.bias.{bias.scale}", (), editor.dtype, lambda: torch.tensor(bias.scale))

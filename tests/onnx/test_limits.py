@@ -241,11 +241,21 @@ def test_a_model_without_a_quantized_layer_is_said_to_stay_in_float(tmp_path, ca
     assert "is quantized" not in caplog.text
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_a_decoder_that_calls_torch_itself_keeps_the_fused_operator_in_every_type(tmp_path, dtype):
-    model = build(*ARCHITECTURES["stablelm, which calls torch's attention"][:2])
-    report = export_onnx(model, tmp_path / "out", dtype=dtype)
+OWN = ["stablelm, which calls torch's attention", "bloom, whose heads lie in turns", "mpt, whose bias is a table"]
+OWN += ["falcon with alibi", "gptj, which rotates in a way of its own", "codegen, whose heads lie in four parts"]
+
+
+@pytest.mark.parametrize("case", [*OWN, "gpt_oss with sinks and windows"])
+def test_a_decoder_with_attention_of_its_own_keeps_the_fused_operator_in_half_precision(tmp_path, case):
+    report = export_onnx(build(*ARCHITECTURES[case][:2]), tmp_path / "out", dtype="float16")
     assert (report.attention, report.attention_reason) == ("gqa", "")
+    assert report.parity_as_written.max_abs_difference < 5e-3  # fp16 keeps 11 bits
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_and_on_cuda(tmp_path, case):
+    report = export_onnx(build(*ARCHITECTURES[case][:2]), tmp_path / "out", provider="cuda")
+    assert (report.attention, report.fallbacks) == ("gqa", ())
 
 
 def test_a_graph_that_runs_for_one_size_of_batch_only_is_not_written(tmp_path, monkeypatch):
