@@ -53,11 +53,10 @@ def fuse_attention(
             fused = group_query(editor, site, masks, tables, rows, query_lengths)
         else:
             fused = _attention(editor, site, masks, tables, skeleton)
-        for old, new in zip((site.present_key, site.present_value), fused.outputs[1:], strict=True):
+        presents, sizes = (site.present_key, site.present_value), (site.head_size, site.value_size)
+        for old, new, size in zip(presents, fused.outputs[1:], sizes, strict=True):
             editor.replace(old, new)
-            new.shape = ir.Shape(
-                ["batch_size", site.kv_heads, "past_sequence_length + sequence_length", site.head_size]
-            )
+            new.shape = ir.Shape(["batch_size", site.kv_heads, "past_sequence_length + sequence_length", size])
         _attach_output(editor, site, fused.outputs[0])
     RemoveUnusedNodesPass()(editor.model)
     _rotate_apart(editor, masks, skeleton, max_length)
@@ -151,7 +150,7 @@ def _attach_output(editor: Editor, site: Site, attended: ir.Value) -> None:
         if user.op_type == "Reshape" and not user.domain and _merges_heads(user):
             editor.replace(user.outputs[0], attended)
     if old.uses():
-        target = editor.constant([0, 0, -1, site.head_size])
+        target = editor.constant([0, 0, -1, site.value_size])
         editor.replace(old, editor.add(site.node, "Reshape", [attended, target], like=attended).outputs[0])
     editor.remove(site.node)
 

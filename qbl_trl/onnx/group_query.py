@@ -33,6 +33,8 @@ def check_group_query(site: Site, skeleton: Skeleton, provider: str) -> None:
         Unfusable: if the operator does not fit.
     """
     where = site.node.name
+    if site.value_size != site.head_size:
+        raise Unfusable(f"{where}: keys and values have heads of different sizes")
     if site.head_size % 8:
         raise Unfusable(f"{where}: GroupQueryAttention needs heads of a multiple of 8, not {site.head_size}")
     rotary = None if site.table is None else skeleton.rotary[attribute(site.table, "name")]

@@ -1,7 +1,8 @@
 """How a modeling file rotates queries and keys, found by rotating.
 
-Its `apply_rotary_pos_emb` is given random angles and compared with complex numbers that are turned by them. Tables of
-cosines and sines may repeat angles in one way and features be paired in the other.
+Its functions are given random angles and compared with complex numbers that are turned by them. Tables of cosines and
+sines may repeat angles in one way and features be paired in the other; and pairs of neighbours may be taken apart into
+two halves beside (DeepSeek), which no product of queries and keys sees.
 """
 
 import inspect
@@ -19,9 +20,12 @@ _LAID_OUT: dict[str, Callable[[Tensor], Tensor]] = {  # as a table holds its ang
 }
 
 
-def rotate_of(file: str) -> Callable[..., Any] | None:
-    """The function that rotates queries and keys in a modeling file, where it has one."""
-    found: Callable[..., Any] | None = sys.modules[file].__dict__.get("apply_rotary_pos_emb")
+ROTATING = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave")  # names of such functions
+
+
+def rotate_of(file: str, name: str = ROTATING[0]) -> Callable[..., Any] | None:
+    """A function that rotates queries and keys in a modeling file, where it has one."""
+    found: Callable[..., Any] | None = sys.modules[file].__dict__.get(name)
     return found
 
 
@@ -49,9 +53,11 @@ def pairs_neighbours(rotate: Callable[..., Any], repeats: str) -> bool | None:
     except (RuntimeError, TypeError):  # sizes or arguments of another kind
         return None
     for interleaved in (False, True):
-        expected = (_rotated(x, angles.unsqueeze(1), interleaved) for x in (q, k))
-        if all(torch.allclose(y, wanted, atol=1e-5) for y, wanted in zip(rotated, expected, strict=True)):
-            return interleaved
+        expected = [_rotated(x, angles.unsqueeze(1), interleaved) for x in (q, k)]
+        apart = [x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in expected]
+        for turned in (expected, apart) if interleaved else (expected,):
+            if all(torch.allclose(y, wanted, atol=1e-5) for y, wanted in zip(rotated, turned, strict=True)):
+                return interleaved
     return None
 
 

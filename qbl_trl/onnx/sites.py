@@ -27,8 +27,8 @@ class Site:
     """One attention of the model.
 
     Attributes:
-        query, key, value: before rotation, (B, S, heads * head_size).
-        past_key, past_value: graph inputs (B, kv_heads, P, head_size); present_*: the graph outputs to replace.
+        query, key, value: before rotation, (B, S, heads * head_size), that of values (B, S, kv_heads * value_size).
+        past_key, past_value: graph inputs (B, kv_heads, P, size); present_*: the graph outputs to replace.
         table: the RotaryTable placeholder of its cosines, or None.
         interleaved: features are rotated in pairs of neighbours.
         window: keys a query sees, itself included; 0 for all.
@@ -50,6 +50,7 @@ class Site:
     heads: int
     kv_heads: int
     head_size: int
+    value_size: int
     scale: float
     window: int
     softcap: float
@@ -75,14 +76,13 @@ def read_site(editor: Editor, node: ir.Node) -> Site:
     table = _table(rotary)
     if table is not _table(key_rotary):
         raise Unfusable(f"{node.name}: queries and keys are rotated differently")
-    heads, kv_heads, head_size = attribute(node, "heads"), _size(past_value, 1), _size(past_value, 3)
-    if _size(past_key, 3) != head_size:
-        raise Unfusable(f"{node.name}: keys and values have heads of different sizes")
+    heads, kv_heads = attribute(node, "heads"), _size(past_value, 1)
+    head_size, value_size = _size(past_key, 3), _size(past_value, 3)
     return Site(
         node=node,
         query=_flat(editor, node, query, heads * head_size),
         key=_flat(editor, node, key_now, kv_heads * head_size),
-        value=_flat(editor, node, value_now, kv_heads * head_size),
+        value=_flat(editor, node, value_now, kv_heads * value_size),
         past_key=past_key,
         past_value=past_value,
         present_key=key,
@@ -92,6 +92,7 @@ def read_site(editor: Editor, node: ir.Node) -> Site:
         heads=heads,
         kv_heads=kv_heads,
         head_size=head_size,
+        value_size=value_size,
         scale=attribute(node, "scale"),
         window=attribute(node, "window"),
         softcap=attribute(node, "softcap"),

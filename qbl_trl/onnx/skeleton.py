@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from qbl_trl.onnx.markers import (
 from qbl_trl.onnx.own_attention import calls_torch, own_attention_traced
 from qbl_trl.onnx.own_layers import own_tables, said_again
 from qbl_trl.onnx.rotary import NoTable, Rotary, changes_with_length, gives_tables, is_rotary
-from qbl_trl.onnx.rotations import pairs_neighbours, rotate_of
+from qbl_trl.onnx.rotations import ROTATING, pairs_neighbours, rotate_of
 from qbl_trl.onnx.sources import embedding_source
 from qbl_trl.onnx.threads import here_only
 from qbl_trl.quant.modules import plain_forward_
@@ -188,23 +189,22 @@ def fused_attention_traced(skeleton: Skeleton) -> Iterator[None]:
         Unfusable: if a modeling file rotates in another way than the fused operator does.
     """
     AttentionInterface.register(TRACED_ATTENTION, partial(_traced_attention, skeleton.caps_scores))
-    replaced: list[tuple[Any, Callable[..., Any]]] = []
+    replaced: list[tuple[Any, str, Callable[..., Any]]] = []
     try:
         if skeleton.rotary:
             files = {type(module).__module__ for module in skeleton.model.modules()}
             apart = {type(module).__module__ for module in skeleton.model.modules() if said_again(module) is not None}
-            for file in sorted(files):
-                module = sys.modules[file]
-                original = rotate_of(file)
-                if original is not None and file not in apart:
+            for file, name in product(sorted(files - apart), ROTATING):
+                original = rotate_of(file, name)
+                if original is not None:
                     mark = partial(mark_rotary, interleaved=_interleaved(file, original, skeleton))
-                    replaced.append((module, original))
-                    module.apply_rotary_pos_emb = here_only(mark, original)  # type: ignore[attr-defined]
+                    replaced.append((sys.modules[file], name, original))
+                    setattr(sys.modules[file], name, here_only(mark, original))
         with own_attention_traced(skeleton.model):
             yield
     finally:
-        for module, original in replaced:
-            module.apply_rotary_pos_emb = original
+        for module, name, original in replaced:
+            setattr(module, name, original)
 
 
 def _interleaved(file: str, rotate: Callable[..., Any], skeleton: Skeleton) -> bool:

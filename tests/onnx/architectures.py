@@ -46,7 +46,7 @@ ARCHITECTURES = {
     "deepseek with experts and latent heads": (
         "DeepseekV3",
         {**MOE, **DEEPSEEK, **LATENT, "num_key_value_heads": 4},
-        "standard",
+        "attention",
     ),
     "phi with grouped heads": ("Phi", GATED, "attention"),
     "phi, which rotates half of each head": ("Phi", {**GATED, "hidden_size": 128}, "gqa"),
