@@ -65,7 +65,10 @@ def reshaped(source_of_rows, axis):
     x, other = (ir.Value(name=name, shape=ir.Shape(["b", "s", 8]), type=kind) for name in ("x", "other"))
     graph = ir.Graph([x, other], [], nodes=[], opset_imports={"": 18})
     editor = Editor(ir.Model(graph, ir_version=10), torch.float32)
-    data = ir.node("Softmax" if source_of_rows == "behind a softmax" else "Cast", [x])
+    kinds = {"behind a softmax": ("Softmax", {}), "kept": ("Transpose", {"perm": [0, 1, 2]})}
+    kinds["moved"] = ("Transpose", {"perm": [0, 2, 1]})
+    name, attributes = kinds.get(source_of_rows, ("Cast", {}))
+    data = ir.node(name, [x], attributes)
     source = {"another": other}.get(source_of_rows, x)
     shape = ir.node("Shape", [source])
     gather = ir.node("Gather", [shape.outputs[0], editor.constant(axis)])
@@ -82,6 +85,10 @@ def test_rows_of_what_is_reshaped_are_copied():
     np.testing.assert_array_equal(reshaped("itself", 0), [0, -1, 4])
 
 
-@pytest.mark.parametrize(("source", "axis"), [("another", 0), ("behind a softmax", 0), ("itself", 1)])
+def test_they_are_copied_behind_what_leaves_the_first_two_axes_where_they_are():
+    np.testing.assert_array_equal(reshaped("kept", 0), [0, -1, 4])
+
+
+@pytest.mark.parametrize(("source", "axis"), [("another", 0), ("behind a softmax", 0), ("itself", 1), ("moved", 0)])
 def test_rows_that_may_be_others_are_asked_for(source, axis):
     assert reshaped(source, axis) is None
