@@ -15,8 +15,9 @@ from peft.utils.peft_types import register_peft_method
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from torch import Tensor, nn
 
-from qbl_trl.adapter import hotswap, mixed, others
+from qbl_trl.adapter import checkpointing, hotswap, mixed, others
 from qbl_trl.adapter.balance import largest_useful_r, matched_rank
+from qbl_trl.adapter.checkpointing import let_inputs_require_grad
 from qbl_trl.adapter.factors import recorded_factors
 from qbl_trl.adapter.layer import BalancedLinear, record_placed_
 from qbl_trl.adapter.recorded import quantization, record_base_, record_layers_
@@ -67,8 +68,8 @@ class QBLoRAModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Place an adapter, and write the factors its layers got into its configuration, as PEFT does with targets."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if isinstance(quantization(model), GroupQuantConfig) and getattr(model, "is_gradient_checkpointing", False):
-            model.enable_input_require_grads()  # type: ignore[operator]  # PEFT leaves it out over quantized bases
+        if getattr(model, "is_gradient_checkpointing", False):
+            let_inputs_require_grad(model)  # also where no PeftModel is put around it
         layers = record_placed_(model, adapter_name, self.peft_config[adapter_name])
         if layers and not self.peft_config[adapter_name].inference_mode:
             _warn_of_surplus_rank(adapter_name, layers)
@@ -312,6 +313,7 @@ def register() -> None:
         hotswap.register()
         mixed.register()
         others.register()
+        checkpointing.register()
 
 
 register()

@@ -1,7 +1,7 @@
 """Other PEFT methods over packed layers: those that call their base train there (LoRA, IA3), and no merge is done.
 
 A GroupQuantLinear is an nn.Linear, so PEFT places its own layers on it. Merging, they would add floats to the bytes
-that its codes are packed in.
+that its codes are packed in. Methods that read the weight would take those bytes for it, at 8 bits without a word.
 """
 
 from typing import Any
@@ -11,15 +11,31 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from qbl_trl.adapter.layer import BalancedLinear
-from qbl_trl.errors import MergeError
+from qbl_trl.errors import ConfigError, MergeError
 from qbl_trl.quant.packed import PackedWeight
+
+# What PEFT 0.21 computes from the values of a layer's weight, or starts in its dtype ...
+_READ_WEIGHTS = frozenset(
+    [
+        *("DELORA", "FROD", "GLORA", "HIRA", "HRA", "LN_TUNING", "OSF"),
+        *("PEANUT", "PSOFT", "SHIRA", "SUPERTUNING", "TINYLORA", "UNILORA"),
+    ]
+)
+_READ_WEIGHTS_IN_LORA = ("use_dora", "use_bdlora", "kasa_config")
+# ... and from its shape alone, which is that of the layer where a code fills a byte.
+_READ_SHAPES = frozenset({"DEFT", "LOHA", "LOKR"})
 
 
 def register() -> None:
-    """Have PEFT ask before it merges (once): its one check, and its mixed model, which has none."""
+    """Have PEFT ask before it places and merges (once): its checks, and its mixed model, which has none for merging."""
     tuner: Any = BaseTuner
     mixed: Any = MixedModel
-    check, unload = tuner._check_merge_allowed, mixed._unload_and_optionally_merge
+    place, check = tuner._check_target_module_compatiblity, tuner._check_merge_allowed
+    unload = mixed._unload_and_optionally_merge
+
+    def check_target(self: Any, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        place(self, peft_config, model, target_name)
+        refuse_placement(self, peft_config, model)
 
     def check_merge_allowed(self: Any) -> None:
         check(self)
@@ -30,8 +46,30 @@ def register() -> None:
             refuse_merge(self.model)
         return unload(self, merge, *args, **kwargs)
 
+    tuner._check_target_module_compatiblity = check_target
     tuner._check_merge_allowed = check_merge_allowed
     mixed._unload_and_optionally_merge = unload_and_optionally_merge
+
+
+def refuse_placement(tuner: Any, config: Any, model: nn.Module) -> None:
+    """Refuse a method that reads the weights of its layers where one of them is packed, before anything is placed.
+
+    Raises:
+        ConfigError: naming the first such layer.
+    """
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    variant = next((name for name in _READ_WEIGHTS_IN_LORA if kind == "LORA" and getattr(config, name)), None)
+    if variant is None and kind not in _READ_WEIGHTS | _READ_SHAPES:
+        return
+    for name, layer in model.named_modules():
+        if not isinstance(layer, PackedWeight) or (kind in _READ_SHAPES and layer.bits == 8):
+            continue
+        if tuner._check_target_module_exists(config, name.removesuffix(".base_layer")):
+            raise ConfigError(
+                f"{name}: {kind if variant is None else f'{kind} with {variant}'} reads the weight of its layer, "
+                "which is packed codes here. Train QBLoRAConfig or LoraConfig over packed layers, or keep this one in "
+                "float with GroupQuantConfig(modules_to_not_convert=[...])"
+            )
 
 
 def refuse_merge(model: nn.Module) -> None:

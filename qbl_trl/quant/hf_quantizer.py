@@ -23,14 +23,14 @@ from qbl_trl.older_names import restore_settings_
 from qbl_trl.progress import progress
 from qbl_trl.quant.apply import finish_, quantize_layer_
 from qbl_trl.quant.checkpoint import Stored, check_tensors, read_headers
+from qbl_trl.quant.dequantizing import dequantize_model_
 from qbl_trl.quant.head import empty_embeddings_, tie_again_
 from qbl_trl.quant.kept_dtypes import keep_stored_dtypes
-from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.renaming import keep_packed_names_, name_here, names_in_model, without_packed
 from qbl_trl.quant.requested import requested
-from qbl_trl.quant.stacks import keep_apart, separate_, set_apart, together_
+from qbl_trl.quant.stacks import keep_apart, separate_, set_apart
 from qbl_trl.quant.stored import empty_layer, expected_tensors, folder_of, packed_in, stored_layers
 from qbl_trl.quant.targets import target_layers
 
@@ -184,15 +184,7 @@ class GroupQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        wanted = dtype or getattr(model, "dtype", None) or torch.float32
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, GroupQuantLinear):
-                dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-                dense.weight = nn.Parameter(layer.dequantize().to(wanted), requires_grad=False)
-                if layer.bias is not None:
-                    dense.bias = layer.bias
-                replace(model, name, dense)
-        together_(model)
+        dequantize_model_(model, dtype or model.dtype)  # type: ignore[arg-type]
         return model
 
 
@@ -223,8 +215,8 @@ def attach_(model: PreTrainedModel, quantizer: GroupQuantizer) -> None:
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
     model.config.quantization_config = quantizer.quantization_config
-    if BEFORE_5:
-        model.config._pre_quantization_dtype = model.dtype  # `dequantize` takes it off again
+    if BEFORE_5 and not hasattr(model.config, "_pre_quantization_dtype"):  # `model.dequantize()` takes it away again
+        model.config._pre_quantization_dtype = model.dtype
 
 
 def describe_stored_(model: nn.Module, settings: GroupQuantConfig) -> None:

@@ -1,11 +1,29 @@
-"""Other PEFT methods over packed layers: they train, and their merge into codes is refused in words."""
+"""Other PEFT methods over packed layers: they train, or are refused, and their merge into codes is, in words."""
+
+import copy
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
+from peft import (
+    DeftConfig,
+    HiraConfig,
+    HRAConfig,
+    IA3Config,
+    KasaConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeanutConfig,
+    UniLoraConfig,
+    VeraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig
-from qbl_trl.errors import MergeError
+from qbl_trl.errors import ConfigError, MergeError
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from tests.tiny import logits, tiny_llama, tokens
 
@@ -22,7 +40,59 @@ def groups(bits=4):
     return quantize_model_(tiny_llama(), GroupQuantConfig(bits=bits))
 
 
-# LoHa takes the sizes of a layer from the shape of its weight, which at 4 bits is that of the bytes.
+CALLS = [LoraConfig, IA3Config, OFTConfig, VeraConfig]  # some of those that call their base
+READS = [HiraConfig, HRAConfig, PeanutConfig, UniLoraConfig]  # those that would compute with codes, in silence
+READS_SHAPES = [LoHaConfig, LoKrConfig, DeftConfig]
+
+
+def adapted(base, config_class):
+    more = {"feedforward_modules": []} if config_class is IA3Config else {}
+    return get_peft_model(base, config_class(target_modules=TARGETS, **more)).eval()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("config_class", CALLS + READS_SHAPES)
+def test_what_calls_its_base_computes_as_over_the_float_weights_of_the_codes(config_class, bits):
+    base = groups(bits)
+    plain = copy.deepcopy(base).dequantize()
+    if config_class in READS_SHAPES and bits == 4:  # the shape of the weight is that of the bytes
+        with pytest.raises(ConfigError, match=r"q_proj: L?[A-Z]+ reads the weight of its layer, which is packed codes"):
+            adapted(base, config_class)
+        return
+    torch.manual_seed(0)
+    model = adapted(base, config_class)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    twin = adapted(plain, config_class)
+    set_peft_model_state_dict(twin, get_peft_model_state_dict(model))
+    expected = logits(twin, IDS)
+    torch.testing.assert_close(logits(model, IDS), expected, rtol=0, atol=1e-4)  # float32, products in another order
+    assert not torch.allclose(expected, logits(model.unload(), IDS), atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("config_class", READS)
+def test_what_reads_the_weight_is_refused_where_it_is_packed_before_anything_is_placed(config_class, bits):
+    base = groups(bits)
+    with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.q_proj: [A-Z]+ reads the weight of its layer"):
+        adapted(base, config_class)
+    assert torch.equal(logits(base, IDS), logits(groups(bits), IDS))
+    head = get_peft_model(base, config_class(target_modules=["lm_head"]))  # which stays in float
+    head(IDS, labels=IDS).loss.backward()
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"kasa_config": KasaConfig()}])
+def test_the_variants_of_lora_that_read_it_are_refused(settings):
+    base = groups(8)
+    codes = base.model.layers[0].self_attn.q_proj.weight.clone()
+    with pytest.raises(ConfigError, match=r"LORA with (use_dora|kasa_config) reads the weight"):
+        get_peft_model(base, LoraConfig(target_modules=TARGETS, **settings))
+    assert torch.equal(base.model.layers[0].self_attn.q_proj.weight, codes)
+    get_peft_model(base, LoraConfig(target_modules=["lm_head"], **settings))
+
+
 @pytest.mark.parametrize(("method", "bits"), [("lora", 4), ("lora", 8), ("ia3", 4), ("ia3", 8), ("loha", 8)])
 def test_it_trains_and_its_merge_is_refused_before_a_code_is_touched(method, bits):
     model = get_peft_model(groups(bits), METHODS[method])
@@ -39,7 +109,9 @@ def test_it_trains_and_its_merge_is_refused_before_a_code_is_touched(method, bit
 
 def test_a_mixed_model_is_asked_as_well():
     ours = QBLoRAConfig(r=4, target_modules=TARGETS, quantization_aware=True)
-    model = get_peft_model(groups(), ours, "ours", mixed=True)
+    model = get_peft_model(groups(8), ours, "ours", mixed=True)
+    with pytest.raises(ConfigError, match="LORA with use_dora reads the weight of its layer"):
+        model.add_adapter("dora", LoraConfig(target_modules=["v_proj"], use_dora=True))
     model.add_adapter("other", METHODS["loha"])
     with pytest.raises(MergeError, match="does not merge into packed codes"):
         model.merge_and_unload()

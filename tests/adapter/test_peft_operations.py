@@ -299,6 +299,14 @@ def test_reentrant_checkpointing_trains_over_a_4_bit_base_as_over_a_float_one():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_peft_prepares_a_4_bit_base_for_checkpointing_that_is_switched_on_later():
+    model = get_peft_model(groups(), QBLoRAConfig(r=2, quantization_aware=True)).train()
+    model.prepare_model_for_gradient_checkpointing(model)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_one_configuration_serves_round_after_round_of_merged_adapters_but_no_other_base():
     adapter, model = config(quantization_aware=True), groups()
     for _ in range(3):

@@ -1,0 +1,48 @@
+"""A packed model made float again, in place: what `model.dequantize()` of transformers does here."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qbl_trl.quant.embedding import GroupQuantEmbedding
+from qbl_trl.quant.modules import replace
+from qbl_trl.quant.packed import PackedWeight
+from qbl_trl.quant.stacks import together_
+
+
+def dequantize_model_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Replace every packed layer by the float layer that the model's class has in its place, frozen.
+
+    Experts are in one tensor again where the class has them so. Which layers are stored transposed (GPT-2's) only the class knows: it is built once more, without memory. What one
+    table holds for a tied pair stays one.
+    """
+    with torch.device("meta"):
+        own = dict(type(model)(copy.deepcopy(model.config)).named_modules())
+    made: dict[tuple[int, int], Tensor] = {}
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, PackedWeight):
+            one_table = id(layer.weight), id(layer.delta)
+            if one_table not in made:
+                made[one_table] = nn.Parameter(layer.dequantize().to(dtype), requires_grad=False)
+            dense = _like(own.get(name.replace(".base_layer", "")), layer, made[one_table])
+            replace(model, name, dense.train(layer.training))
+    together_(model)
+    vars(model).pop("_weight_conversions", None)  # names of packed layers; transformers knows those of its own
+
+
+def _like(own: nn.Module | None, layer: PackedWeight, weight: Tensor) -> nn.Module:
+    sizes = layer.in_features, layer.out_features
+    if isinstance(layer, GroupQuantEmbedding):
+        table = nn.Embedding(sizes[1], sizes[0], layer.padding_idx, device="meta")
+        table.weight = weight  # type: ignore[assignment]
+        return table
+    transposed = isinstance(own, Conv1D)
+    bias = layer.bias
+    with torch.device("meta"):
+        dense = Conv1D(*reversed(sizes)) if transposed else nn.Linear(*sizes, bias=bias is not None)
+    dense.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False) if transposed else weight  # type: ignore[assignment]
+    dense.bias = bias  # type: ignore[assignment]
+    return dense

@@ -1,0 +1,37 @@
+"""`model.dequantize()`: the float model of the same function, which saves and loads as any other."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qbl_trl import GroupQuantConfig
+from qbl_trl.quant.hf_quantizer import quantize_model_
+from qbl_trl.quant.packed import PackedWeight
+from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
+
+MODELS = {
+    "llama": tiny_llama,
+    "tied llama": lambda: tiny_llama(tie_word_embeddings=True),
+    "gpt2": tiny_gpt2,  # whose layers are stored transposed, some of them square
+}
+
+
+@pytest.mark.parametrize("quantize_embeddings", [False, True])
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_it_computes_the_same_and_so_does_what_it_saves(tmp_path, kind, quantize_embeddings):
+    config = GroupQuantConfig(quantize_embeddings=quantize_embeddings)
+    model = quantize_model_(MODELS[kind](), config)
+    expected = logits(model, tokens())
+    plain = model.dequantize()
+    assert not any(isinstance(module, PackedWeight) for module in plain.modules())
+    assert (plain.lm_head.weight is plain.get_input_embeddings().weight) == (kind != "llama")
+    torch.testing.assert_close(logits(plain, tokens()), expected, rtol=0, atol=1e-5)  # products in another order
+    plain.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not getattr(again, "is_quantized", False)
+    assert torch.equal(logits(again, tokens()), logits(plain, tokens()))
+
+
+def test_it_takes_the_dtype_of_the_model():
+    plain = quantize_model_(tiny_llama(), GroupQuantConfig()).to(torch.bfloat16).dequantize()
+    assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
