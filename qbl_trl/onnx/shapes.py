@@ -2,6 +2,7 @@
 
 a width       Gather(Shape(y), -1)                      the layer's own number of outputs
 a reshape     Reshape(y, [Shape(x)[0], Shape(x)[1], ...])    0, 0, ...: as in y, where y has the rows of x
+the logits    (an axis named by the tracer, ...)        the names of the token ids' axes: runtimes size buffers by them
 """
 
 import numpy as np
@@ -32,6 +33,10 @@ def answer_shapes(editor: Editor, skeleton: Skeleton) -> None:
         _spread(node)
         if node.op_type == "Reshape" and not node.domain:
             _answer_for_rows(editor, node)
+    named = {value.name: value for value in (*editor.graph.inputs, *editor.graph.outputs)}
+    ids, logits = named.get("input_ids"), named.get("logits")
+    if ids is not None and logits is not None and ids.shape is not None and logits.shape is not None:
+        logits.shape = ir.Shape([*ids.shape, logits.shape[-1]])
 
 
 def _spread(node: ir.Node) -> None:

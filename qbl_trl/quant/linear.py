@@ -67,7 +67,7 @@ class GroupQuantLinear(PackedWeight, nn.Linear):  # type: ignore[misc]
 
         Raises:
             ConfigError: if x has another width, or holds integers: the model has cast its activations to the dtype of
-                the packed weight.
+                the packed weight; or while another exporter traces the model.
         """
         if not x.is_floating_point():
             raise ConfigError(
@@ -76,6 +76,11 @@ class GroupQuantLinear(PackedWeight, nn.Linear):  # type: ignore[misc]
             )
         if x.shape[-1] != self.in_features:
             raise ConfigError(f"a GroupQuantLinear of {self.in_features} inputs was handed {tuple(x.shape)}")
+        if torch.jit.is_tracing():
+            raise ConfigError(
+                "a GroupQuantLinear is not traced: no exporter but qbl_trl.export_onnx writes its codes as they are; "
+                "`model.dequantize()` makes a float model that any other takes"
+            )
         wide = x
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))

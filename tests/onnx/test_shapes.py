@@ -59,6 +59,17 @@ def test_a_width_that_the_trace_asked_for_is_written_as_a_number(tmp_path):
     assert "GroupQueryAttention" in operators(tmp_path / "out", inner=True)
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_the_logits_have_the_axes_of_the_token_ids_by_name(tmp_path, last):
+    kind, settings, _ = ARCHITECTURES["cohere2 with windows and interleaved angles"]  # scales what its head answers
+    export_onnx(build(kind, settings), tmp_path / "out", logits="last" if last else "all")
+    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    (logits,) = [value for value in graph.output if value.name == "logits"]
+    batch, length, _ = logits.type.tensor_type.shape.dim
+    assert batch.dim_param == "batch_size"
+    assert (length.dim_value == 1) if last else (length.dim_param == "sequence_length")
+
+
 def reshaped(source_of_rows, axis):
     """Reshape(Softmax(x) or Cast(x), [rows of `source_of_rows` along `axis`, -1, 4]) as a tracer writes it."""
     kind = ir.TensorType(ir.DataType.FLOAT)

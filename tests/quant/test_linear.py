@@ -162,3 +162,10 @@ def test_layers_copy_and_deepcopy():
     x = torch.randn(2, 64)
     assert torch.equal(layer(x), twin(x))
     assert twin.weight is not layer.weight
+
+
+def test_an_exporter_that_traces_is_told_of_the_one_that_keeps_the_codes():
+    with pytest.raises(
+        ConfigError, match=r"not traced: no exporter but qbl_trl\.export_onnx .* `model\.dequantize\(\)`"
+    ):
+        torch.jit.trace(quantized(), (torch.randn(2, 64),))
