@@ -16,8 +16,8 @@ from qbl_trl.quant.stacks import together_
 def dequantize_model_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Replace every packed layer by the float layer that the model's class has in its place, frozen.
 
-    Experts are in one tensor again where the class has them so. Which layers are stored transposed (GPT-2's) only the class knows: it is built once more, without memory. What one
-    table holds for a tied pair stays one.
+    Which layers are stored transposed (GPT-2's) only the class knows: it is built once more, without memory. What one
+    table holds for a tied pair stays one, and experts that the class stacks are stacked again.
     """
     with torch.device("meta"):
         own = dict(type(model)(copy.deepcopy(model.config)).named_modules())

@@ -252,6 +252,9 @@ class QBLoRACallback(TrainerCallback):
             if "parity" in self.record.merge and self._trainer is not None:
                 difference = self.record.merge["parity"]["max_abs_difference"]
                 Trainer.log(self._trainer, {"qbl/merged_max_logit_difference": difference})
+                if any("train_loss" in entry for entry in state.log_history[-2:-1]):
+                    line = state.log_history.pop()  # scripts count from the end of the list, where that summary stands
+                    state.log_history[-1].update(line)
             self.record.write(args, state, finished=True)
             logger.info("%s", self.record.describe())
         self._wait()

@@ -25,6 +25,7 @@ from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.loading import saved_adapter
 from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.modules import same_module_name
 from qbl_trl.trl.layers import active, base_of
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> P
         )
     _check_trainer(trainer)
     config = copy.deepcopy(config)
-    _train_added_tokens_(config)
+    _train_added_tokens_(config, model)
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     if trainer.args.gradient_checkpointing:
         peft_model.enable_input_require_grads()
@@ -79,21 +80,27 @@ def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> P
     return peft_model  # type: ignore[return-value]
 
 
-def _train_added_tokens_(config: QBLoRAConfig) -> None:
+def _train_added_tokens_(config: QBLoRAConfig, model: nn.Module) -> None:
     """What a trainer does to a peft_config when a chat template brings new tokens: their rows and the head train, too.
 
-    SFTTrainer keeps the new ids in a variable of its constructor, which is running now.
+    SFTTrainer keeps the new ids in a variable of its constructor, which is running now. It calls the two layers
+    "embed_tokens" and "lm_head"; here they have the names that the model gives them.
     """
     building = next((variables for variables in _callers() if variables.get("added_tokens")), {})
     if not isinstance(building.get("self"), Trainer):
         return
     added, rows = building["added_tokens"], config.trainable_token_indices
+    inner: Any = unwrap(model)
+    table, head = (
+        same_module_name(inner, layer).rpartition(".")[2]
+        for layer in (inner.get_input_embeddings(), inner.get_output_embeddings())
+    )
     if rows is None or isinstance(rows, list):
-        config.trainable_token_indices = {"embed_tokens": [*(rows or []), *added]}
+        config.trainable_token_indices = {table: [*(rows or []), *added]}
     else:
-        config.trainable_token_indices = {**rows, "embed_tokens": [*rows.get("embed_tokens", []), *added]}
-    if "lm_head" not in (config.modules_to_save or ()):
-        config.modules_to_save = [*(config.modules_to_save or ()), "lm_head"]
+        config.trainable_token_indices = {**rows, table: [*rows.get(table, []), *added]}
+    if head not in (config.modules_to_save or ()):
+        config.modules_to_save = [*(config.modules_to_save or ()), head]
         logger.warning(
             "the chat template brought %d new tokens: their embeddings and the output head train beside the adapter",
             len(added),

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5Config,
@@ -127,6 +129,20 @@ def test_tokens_that_a_chat_template_brings_train_in_both_forms(tmp_path):
         trainer.train()
     assert trained[0] == trained[1]
     assert any("trainable_tokens_delta" in name for name in trained[0])
+
+
+def test_such_tokens_train_whatever_a_model_calls_its_embedding(tmp_path):
+    tokenizer = data.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
+    tokenizer.save_pretrained(tmp_path / "template")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    base = quantize_model_(GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=33, **sizes)), GroupQuantConfig())
+    chosen = {"chat_template_path": str(tmp_path / "template"), "train_dataset": data.chats()}
+    trainer = sft(tmp_path, QBLoRACallback(adapter()), base, **chosen)
+    trainer.train()
+    trained = " ".join(n for n, p in trainer.model.named_parameters() if p.requires_grad)
+    assert "embed_in.token_adapter.trainable_tokens_delta" in trained
+    assert "embed_out.modules_to_save" in trained
 
 
 def test_a_merge_that_disagrees_names_where_the_adapter_is(tmp_path, monkeypatch):
