@@ -87,6 +87,8 @@ def build_skeleton(
     Raises:
         Unfusable: if fused attention was asked for and the model's rotary embedding or attention has no fused form.
     """
+    if fused_attention and "chunked_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
+        raise Unfusable(f"{type(model).__name__}: attention in chunks has no fused form")
     made = Skeleton(model, sources)
     memo: dict[int, Any] = {}
     for name, module in model.named_modules():

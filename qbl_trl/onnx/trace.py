@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.alibi import bias_rounded
+from qbl_trl.onnx.complex_rotary import rotated_in_real_numbers
 from qbl_trl.onnx.experts import every_expert_asked, traced_tokens
 from qbl_trl.onnx.skeleton import Skeleton, Unfusable
 from qbl_trl.random_state import same_random_state
@@ -64,6 +65,7 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
         same_random_state(),
         every_expert_asked(),
         bias_rounded(skeleton.model),
+        rotated_in_real_numbers(skeleton.model),
     ):
         path = Path(folder, "model.onnx")
         try:
@@ -78,7 +80,27 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
         model = ir.load(path)
         ir.external_data.load_to_model(model)
     _state_caches(model, sizes)
+    _count_booleans(model)
     return model
+
+
+def _count_booleans(model: ir.Model) -> None:
+    """torch sums booleans and compares the counts with booleans, as the mask of attention in chunks does (Llama 4)."""
+    for node in [node for node in model.graph if node.op_type == "CumSum"]:
+        told = node.inputs[0]
+        made = None if told is None else told.producer()
+        if made is not None and made.op_type == "Cast" and made.attributes["to"].as_int() == ir.DataType.BOOL:
+            _as_integer(model, node, 0)
+            for use in list(node.outputs[0].uses()):
+                if use.node.op_type == "Equal":
+                    _as_integer(model, use.node, 1 - use.idx)
+
+
+def _as_integer(model: ir.Model, node: ir.Node, index: int) -> None:
+    cast = ir.node("Cast", [node.inputs[index]], {"to": int(ir.DataType.INT64)}, name=f"{node.name}/number_{index}")
+    cast.outputs[0].name, cast.outputs[0].type = f"{cast.name}/out", ir.TensorType(ir.DataType.INT64)
+    model.graph.insert_before(node, cast)
+    node.replace_input_with(index, cast.outputs[0])
 
 
 def _state_caches(model: ir.Model, sizes: list[tuple[int, int, int]]) -> None:

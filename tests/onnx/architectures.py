@@ -48,6 +48,16 @@ ARCHITECTURES = {
         {**MOE, **DEEPSEEK, **LATENT, "num_key_value_heads": 4},
         "attention",
     ),
+    "deepseek v2, which rotates by complex numbers": (
+        "DeepseekV2",
+        {**MOE, **DEEPSEEK, **LATENT, "num_key_value_heads": 4, "topk_method": "greedy", "routed_scaling_factor": 1.0},
+        "attention",
+    ),
+    "llama4, which attends in chunks": (
+        "Llama4Text",
+        {**GATED, "head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 96, "attention_chunk_size": 5},
+        "standard",
+    ),
     "phi with grouped heads": ("Phi", GATED, "attention"),
     "phi, which rotates half of each head": ("Phi", {**GATED, "hidden_size": 128}, "gqa"),
     "stablelm, which calls torch's attention": (
