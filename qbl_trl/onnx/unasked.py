@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from qbl_trl.onnx.graph import Editor, constant_of, produced_by
 
+_SELECTING = ("Gather", "Cast", "Squeeze")
 _STEPS = 8  # operators between the numbers of tokens and the scatter; five by now
 _LARGEST = 400  # operators of a turn; forty by now
 
@@ -28,8 +29,10 @@ def let_unasked_experts_rest(editor: Editor) -> int:
         if turn is None:
             continue
         if turn.chosen not in asked:
-            asked[turn.chosen] = _any_token(editor, turn.start, turn.chosen)
-        condition = editor.add(turn.start, "Gather", [asked[turn.chosen], editor.constant(turn.expert)], name="asked")
+            asked[turn.chosen] = _any_token(editor, turn.nodes[0], turn.chosen)
+        condition = editor.add(
+            turn.nodes[0], "Gather", [asked[turn.chosen], editor.constant(turn.expert)], name="asked"
+        )
         _choose(editor, turn, condition.outputs[0])
         count += 1
     return count
@@ -37,9 +40,8 @@ def let_unasked_experts_rest(editor: Editor) -> int:
 
 @dataclass(frozen=True)
 class _Turn:
-    """One expert: nodes from `start` to `end`, which adds to `before`; `chosen` (experts, ...) is 1 for a choice."""
+    """One expert: nodes up to `end`, which adds to `before`; `chosen` (experts, ...) is 1 for a choice."""
 
-    start: ir.Node
     end: ir.Node
     nodes: list[ir.Node]
     before: ir.Value
@@ -56,11 +58,12 @@ def _turn(end: ir.Node, place: dict[ir.Node, int]) -> _Turn | None:
         if before is None or scatter is None or produced_by(scatter.inputs[0], "ConstantOfShape") is None:
             continue
         start = _start(scatter)
-        found = None if start is None else _expert(start)
-        nodes = [] if start is None else _between(start, before, end)
-        if start is None or found is None or start not in nodes or scatter not in nodes:
+        row = [] if start is None else _row(start)
+        found, nodes = _expert(row), [] if start is None else _between(start, before, end)
+        if found is None or start not in nodes or scatter not in nodes:
             return None
-        return _Turn(start, end, sorted(nodes, key=place.__getitem__), before, *found)
+        alone = [node for node in row if all(_users(later) <= {*nodes, *row} for later in row[row.index(node) :])]
+        return _Turn(end, sorted({*nodes, *alone}, key=place.__getitem__), before, *found)
     return None
 
 
@@ -75,17 +78,25 @@ def _start(scatter: ir.Node) -> ir.Node | None:
     return None
 
 
-def _expert(start: ir.Node) -> tuple[ir.Value, int] | None:
-    """Of which choices, (experts, ...), a NonZero looks at which expert's."""
-    value = start.inputs[0]
-    while (node := None if value is None else value.producer()) is not None and node.op_type in ("Cast", "Squeeze"):
+def _row(start: ir.Node) -> list[ir.Node]:
+    """How one row of the choices becomes what a NonZero looks through: a Gather, and what follows it."""
+    nodes, value = list[ir.Node](), start.inputs[0]
+    while (node := None if value is None else value.producer()) is not None and node.op_type in _SELECTING:
+        nodes.append(node)
         value = node.inputs[0]
-    row = produced_by(value, "Gather")
-    index = None if row is None else constant_of(row.inputs[1])
-    along = 0 if row is None or "axis" not in row.attributes else row.attributes["axis"].as_int()
-    if row is None or row.inputs[0] is None or index is None or index.size != 1 or along:
+        if node.op_type == "Gather":
+            break
+    return nodes[::-1]
+
+
+def _expert(row: list[ir.Node]) -> tuple[ir.Value, int] | None:
+    """Of which choices, (experts, ...), it is which expert's."""
+    if not row or row[0].op_type != "Gather" or row[0].inputs[0] is None:
         return None
-    return row.inputs[0], int(index.reshape(()))
+    index, axis = constant_of(row[0].inputs[1]), row[0].attributes.get("axis")
+    if index is None or index.size != 1 or (axis is not None and axis.as_int()):
+        return None
+    return row[0].inputs[0], int(index.reshape(()))
 
 
 def _between(start: ir.Node, before: ir.Value, end: ir.Node) -> list[ir.Node]:
