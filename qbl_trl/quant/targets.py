@@ -30,7 +30,7 @@ _READ_ELSEWHERE = {
 
 def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
     """Full names of the linear layers to quantize."""
-    skipped = {*HfQuantizer.get_modules_to_not_convert(model, None), *_kept_in_float(model)}
+    skipped = {*HfQuantizer.get_modules_to_not_convert(_without_memory(model), None), *_kept_in_float(model)}
     skipped |= {*(config.modules_to_not_convert or []), *routers(model)}
     inner = getattr(model, "base_model", model)
     prefix = "" if inner is model else same_module_name(model, inner) + "."
@@ -90,6 +90,18 @@ def routers(model: nn.Module) -> list[str]:
                 inside = module.get_submodule(kind).named_modules(prefix=kind) if kind in module._modules else ()
                 found += [f"{name}.{child}" for child, layer in inside if isinstance(layer, nn.Linear)]
     return found
+
+
+def _without_memory(model: Any) -> Any:
+    """A copy of a model whose tensors hold nothing: transformers 4.57 copies what it looks at, weights included."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        memo[id(tensor)] = (
+            tensor.to("meta")
+            if not isinstance(tensor, nn.Parameter)
+            else nn.Parameter(tensor.to("meta"), requires_grad=tensor.requires_grad)
+        )
+    return copy.deepcopy(model, memo)
 
 
 def _is_wide(module: Any) -> bool:

@@ -11,6 +11,7 @@ from qbl_trl.quant.affine import min_max
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.targets import is_linear, target_layers
+from tests.tiny import tiny_llama
 
 BERT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
 T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4, "vocab_size": 100}
@@ -74,3 +75,18 @@ def test_experts_that_stay_in_float_are_named(caplog):
     config = transformers.JetMoeConfig(**sizes, num_local_experts=4, num_experts_per_tok=2, kv_channels=16)
     quantize_model_(transformers.JetMoeForCausalLM(config), GroupQuantConfig())
     assert "stay in float, because they are no linear layers: model.layers.0" in caplog.text
+
+
+def test_no_weight_is_copied_while_layers_are_chosen(monkeypatch):
+    """transformers 4.57 copies the model it is asked about, to tie its weights."""
+    copied, original = [], nn.Parameter.__deepcopy__
+
+    def deepcopy(self, memo):
+        copied.append(self.device.type)
+        return original(self, memo)
+
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", deepcopy)
+    model = tiny_llama(tie_word_embeddings=True)
+    assert not [name for name in target_layers(model, GroupQuantConfig()) if "lm_head" in name]
+    assert set(copied) <= {"meta"}
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
