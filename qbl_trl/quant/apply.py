@@ -1,6 +1,7 @@
 """Packed layers in the place of float ones, and what the configuration says of them afterwards."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from qbl_trl.quant.head import quantize_embeddings_
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import PackedWeight
+from qbl_trl.quant.stacks import float_parts, take_apart_
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ def quantize_layer_(model: nn.Module, name: str, weight: Tensor, config: GroupQu
     replace(model, name, layer)
 
 
-def finish_(model: nn.Module, config: GroupQuantConfig, targets: list[str]) -> None:
+def finish_(model: nn.Module, config: GroupQuantConfig, targets: Sequence[str]) -> None:
     """Calibrated algorithms run now; then the configuration records what was really stored."""
     if config.algorithm == "gptq":
         from qbl_trl.quant.gptq import gptq_model_
@@ -52,6 +54,7 @@ def finish_(model: nn.Module, config: GroupQuantConfig, targets: list[str]) -> N
         gptq_model_(model, config, targets)
     if config.quantize_embeddings:
         quantize_embeddings_(model, config)
+    take_apart_(model, float_parts(model))
     # Layers whose weight the checkpoint lacks (a fresh pooler or classification head) stay as they are.
     modules = dict(model.named_modules())
     stored = [(name, modules[name]) for name in targets if name in modules]

@@ -21,16 +21,20 @@ def dequantize_model_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     with torch.device("meta"):
         own = dict(type(model)(copy.deepcopy(model.config)).named_modules())
-    made: dict[tuple[int, int], Tensor] = {}
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, PackedWeight):
-            one_table = id(layer.weight), id(layer.delta)
-            if one_table not in made:
-                made[one_table] = nn.Parameter(layer.dequantize().to(dtype), requires_grad=False)
-            dense = _like(own.get(name.replace(".base_layer", "")), layer, made[one_table])
-            replace(model, name, dense.train(layer.training))
+    _make_float_(model, own, dtype)
     together_(model)
     vars(model).pop("_weight_conversions", None)  # names of packed layers; transformers knows those of its own
+
+
+def _make_float_(model: PreTrainedModel, own: dict[str, nn.Module], dtype: torch.dtype) -> None:
+    made: dict[tuple[int, int], Tensor] = {}
+    packed = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, PackedWeight)]
+    for name, layer in packed:
+        one_table = id(layer.weight), id(layer.delta)
+        if one_table not in made:
+            made[one_table] = nn.Parameter(layer.dequantize().to(dtype), requires_grad=False)
+        dense = _like(own.get(name.replace(".base_layer", "")), layer, made[one_table])
+        replace(model, name, dense.train(layer.training))
 
 
 def _like(own: nn.Module | None, layer: PackedWeight, weight: Tensor) -> nn.Module:

@@ -5,6 +5,7 @@ packed checkpoint is loaded into packed layers, after its headers were checked. 
 are served: transformers 4.57 calls `create_quantized_param`, transformers 5 runs the operation of `get_quantize_ops`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from qbl_trl.quant.kept_dtypes import keep_stored_dtypes
 from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.renaming import keep_packed_names_, name_here, names_in_model, without_packed
-from qbl_trl.quant.requested import requested
-from qbl_trl.quant.stacks import keep_apart, separate_, set_apart
+from qbl_trl.quant.requested import requested, warn_of_unknown
+from qbl_trl.quant.stacks import keep_apart, separate_, set_apart, take_apart_
 from qbl_trl.quant.stored import empty_layer, expected_tensors, folder_of, packed_in, stored_layers
 from qbl_trl.quant.targets import target_layers
 
@@ -45,6 +46,7 @@ class GroupQuantizer(HfQuantizer):
 
     quantization_config: GroupQuantConfig
     missing: frozenset[str] = frozenset()
+    targets: Sequence[str] = ()
     _bar: Any = None
 
     def update_tp_plan(self, config: Any) -> Any:
@@ -92,18 +94,21 @@ class GroupQuantizer(HfQuantizer):
         Raises:
             ConfigError: if there are none.
         """
-        stacked = set_apart(model)
+        stacked, held = set_apart(model), None
+        if not (self.pre_quantized or self.targets):  # once, for GPTQ chooses again
+            warn_of_unknown(model, self.quantization_config)
         self.targets = target_layers(model, self.quantization_config)
         if folder is not None:
-            self.targets = stored_layers(model, folder, found or {}, self.targets)
+            self.targets, held = stored_layers(model, folder, found or {}, self.targets)
         if not self.targets:
+            keep_apart(model, stacked, ())
             raise ConfigError(
                 f"{type(model).__name__} has no linear layer to quantize once its head, layers with fewer inputs than "
                 f"{min(ALLOWED_GROUP_SIZES)} and modules_to_not_convert="
                 f"{self.quantization_config.modules_to_not_convert} are left out"
             )
         self.chosen = frozenset(self.targets)
-        self.stacks = keep_apart(model, stacked, self.targets)
+        self.stacks = keep_apart(model, stacked, self.targets, held)
         return stacked
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
@@ -142,6 +147,7 @@ class GroupQuantizer(HfQuantizer):
         for layer in chosen:
             value = model.get_submodule(layer).weight.data if stacked else weight
             quantize_layer_(model, layer, value, self.quantization_config)  # type: ignore[arg-type]
+        take_apart_(model, [layer for layer in layers if stacked and layer not in self.chosen])
         return len(chosen)
 
     def get_quantize_ops(self) -> Any:
@@ -182,6 +188,10 @@ class GroupQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """True, so that a trainer accepts the base before a callback has placed adapters on it."""
         return True
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
+        """The float model in the dtype of this one; transformers 5 would take that of the configuration, or its name."""
+        return super().dequantize(model, **({} if BEFORE_5 else {"dtype": dtype or model.dtype}))
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         dequantize_model_(model, dtype or model.dtype)  # type: ignore[arg-type]

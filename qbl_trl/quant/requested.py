@@ -26,13 +26,6 @@ def requested(model: nn.Module, config: GroupQuantConfig) -> GroupQuantConfig:
     Raises:
         ConfigError: if single layers are to have another format, or calibration data are missing or no token ids.
     """
-    unknown = naming_nothing(model, config)
-    if unknown:
-        logger.warning(
-            "modules_to_not_convert: %s names no module of %s, and keeps nothing in float",
-            ", ".join(unknown),
-            type(model).__name__,
-        )
     mixed = next((name for name, stored in config.layers.items() if set(stored) & set(_CHOSEN)), None)
     if mixed is not None:
         raise ConfigError(
@@ -55,3 +48,14 @@ def requested(model: nn.Module, config: GroupQuantConfig) -> GroupQuantConfig:
             )
         config = dataclasses.replace(config, calibration=calibration_batches(model, config.calibration))
     return config
+
+
+def warn_of_unknown(model: nn.Module, config: GroupQuantConfig) -> None:
+    """Say which entries of modules_to_not_convert name no module of a model, whose experts are layers by now."""
+    unknown = naming_nothing(model, config)
+    if unknown:
+        logger.warning(
+            "modules_to_not_convert: %s names no module of %s, and keeps nothing in float",
+            ", ".join(unknown),
+            type(model).__name__,
+        )

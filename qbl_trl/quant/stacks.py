@@ -1,9 +1,10 @@
 """Stacked experts in a model: separated, put back, and named as the files name them; see `experts`."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qbl_trl.generation import BEFORE_5
@@ -38,23 +39,39 @@ def set_apart(model: nn.Module) -> dict[str, nn.Module]:
     return stacked
 
 
-def keep_apart(model: nn.Module, stacked: dict[str, nn.Module], layers: Iterable[str]) -> dict[str, Parts]:
-    """Put back the stacked tensors of which none of `layers` is a part.
+def keep_apart(
+    model: nn.Module, stacked: dict[str, nn.Module], layers: Iterable[str], held: Container[str] | None = None
+) -> dict[str, Parts]:
+    """Put back the stacked tensors that need not be separated.
+
+    Those need it of which one of `layers` is a part, and the tensors of that name in other blocks: transformers splits
+    all tensors of one name while it saves and loads, or none.
 
     Args:
         stacked: what `set_apart` returned.
+        held: layers that the files hold in float. Tensors that they hold stacked, although others of that name are
+            separated, stay stacked. None: there are no files.
 
     Returns:
         The parts of the tensors that stay separated, by the tensors' full names.
     """
-    wanted = set(layers)
+    wanted, separated = set(layers), list[tuple[str, str, Parts, list[str]]]()
+    for path in stacked:
+        experts = model.get_submodule(path)
+        for name, parts in getattr(experts, "parts", {}).items():
+            own = [f"{path}.{index}.{part}" for index in range(experts.num_experts) for part in parts]  # type: ignore[arg-type]
+            separated.append((path, name, parts, own))
+    names = {name for _, name, _, own in separated if not wanted.isdisjoint(own)}
     kept: dict[str, Parts] = {}
+    for path, name, parts, own in separated:
+        alone = held is not None and wanted.isdisjoint(own) and not any(layer in held for layer in own)
+        if name in names and not alone:
+            kept[f"{path}.{name}"] = parts
     for path, old in stacked.items():
-        before, after = model.get_submodule(path), _separable(old)
-        for name, parts in getattr(before, "parts", {}).items():
-            if any(f"{path}.{index}.{part}" in wanted for index in range(after.num_experts) for part in parts):
+        after = _separable(old)
+        for name, parts in getattr(model.get_submodule(path), "parts", {}).items():
+            if f"{path}.{name}" in kept:
                 after.fill(name, getattr(old, name).data, parts)
-                kept[f"{path}.{name}"] = parts
         replace(model, path, after if after.parts else old)
     return kept
 
@@ -74,11 +91,30 @@ def separate_(model: nn.Module, name: str, weight: Tensor, parts: Parts) -> list
     return [f"{path}.{layer}" for layer in experts.fill(own, weight, parts)]
 
 
+def take_apart_(model: nn.Module, layers: Iterable[str]) -> None:
+    """Give float layers memory of their own: slices keep all of a tensor, and where it is transposed do not save."""
+    for name in layers:
+        layer: Any = model.get_submodule(name)
+        layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
+
+
+def float_parts(model: nn.Module) -> list[str]:
+    """Full names of the separated layers of experts that are in float."""
+    return [
+        f"{path}.{index}.{part}"
+        for path, experts in model.named_modules()
+        if isinstance(experts, Experts)
+        for index in range(experts.num_experts)
+        for parts in experts.parts.values()
+        for part in parts
+        if type(experts.get_submodule(f"{index}.{part}")) is nn.Linear
+    ]
+
+
 def together_(model: nn.Module) -> None:
     """Stack experts again whose layers are float by now, so that the model saves as transformers saves it."""
-    for path, module in list(model.named_modules()):
-        if isinstance(module, Experts):
-            replace(model, path, module.stacked())
+    for path in [path for path, module in model.named_modules() if isinstance(module, Experts)]:
+        replace(model, path, model.get_submodule(path).stacked())  # type: ignore[operator]
 
 
 def _kind(module: nn.Module) -> type[Experts] | None:

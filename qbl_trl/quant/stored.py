@@ -1,6 +1,7 @@
 """What a packed folder says of itself, before its tensors are loaded into packed layers."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,13 @@ def with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "torch_dtype"} | inner | {"dtype": name}
 
 
-def stored_layers(model: nn.Module, folder: Path, found: dict[str, Stored], usual: list[str]) -> list[str]:
+def stored_layers(
+    model: nn.Module, folder: Path, found: dict[str, Stored], usual: Sequence[str]
+) -> tuple[list[str], set[str]]:
     """The layers that a folder holds packed: `usual`, but for those that another version of transformers chose.
+
+    Returns:
+        Beside them the names, in the model, of what the folder holds in float.
 
     Raises:
         CheckpointError: if it holds experts packed one by one, and this model has them in one tensor.
@@ -62,7 +68,8 @@ def stored_layers(model: nn.Module, folder: Path, found: dict[str, Stored], usua
             f"layer in one tensor; open this folder with the version it was written with ({made_with or 'before 5'})"
         )
     chosen = packed | (set(usual) - plain)
-    return [name for name, layer in modules.items() if name in chosen and layer is not head and is_linear(layer)]
+    layers = [name for name, layer in modules.items() if name in chosen and layer is not head and is_linear(layer)]
+    return layers, plain
 
 
 def packed_in(model: nn.Module, found: dict[str, Stored]) -> set[str]:

@@ -35,3 +35,10 @@ def test_it_computes_the_same_and_so_does_what_it_saves(tmp_path, kind, quantize
 def test_it_takes_the_dtype_of_the_model():
     plain = quantize_model_(tiny_llama(), GroupQuantConfig()).to(torch.bfloat16).dequantize()
     assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+
+
+def test_it_takes_the_dtype_of_a_model_that_was_loaded_cast_and_saved(tmp_path):
+    quantize_model_(tiny_llama(), GroupQuantConfig()).save_pretrained(tmp_path / "packed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "again")
+    assert {p.dtype for p in model.dequantize().parameters()} == {torch.bfloat16}
