@@ -190,7 +190,7 @@ class GroupQuantizer(HfQuantizer):
         return True
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
-        """The float model in the dtype of this one; transformers 5 would take that of the configuration, or its name."""
+        """The float model in the dtype of this one, not (as transformers 5 has it) in that of its configuration."""
         return super().dequantize(model, **({} if BEFORE_5 else {"dtype": dtype or model.dtype}))
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
