@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbl_trl.quant.modules import is_sharded
+
 Parts = tuple[str, ...]
 
 
@@ -66,12 +68,14 @@ class Experts(nn.Module):
         """(tokens, columns), each token's experts (tokens, k) and their weights (tokens, k) -> (tokens, columns).
 
         An index of num_experts or more asks no expert. Every expert is asked, if only for no token, while several
-        processes train (each has to see the same parameters used) and while a graph is traced.
+        processes train (each has to see the same parameters used) or gather weights of experts as they are asked for,
+        and while a graph is traced.
         """
         count = self.num_experts
         with torch.no_grad():  # (experts + 1, tokens, k)
             chosen = nn.functional.one_hot(top_k_index.clamp(max=count), count + 1).permute(2, 0, 1)
-        shared = self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        shared = several and (self.training or is_sharded(self.get_submodule("0")))
         every = shared or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         answer = torch.zeros_like(hidden_states, dtype=torch.float32)
         for index in range(count) if every else chosen[:count].flatten(1).any(1).nonzero().flatten().tolist():

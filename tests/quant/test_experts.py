@@ -292,6 +292,24 @@ def test_every_expert_is_asked_while_several_processes_train(monkeypatch):
     assert all(p.grad is not None for p in trained)
 
 
+@stacking
+def test_every_expert_is_asked_while_its_weights_are_gathered_from_several_processes(monkeypatch):
+    """Processes whose tokens ask for different experts would wait for one another, or take other weights for theirs."""
+    experts = quantize_model_(mixture("Qwen3Moe"), GroupQuantConfig()).eval().model.layers[0].mlp.experts
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    asked = []
+    for index in range(4):
+        experts.get_submodule(f"{index}.gate_proj").register_forward_hook(lambda *_, index=index: asked.append(index))
+    token = torch.randn(1, 64), torch.tensor([[0, 3]]), torch.tensor([[0.5, 0.5]])
+    whole = experts(*token)
+    assert asked == [0, 3]
+    asked.clear()
+    for parameter in experts.parameters():
+        parameter.ds_id = 0  # as DeepSpeed ZeRO-3 marks what it spreads
+    torch.testing.assert_close(experts(*token), whole, rtol=0, atol=0)
+    assert asked == [0, 1, 2, 3]
+
+
 @pytest.mark.skipif(not BEFORE_5, reason="transformers 5 reads its own names")
 def test_the_number_of_experts_that_transformers_5_wrote_is_read(tmp_path):
     model = quantize_model_(mixture("Qwen3Moe"), GroupQuantConfig())
