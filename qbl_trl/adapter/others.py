@@ -35,7 +35,9 @@ def register() -> None:
 
     def check_target(self: Any, peft_config: Any, model: nn.Module, target_name: str) -> None:
         place(self, peft_config, model, target_name)
-        refuse_placement(self, peft_config, model)
+        if vars(self).get("_asked_for") is not peft_config:  # PEFT asks of every target, and this looks at every layer
+            refuse_placement(self, peft_config, model)
+            vars(self)["_asked_for"] = peft_config
 
     def check_merge_allowed(self: Any) -> None:
         check(self)

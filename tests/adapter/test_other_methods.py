@@ -23,6 +23,7 @@ from peft import (
 )
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig
+from qbl_trl.adapter import others
 from qbl_trl.errors import ConfigError, MergeError
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from tests.tiny import logits, tiny_llama, tokens
@@ -123,3 +124,18 @@ def test_layers_that_stay_in_float_take_it_as_ever():
     model = get_peft_model(base, LoraConfig(r=2, **settings)).eval()
     expected = logits(model, IDS)
     torch.testing.assert_close(logits(model.merge_and_unload(), IDS), expected, rtol=0, atol=1e-5)  # float32 rounding
+
+
+def test_layers_are_looked_through_once_for_all_targets_of_an_adapter(monkeypatch):
+    """Of a mixture there are tens of thousands of both."""
+    asked, original = [], others.refuse_placement
+
+    def refuse_placement(tuner, config, model):
+        asked.append(config)
+        original(tuner, config, model)
+
+    monkeypatch.setattr(others, "refuse_placement", refuse_placement)
+    first, second = (LoHaConfig(r=2, target_modules=["q_proj", "k_proj"]) for _ in range(2))
+    model = get_peft_model(quantize_model_(tiny_llama(), GroupQuantConfig(bits=8)), first)
+    model.add_adapter("second", second)
+    assert [id(config) for config in asked] == [id(first), id(second)]
