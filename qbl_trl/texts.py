@@ -29,7 +29,7 @@ def read_texts(file: str | PathLike[str]) -> list[Text]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is no text in UTF-8") from error
     if path.suffix == ".jsonl":

@@ -88,3 +88,9 @@ def test_a_folder_without_a_tokenizer_and_a_text_without_a_token_are_refused(fol
         token_ids(tmp_path / "bare", ["a"])
     with pytest.raises(ConfigError, match="a text holds no token: ''"):
         token_ids(folder, [""])
+
+
+@pytest.mark.parametrize(("name", "line"), [("texts.jsonl", '"one"'), ("texts.txt", "one")])
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, name, line):
+    (tmp_path / name).write_text(line, encoding="utf-8-sig")
+    assert read_texts(tmp_path / name) == ["one"]

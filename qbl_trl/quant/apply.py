@@ -1,7 +1,7 @@
 """Packed layers in the place of float ones, and what the configuration says of them afterwards."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.stacks import float_parts, take_apart_
+from qbl_trl.quant.targets import is_named
 
 logger = logging.getLogger(__name__)
 
@@ -61,15 +62,23 @@ def finish_(model: nn.Module, config: GroupQuantConfig, targets: Sequence[str]) 
     fresh = [name for name, layer in stored if not isinstance(layer, GroupQuantLinear)]
     if fresh:
         config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *fresh]
-    _warn_of_float_experts(model)
+    _warn_of_float_experts(model, config.modules_to_not_convert or ())
     kinds = {layer.format.zeros for _, layer in stored if isinstance(layer, GroupQuantLinear)}
     if len(kinds) == 1:
         config.zeros = kinds.pop()
 
 
-def _warn_of_float_experts(model: nn.Module) -> None:
-    """Some models keep all experts of a layer in one tensor, which is no linear layer and stays as it is."""
-    stacked = {name: p.numel() for name, p in model.named_parameters() if p.dim() == 3 and p.is_floating_point()}
+def _warn_of_float_experts(model: nn.Module, keys: Collection[str]) -> None:
+    """Some models keep all experts of a layer in one tensor, which is no linear layer and stays as it is.
+
+    Args:
+        keys: what stays in float because somebody said so.
+    """
+    stacked = {
+        name: p.numel()
+        for name, p in model.named_parameters()
+        if p.dim() == 3 and p.is_floating_point() and not any(is_named(name, key) for key in keys)
+    }
     packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedWeight))
     share = sum(stacked.values()) / max(sum(stacked.values()) + packed, 1)
     if share > _WORTH_SAYING:

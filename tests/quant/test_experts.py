@@ -251,6 +251,11 @@ def test_experts_to_keep_are_known_by_the_names_they_will_have(name, tmp_path, c
     assert "modules_to_not_convert: experts.9 names no module of" in caplog.text
 
 
+def test_experts_that_were_to_stay_in_float_are_no_surprise(caplog):
+    quantize_model_(mixture("GptOss"), GroupQuantConfig(modules_to_not_convert=["experts"]))
+    assert "stay in float" not in caplog.text
+
+
 def test_a_mixture_without_a_layer_to_quantize_is_refused_as_it_was():
     model = mixture("GptOss")
     before = list(dict(model.named_parameters()))
