@@ -15,7 +15,7 @@ from peft.utils.peft_types import register_peft_method
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from torch import Tensor, nn
 
-from qbl_trl.adapter import checkpointing, hotswap, mixed, others
+from qbl_trl.adapter import checkpointing, experts, hotswap, mixed, others
 from qbl_trl.adapter.balance import largest_useful_r, matched_rank
 from qbl_trl.adapter.checkpointing import let_inputs_require_grad
 from qbl_trl.adapter.factors import recorded_factors
@@ -314,6 +314,7 @@ def register() -> None:
         mixed.register()
         others.register()
         checkpointing.register()
+        experts.register()
 
 
 register()

@@ -1,0 +1,44 @@
+"""Plain LoRA over experts that are layers of their own.
+
+PEFT 0.21 knows that transformers 5 stacks the experts of some models, and turns a LoRA on their layers into one on the
+stacked tensors, by the kind of model. Where experts are layers (`qbl_trl.quant.experts`) nothing would answer to it.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from qbl_trl.generation import BEFORE_5
+from qbl_trl.quant.experts import Experts
+from qbl_trl.quant.renaming import name_here
+
+
+def register() -> None:
+    """Have PEFT leave the configuration and the tensors of such an adapter as they are (once)."""
+    if BEFORE_5:
+        return
+    from peft.utils import transformers_weight_conversion
+
+    conversion: Any = transformers_weight_conversion
+    convert_config = conversion.convert_peft_config_for_transformers
+    convert_state = conversion.convert_peft_adapter_state_dict_for_transformers
+
+    def config_here(peft_config: Any, model: nn.Module, conversions: Any) -> None:
+        if not _are_layers(model):
+            convert_config(peft_config, model=model, conversions=conversions)
+
+    def state_here(
+        model: nn.Module, peft_config: Any, adapter_state_dict: dict[str, Tensor], adapter_name: str = "default"
+    ) -> dict[str, Tensor]:
+        if not _are_layers(model):
+            converted: dict[str, Tensor] = convert_state(model, peft_config, adapter_state_dict, adapter_name)
+            return converted
+        own = {name.replace(f".{adapter_name}.", ".") for name in model.state_dict()}
+        return {name_here(name, own): tensor for name, tensor in adapter_state_dict.items()}
+
+    conversion.convert_peft_config_for_transformers = config_here
+    conversion.convert_peft_adapter_state_dict_for_transformers = state_here
+
+
+def _are_layers(model: nn.Module) -> bool:
+    return any(isinstance(module, Experts) for module in model.modules())
