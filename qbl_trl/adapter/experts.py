@@ -1,13 +1,16 @@
-"""Plain LoRA over experts that are layers of their own.
+"""What PEFT must not do with experts that are layers of their own (`qbl_trl.quant.experts`).
 
-PEFT 0.21 knows that transformers 5 stacks the experts of some models, and turns a LoRA on their layers into one on the
-stacked tensors, by the kind of model. Where experts are layers (`qbl_trl.quant.experts`) nothing would answer to it.
+An adapter for each row of a batch: an expert sees tokens of all rows. And PEFT 0.21 knows that transformers 5 stacks
+the experts of some models, and turns a LoRA on their layers into one on the stacked tensors, by the kind of model;
+where experts are layers, nothing would answer to it.
 """
 
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from qbl_trl.errors import ConfigError
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.quant.experts import Experts
 from qbl_trl.quant.renaming import name_here
@@ -42,3 +45,14 @@ def register() -> None:
 
 def _are_layers(model: nn.Module) -> bool:
     return any(isinstance(module, Experts) for module in model.modules())
+
+
+def refuse_rows(model: nn.Module) -> None:
+    """Raise ConfigError if an expert has an adapter: it could not tell whose rows its tokens are."""
+    held = (name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    found = next((name for name in held if ".experts." in name), None)
+    if found is not None:
+        raise ConfigError(
+            f"adapter_names: {found} sees tokens of all rows of a batch that chose this expert, and cannot give each "
+            "row an adapter of its own; run the rows of one adapter at a time (set_adapter)"
+        )

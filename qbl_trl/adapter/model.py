@@ -6,6 +6,7 @@ which layer is built and how adapters of compressed shape are combined.
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig
@@ -64,6 +65,14 @@ class QBLoRAModel(LoraModel):
             record_layers_(prepared, self.model)
             prepared.in_factor = prepared.in_factor or stored.group_size
         return prepared
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's; another adapter for each row of a batch (`adapter_names`) is refused where layers see no rows."""
+        if kwargs.get("adapter_names") is not None:
+            experts.refuse_rows(self.model)
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Place an adapter, and write the factors its layers got into its configuration, as PEFT does with targets."""

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
+from qbl_trl.errors import ConfigError
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.quant.experts import Experts
 from qbl_trl.quant.hf_quantizer import quantize_model_
@@ -138,6 +139,16 @@ def test_what_is_trained_over_experts_is_merged_saved_and_reloaded(name, tmp_pat
     merged.save_pretrained(tmp_path)
     again = kind_of(name).from_pretrained(tmp_path)
     assert torch.equal(logits(again, tokens()), logits(merged, tokens()))
+
+
+def test_rows_with_adapters_of_their_own_are_refused_where_experts_have_them():
+    model = get_peft_model(quantize_model_(mixture("Qwen3Moe"), GroupQuantConfig()), QBLoRAConfig(r=4)).eval()
+    with pytest.raises(ConfigError, match=r"adapter_names: .*mlp.experts.0.\w+ sees tokens of all rows of a batch"):
+        model(tokens(), adapter_names=["default", "__base__"])
+    only = QBLoRAConfig(r=4, target_modules=["q_proj"])
+    model = get_peft_model(quantize_model_(mixture("Qwen3Moe"), GroupQuantConfig()), only).eval()
+    with torch.no_grad():
+        assert model(tokens(), adapter_names=["default", "__base__"]).logits.shape == (2, 9, 100)
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
