@@ -24,6 +24,7 @@ from qbl_trl.generation import BEFORE_5
 
 _OUTSIDE = ("rope_theta", "partial_rotary_factor")
 _LENGTH = "original_max_position_embeddings"
+_NEWER = ("rope_parameters", "num_local_experts")
 
 
 def restore_settings_(config: Any) -> bool:
@@ -43,6 +44,8 @@ def _parts(config: Any) -> Iterator[Any]:
 
 
 def _restore_(config: Any) -> bool:
+    if vars(config).keys().isdisjoint(_NEWER):
+        return False
     try:
         defaults = type(config)()
     except (TypeError, ValueError):  # a class without defaults has none that nobody chose

@@ -59,11 +59,10 @@ def _turn(end: ir.Node, place: dict[ir.Node, int]) -> _Turn | None:
             continue
         start = _start(scatter)
         row = [] if start is None else _row(start)
-        found, nodes = _expert(row), [] if start is None else _between(start, before, end)
+        found, nodes = _expert(row), [] if start is None else _between([*row, start], before, end)
         if found is None or start not in nodes or scatter not in nodes:
             return None
-        alone = [node for node in row if all(_users(later) <= {*nodes, *row} for later in row[row.index(node) :])]
-        return _Turn(end, sorted({*nodes, *alone}, key=place.__getitem__), before, *found)
+        return _Turn(end, sorted(nodes, key=place.__getitem__), before, *found)
     return None
 
 
@@ -99,9 +98,9 @@ def _expert(row: list[ir.Node]) -> tuple[ir.Value, int] | None:
     return row[0].inputs[0], int(index.reshape(()))
 
 
-def _between(start: ir.Node, before: ir.Value, end: ir.Node) -> list[ir.Node]:
-    """What depends on the start, or on the answer before, and is used for the end alone."""
-    found, left = {end: None, start: None}, [start.outputs[0], before]
+def _between(first: list[ir.Node], before: ir.Value, end: ir.Node) -> list[ir.Node]:
+    """The first nodes, and what depends on the last of them or on the answer before; what is used for the end alone."""
+    found, left = dict.fromkeys([end, *first]), [first[-1].outputs[0], before]
     while left and len(found) < _LARGEST:
         for use in left.pop().uses():
             if use.node not in found:

@@ -27,6 +27,7 @@ def dequantize_model_(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _make_float_(model: PreTrainedModel, own: dict[str, nn.Module], dtype: torch.dtype) -> None:
+    """Layer by layer; nothing but the model holds what was made once this has returned."""
     made: dict[tuple[int, int], Tensor] = {}
     packed = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, PackedWeight)]
     for name, layer in packed:

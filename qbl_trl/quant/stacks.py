@@ -68,8 +68,11 @@ def keep_apart(
         if name in names and not alone:
             kept[f"{path}.{name}"] = parts
     for path, old in stacked.items():
+        apart: dict[str, Parts] = getattr(model.get_submodule(path), "parts", {})
+        if all(f"{path}.{name}" in kept for name in apart):
+            continue  # it is as it should be
         after = _separable(old)
-        for name, parts in getattr(model.get_submodule(path), "parts", {}).items():
+        for name, parts in apart.items():
             if f"{path}.{name}" in kept:
                 after.fill(name, getattr(old, name).data, parts)
         replace(model, path, after if after.parts else old)
