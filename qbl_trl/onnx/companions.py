@@ -18,7 +18,7 @@ from qbl_trl.folders import refuse_graph
 from qbl_trl.loading import load_adapter, open_model
 from qbl_trl.onnx.caches import served
 from qbl_trl.onnx.rotary import is_rotary
-from qbl_trl.onnx.tables import with_packed_tables
+from qbl_trl.onnx.tables import Tables, with_tables
 from qbl_trl.tokenizers import open_tokenizer, save_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -48,20 +48,20 @@ class Held:
             raise ExportError(f"{absent} is on no device (meta); load the model whole, without offloading")
         self.config, self.generation_config = decoder.config, decoder.generation_config
         self.traces: dict[tuple[torch.dtype, bool, bool], ir.Model] = {}
-        self._embedding_bits: int | None = None
+        self._tables: Tables | None = None
 
     def model(self) -> torch.nn.Module:
         """The model as it was given, or read (again) from its folder."""
         if self._model is None:
             self._model = load_model(self._given)
-            if self._embedding_bits is not None:
-                self.pack_tables(self._embedding_bits)
+            if self._tables is not None:
+                self.take(self._tables)
         return self._model
 
-    def pack_tables(self, bits: int) -> None:
-        """Hold a copy from now on whose embedding and head have few bits."""
-        self._embedding_bits = bits
-        self._model = with_packed_tables(self.model(), self.decoder(), bits)
+    def take(self, tables: Tables) -> None:
+        """Hold a copy from now on that has these in the places of its embedding and head."""
+        self._tables = tables
+        self._model = with_tables(self.model(), self.decoder(), tables)
 
     def decoder(self) -> PreTrainedModel:
         """The transformers decoder inside the model."""

@@ -29,6 +29,7 @@ from qbl_trl.onnx.report import ExportReport
 from qbl_trl.onnx.rewrite import Options
 from qbl_trl.onnx.rotary import steady_length
 from qbl_trl.onnx.sources import linear_sources
+from qbl_trl.onnx.tables import check_tables, head_inputs, packed_tables
 from qbl_trl.onnx.trace import check_supported
 from qbl_trl.onnx.weights import with_whole_zeros
 from qbl_trl.parity import compare
@@ -88,12 +89,13 @@ def export_onnx(
             tokens on where the processor multiplies floats well, with the weights twice in memory. 0 alone is refused:
             it would change nothing.
         embedding_bits: 4 or 8 packs an embedding and a head that are float, tied or not, for the graph alone: a model
-            this small loses most of its bytes there, and the head is read at every step. Not exact; reported.
+            this small loses most of its bytes there, and the head is read at every step. Rounded with what the head
+            reads in mind (see `calibration`). Not exact; reported.
         kv_cache_dtype: "int8" keeps keys and values in 8 bits on CPU, one scale for each feature of each key head: a
             quarter of the memory, and faster the longer the text; not exact, reported. It needs GroupQueryAttention
             and ONNX Runtime 1.32; None keeps them in the type of the graph.
-        calibration: texts for the scales of that cache, token ids (batch, tokens) without padding; by default some
-            that the model writes itself.
+        calibration: texts for the scales of that cache and the rounding of packed embeddings, token ids (batch,
+            tokens) without padding; by default some that the model writes itself, and tokens without meaning.
         logits: "all" positions, or the "last" one only, as `generate` needs: the head and the end of the last layer
             then see one position.
         max_length: positions of the rotary tables; the model's own maximum by default.
@@ -159,14 +161,18 @@ def export_onnx(
         readable = int(min(options.max_length, steady_length(held.decoder())))
         if texts is not None:
             check_texts(texts, text_config.vocab_size, readable)
-        step(bar, "computing its logits")
-        gate = Gate.on_noise(float32_reference(held.model()), text_config.vocab_size, readable)
-        packed_tables = None
         if embedding_bits is not None:
-            floats = gate.reference
-            held.pack_tables(embedding_bits)
+            check_tables(held.decoder(), embedding_bits)
+        step(bar, "computing its logits")
+        reference = float32_reference(held.model())
+        gate = Gate.on_noise(reference, text_config.vocab_size, readable)
+        tables_cost = None
+        if embedding_bits is not None:
+            floats, read = gate.reference, head_inputs(companions.causal_lm(reference), readable, texts)
+            held.take(packed_tables(held.decoder(), embedding_bits, read))
             gate = Gate.on_noise(float32_reference(held.model()), text_config.vocab_size, readable)
-            packed_tables = compare(floats, gate.reference, gate.mask)
+            tables_cost = compare(floats, gate.reference, gate.mask)
+        del reference
         step(bar, "tracing, writing and checking the graph")
         with (
             new_folder(target, overwrite, ExportError) as folder,
@@ -197,7 +203,7 @@ def export_onnx(
             "or give the folder to `qbl-trl quantize` first",
             named,
         )
-    for what, found in (("embedding_bits", packed_tables), ("8-bit activations or cache, or half precision", lossy)):
+    for what, found in (("embedding_bits", tables_cost), ("8-bit activations or cache, or half precision", lossy)):
         if found is not None and found.kl_per_token > _FAR:
             logger.warning(
                 "%s: the graph is %.2g nats per token from the model, on %d tokens without meaning; measure it on text "
@@ -217,7 +223,7 @@ def export_onnx(
         bytes=size,
         parity=reports[0],
         parity_cached=reports[1],
-        parity_embeddings=packed_tables,
+        parity_embeddings=tables_cost,
         parity_as_written=lossy,
         kv_cache_dtype=kv_cache_dtype or str(float_type).removeprefix("torch."),
         fallbacks=final.fallbacks,

@@ -64,8 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="texts that the scales of --kv-cache-dtype are measured on, with blank lines between them, or a .jsonl of "
-        'strings or of objects with "text", "prompt" and "completion", or "messages" (default: what the model writes)',
+        help="texts that --kv-cache-dtype and --embedding-bits are measured on, with blank lines between them, or a "
+        '.jsonl of strings or of objects with "text", "prompt" and "completion", or "messages" (default: what the '
+        "model writes, and tokens without meaning)",
     )
     parser.add_argument(
         "--logits", default="all", choices=LOGITS, help="positions the graph answers for; generating needs the last"
@@ -148,23 +149,29 @@ def check_choices(
             f"export_onnx: dtype={named} has no kernels on provider={provider!r}; allowed there: "
             f"{', '.join(DTYPES[provider])}"
         )
-    if kv_cache_dtype is None and calibration is not None:
+    if calibration is not None and kv_cache_dtype is None and embedding_bits is None:
         raise ExportError(
-            'export_onnx: calibration is for kv_cache_dtype="int8"; without it there is nothing to measure'
+            'export_onnx: calibration is for kv_cache_dtype="int8" and embedding_bits; without them there is nothing '
+            "to measure"
         )
     if kv_cache_dtype is not None and (named != "float32" or attention not in ("auto", "gqa")):
         raise ExportError(
             f'export_onnx: kv_cache_dtype={kv_cache_dtype!r} is written for provider="cpu" in float32, with '
             f'attention="auto" or "gqa"; not for {named} on {provider} with attention={attention!r}'
         )
-    if kv_cache_dtype is not None:
-        if not importlib.import_module("qbl_trl.onnx.group_query").takes_query_lengths(provider):
-            raise ExportError(f"export_onnx: kv_cache_dtype={kv_cache_dtype!r} needs ONNX Runtime 1.32 or newer")
-        if calibration is not None and (isinstance(calibration, (str, bytes)) or not isinstance(calibration, Iterable)):
+    if kv_cache_dtype is not None and not _takes_query_lengths(provider):
+        raise ExportError(f"export_onnx: kv_cache_dtype={kv_cache_dtype!r} needs ONNX Runtime 1.32 or newer")
+    if calibration is not None:
+        if isinstance(calibration, (str, bytes)) or not isinstance(calibration, Iterable):
             raise ExportError(f"export_onnx: calibration takes batches of token ids, not {calibration!r}")
         for batch in calibration if isinstance(calibration, (list, tuple)) else ():
             importlib.import_module("qbl_trl.quant.calibration").tokens_of(batch)
     return named
+
+
+def _takes_query_lengths(provider: str) -> bool:
+    takes: bool = importlib.import_module("qbl_trl.onnx.group_query").takes_query_lengths(provider)
+    return takes
 
 
 def run(args: argparse.Namespace) -> None:

@@ -2,72 +2,138 @@
 
 They are the largest weights of a small model, and the head is read at every step. Trainers want them in float, so they
 are packed when the model is exported; the model that was given stays as it is.
+
+Rounding a head to its weights alone costs several times as much as rounding it to what it computes: a few features of
+what it reads are far larger than the rest. So a head, and an embedding that is one table with it, is rounded by GPTQ:
+
+    min over codes of  tr((W - Wq) (H + m I) (W - Wq)^T),    H = mean of x x^T over what the head reads
+
+m, the median of H's diagonal, stands for the rows that are looked up, where every feature counts the same, and for
+text that was not seen. Tokens without meaning are text enough. SmolLM2 at 4 bits, KL per token on news: 0.155 rounded
+to nearest in groups of 32, 0.05 to 0.08 so, and 0.06 to 0.08 in groups of 64, whose scales take half the bytes.
 """
 
 import copy
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.sources import is_plain
+from qbl_trl.quant.calibration import calibrating
 from qbl_trl.quant.embedding import GroupQuantEmbedding, embedding_scale
+from qbl_trl.quant.gptq import collect_hessian
 from qbl_trl.quant.head import input_table, packed_head, packed_table
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import plain_forward_, replace, same_module_name
 
-_USUAL, _SMALLEST = 32, 16  # groups: of a model without packed layers, and what the operators take
+_USUAL, _SMALLEST = 64, 16  # groups: unless layers have larger ones, and what the operators take
+_ROWS, _LENGTH = 4, 64  # of the tokens without meaning
 
 
-def with_packed_tables(model: nn.Module, decoder: nn.Module, bits: int) -> nn.Module:
-    """A copy of a model that shares its tensors, but for its embedding and head: these are packed, tied or not.
+def check_tables(decoder: nn.Module, bits: int) -> None:
+    """Raise ExportError if the embedding or the head of a transformers model cannot be packed.
 
-    Their groups are as wide as those of most layers, or the next smaller that divides the width. Zero points are
-    integers, as GatherBlockQuantized needs them, and the range of a group decides its codes: a search over clipped
-    ranges (`algorithm="mse"`) takes thirty times as long for 7% of the squared error.
-
-    Args:
-        model: with or without adapters.
-        decoder: the transformers model inside it.
-
-    Raises:
-        ExportError: if one of the two was trained by itself and is not merged, computes something else, or has a width
-            that no group divides.
+    That is where one of the two was trained by itself and is not merged, computes something else, or has a width that
+    no group divides.
     """
     table, head = input_table(decoder), decoder.get_output_embeddings()  # type: ignore[operator]
     packed = isinstance(table, GroupQuantEmbedding), isinstance(head, GroupQuantLinear)
     if all(packed):
-        return model
-    scale = 1.0 if packed[0] else None if table is None else embedding_scale(table)
-    if table is None or scale is None or not (packed[1] or (isinstance(head, nn.Linear) and is_plain(head))):
+        return
+    known = packed[0] or (table is not None and embedding_scale(table) is not None)
+    if not known or not (packed[1] or (isinstance(head, nn.Linear) and is_plain(head))):
         raise ExportError(
             f"embedding_bits={bits}: a {type(table).__name__} and a {type(head).__name__} cannot be packed. Merge an "
             "adapter that holds them first; else leave embedding_bits out"
         )
-    tensors = [*model.parameters(), *model.buffers()]
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
-    places = {id(table): same_module_name(model, table), id(head): same_module_name(model, head)}
-    twin = plain_forward_(copy.deepcopy(model, memo))
-    config = GroupQuantConfig(bits=bits, group_size=_group(decoder, table.embedding_dim, bits))  # type: ignore[arg-type]
-    tied = head.weight is table.weight
-    if isinstance(table, nn.Embedding):
-        rows = packed_table(table, config, scale)
-        replace(twin, places[id(table)], rows)
-    if isinstance(head, nn.Linear):
-        replace(twin, places[id(head)], packed_head(head, config, rows if tied else None))
-    return twin
-
-
-def _group(decoder: nn.Module, width: int, bits: int) -> int:
-    sizes = Counter(layer.group_size for layer in decoder.modules() if isinstance(layer, GroupQuantLinear))
-    group = max(sizes, key=lambda size: sizes[size], default=_USUAL)
-    while width % group and group > _SMALLEST:
-        group //= 2
-    if width % group:
+    width: int = table.embedding_dim  # type: ignore[assignment, union-attr]
+    if _group(decoder, width) is None:
         raise ExportError(
             f"embedding_bits={bits}: the embedding is {width} wide, which no group of {_SMALLEST} or more divides; "
             "leave embedding_bits out"
         )
-    return group
+
+
+def head_inputs(decoder: nn.Module, longest: int, texts: Sequence[Tensor] | None = None) -> Tensor | None:
+    """H + m I of a decoder's head, (K, K) float32; None where the head is packed already.
+
+    Args:
+        decoder: a transformers model in float32.
+        longest: tokens it reads.
+        texts: token ids (B, S) without padding; None for tokens without meaning.
+    """
+    head = decoder.get_output_embeddings()  # type: ignore[operator]
+    if isinstance(head, GroupQuantLinear):
+        return None
+    if texts is None:
+        generator, vocabulary = torch.Generator().manual_seed(1), input_table(decoder).num_embeddings  # type: ignore[union-attr]
+        texts = [torch.randint(0, vocabulary, (_ROWS, min(_LENGTH, longest)), generator=generator)]  # type: ignore[arg-type]
+    with calibrating(decoder):
+        found = collect_hessian(head, [partial(decoder, ids.to(head.weight.device)) for ids in texts])
+    found.diagonal().add_(found.diagonal().median())
+    return found
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What takes the places of an embedding and a head; None for what is packed already."""
+
+    embedding: GroupQuantEmbedding | None
+    head: GroupQuantLinear | None
+
+
+def packed_tables(decoder: nn.Module, bits: int, hessian: Tensor | None = None) -> Tables:
+    """The embedding and the head of a decoder that `check_tables` has passed, tied or not.
+
+    Zero points are integers, as GatherBlockQuantized needs them.
+
+    Args:
+        hessian: see `head_inputs`.
+    """
+    table, head = input_table(decoder), decoder.get_output_embeddings()  # type: ignore[operator]
+    group = _group(decoder, table.embedding_dim)  # type: ignore[arg-type, union-attr]
+    config = GroupQuantConfig(bits=bits, group_size=group)  # type: ignore[arg-type]
+    tied, rows, output = head.weight is table.weight, None, None  # type: ignore[union-attr]
+    if isinstance(table, nn.Embedding):
+        rows = packed_table(table, config, embedding_scale(table) or 1.0, hessian if tied else None)
+    if not isinstance(head, GroupQuantLinear):
+        output = packed_head(head, config, rows if tied else None, hessian)
+    return Tables(rows, output)
+
+
+def with_tables(model: nn.Module, decoder: nn.Module, tables: Tables) -> nn.Module:
+    """A copy of a model that shares its tensors, but for its embedding and head.
+
+    Args:
+        model: with or without adapters.
+        decoder: the transformers model inside it.
+    """
+    places = {
+        same_module_name(model, old): new
+        for old, new in (
+            (input_table(decoder), tables.embedding),
+            (decoder.get_output_embeddings(), tables.head),  # type: ignore[operator]
+        )
+        if old is not None and new is not None
+    }
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    twin = plain_forward_(copy.deepcopy(model, memo))
+    for name, new in places.items():
+        replace(twin, name, new)
+    return twin
+
+
+def _group(decoder: nn.Module, width: int) -> int | None:
+    """As wide as those of most layers, if these are no smaller than usual, or the next that divides the width."""
+    sizes = Counter(layer.group_size for layer in decoder.modules() if isinstance(layer, GroupQuantLinear))
+    group = max(_USUAL, max(sizes, key=lambda size: sizes[size], default=_USUAL))
+    while width % group and group > _SMALLEST:
+        group //= 2
+    return None if width % group else group

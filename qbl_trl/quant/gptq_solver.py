@@ -22,6 +22,7 @@ from torch import Tensor
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.affine import Affine, group_count
 
+_BLOCK_WEIGHTS = 1 << 24  # rounded at once: 64 MB of float32
 _DAMP_LIMIT = 1.0  # times the mean of the diagonal: then errors hardly travel and the result is rounding
 
 
@@ -55,41 +56,52 @@ def gptq(
     Raises:
         ConfigError: if the Hessian is not (K, K), not finite, or not positive definite under any damping.
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     if hessian.shape != (columns, columns):
         raise ConfigError(f"gptq: a hessian of {tuple(hessian.shape)} for {columns} inputs; it must be (K, K)")
     if not torch.isfinite(hessian).all():
         raise ConfigError("gptq: the hessian holds NaN or infinite values; check the calibration data")
-    groups, top = group_count(columns, group_size), (1 << bits) - 1
+    groups = group_count(columns, group_size)
     diagonal = hessian.diagonal()
     members = [torch.arange(g * group_size, min((g + 1) * group_size, columns)) for g in range(groups)]
     members = [ids[diagonal[ids.to(diagonal.device)].argsort(descending=True, stable=True).cpu()] for ids in members]
     visits = sorted(range(groups), key=lambda g: (-float(diagonal[members[g][0]]), g))
     order = torch.cat([members[g] for g in visits]).to(weight.device)
     upper = inverse_factor(hessian[order][:, order], damp)
-    work = weight.T[order].to(upper.dtype)  # (K, N): one input of all rows lies together in memory
+    sizes = [len(members[g]) for g in visits]
+    budget = _BLOCK_WEIGHTS if weight.device.type == "cpu" else _BLOCK_WEIGHTS * 16
+    blocks = weight.split(max(budget // columns, 1))  # a row never sees another
+    parts = [_round(block[:, order], upper, sizes, grid, (1 << bits) - 1, scale_dtype) for block in blocks]
+    codes, scales, zeros = (torch.cat(column) for column in zip(*parts, strict=True))
+    back, visited = order.argsort(), torch.tensor(visits, device=weight.device).argsort()
+    return Affine(codes[:, back], scales[:, visited], zeros[:, visited])
+
+
+def _round(
+    weight: Tensor, upper: Tensor, sizes: list[int], grid: Grid, top: int, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (N, K), scales and zeros (N, G) of rows whose columns lie in the order of visits, groups of `sizes`."""
+    work = weight.T.to(upper.dtype, copy=True).contiguous()  # (K, N): one input of all rows lies together in memory
     codes = torch.empty_like(work, dtype=torch.uint8)
-    scales = torch.empty(rows, groups, dtype=scale_dtype, device=weight.device)
-    zeros = torch.empty(rows, groups, dtype=torch.uint8, device=weight.device)
+    scales, zeros = [], []
     importance = 1 / upper.diagonal() ** 2  # what rounding one input costs once those behind it have adapted
     start = 0
-    for g in visits:
-        stop = start + len(members[g])
+    for size in sizes:
+        stop = start + size
         block, factor = work[start:stop], upper[start:stop, start:stop]
         s, z = grid(block.float().T.contiguous().unsqueeze(1), importance=importance[start:stop].float())
-        scales[:, g], zeros[:, g] = s[:, 0].to(scale_dtype), z[:, 0].to(torch.uint8)
+        scales.append(s.to(scale_dtype))
+        zeros.append(z.to(torch.uint8))
         s, z = s[:, 0].to(work.dtype), z[:, 0].to(work.dtype)
         errors = torch.empty_like(block)
-        for i in range(stop - start):
+        for i in range(size):
             code = (block[i] / s + z).round_().clamp_(0, top)
             codes[start + i] = code.to(torch.uint8)
             errors[i] = (block[i] - s * (code - z)) / factor[i, i]
             block[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
         work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         start = stop
-    restored = torch.empty_like(codes)
-    restored[order] = codes
-    return Affine(restored.T.contiguous(), scales, zeros)
+    return codes.T, torch.cat(scales, 1), torch.cat(zeros, 1)
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:

@@ -36,21 +36,37 @@ def quantize_embeddings_(model: nn.Module, config: GroupQuantConfig) -> None:
         replace(model, same_module_name(model, head), packed_head(head, config, packed if tied else None))
 
 
-def packed_table(table: nn.Embedding, config: GroupQuantConfig, scale: float = 1.0) -> GroupQuantEmbedding:
-    """A float embedding at the bits of a configuration."""
+def packed_table(
+    table: nn.Embedding, config: GroupQuantConfig, scale: float = 1.0, hessian: Tensor | None = None
+) -> GroupQuantEmbedding:
+    """A float embedding at the bits of a configuration.
+
+    Args:
+        scale: what looked-up rows are multiplied with.
+        hessian: (K, K) float32, of the inputs of a head that is tied to it: rounds with these in mind, by GPTQ.
+    """
     settings = {"bits": config.bits, "group_size": config.group_size, "symmetric": config.symmetric}
     more = {"padding_idx": table.padding_idx, "dtype": table.weight.dtype, "scale": scale}
-    return GroupQuantEmbedding.from_affine(_affine(table.weight, config), **settings, **more)  # type: ignore[arg-type]
+    return GroupQuantEmbedding.from_affine(_affine(table.weight, config, hessian), **settings, **more)  # type: ignore[arg-type]
 
 
-def packed_head(head: nn.Linear, config: GroupQuantConfig, tied_to: GroupQuantEmbedding | None) -> GroupQuantLinear:
-    """A float head at the bits of a configuration, or as a view of the embedding that it is tied to."""
+def packed_head(
+    head: nn.Linear, config: GroupQuantConfig, tied_to: GroupQuantEmbedding | None, hessian: Tensor | None = None
+) -> GroupQuantLinear:
+    """A float head at the bits of a configuration, or as a view of the embedding that it is tied to.
+
+    Args:
+        hessian: as `packed_table` takes it, of a head by itself.
+    """
     if tied_to is not None:
         packed = GroupQuantLinear(head.in_features, head.out_features, format=tied_to.format, device="meta")
         tied_to.as_head_(packed)
     else:
         packed = GroupQuantLinear.from_affine(
-            _affine(head.weight, config), bits=config.bits, group_size=config.group_size, symmetric=config.symmetric
+            _affine(head.weight, config, hessian),
+            bits=config.bits,
+            group_size=config.group_size,
+            symmetric=config.symmetric,
         )
     packed.bias = head.bias
     return packed
@@ -177,9 +193,9 @@ def _stays(model: nn.Module, layer: nn.Module | None, config: GroupQuantConfig, 
     return named and not any(name in packed for name in names)
 
 
-def _affine(weight: Tensor, config: GroupQuantConfig) -> Affine:
-    # A calibrated algorithm has no inputs to calibrate a table on.
-    algorithm = "rtn" if config.algorithm == "gptq" else config.algorithm
+def _affine(weight: Tensor, config: GroupQuantConfig, hessian: Tensor | None = None) -> Affine:
+    # A calibrated algorithm has no inputs to calibrate a table on, but for those of a head.
+    algorithm = "gptq" if hessian is not None else "rtn" if config.algorithm == "gptq" else config.algorithm
     return quantize(
         weight.detach(),
         bits=config.bits,
@@ -187,4 +203,6 @@ def _affine(weight: Tensor, config: GroupQuantConfig) -> Affine:
         symmetric=config.symmetric,
         algorithm=algorithm,
         scale_dtype=SCALE_DTYPES[config.scale_dtype],
+        hessian=hessian,
+        quick=True,
     )

@@ -8,17 +8,29 @@ from peft import get_peft_model
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, export_onnx, merge, verify
 from qbl_trl.errors import ExportError
+from qbl_trl.onnx import export
 from qbl_trl.onnx.companions import causal_lm
-from qbl_trl.onnx.tables import with_packed_tables
+from qbl_trl.onnx.reference import float32_reference
+from qbl_trl.onnx.tables import Tables, head_inputs, packed_tables, with_tables
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from tests.onnx.architectures import ARCHITECTURES, build
 from tests.onnx.models import merged_llama, operators, padded_batch
 from tests.onnx.test_export import FP32
-from tests.tiny import tiny_llama
+from tests.tiny import logits, tiny_llama
 
 
-def twin(model, bits):
-    return with_packed_tables(model, causal_lm(model), bits)
+def twin(model, bits, texts=None):
+    decoder = causal_lm(model)
+    longest = decoder.config.get_text_config().max_position_embeddings
+    read = head_inputs(causal_lm(float32_reference(model)), longest, texts)
+    return with_tables(model, decoder, packed_tables(decoder, bits, read))
+
+
+def with_a_common_direction(model):
+    """A model in whose hidden states one direction is far larger than the rest, as in those that were trained long."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight += 0.2 * torch.randn(model.config.hidden_size)
+    return model
 
 
 def stored_by_vocabulary(model, folder):
@@ -43,6 +55,41 @@ def test_the_graph_is_the_model_with_packed_tables_and_the_report_says_how_far_t
     assert stored_by_vocabulary(model, tmp_path / "onnx") == (3 if tied else 6)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_head_is_rounded_to_what_it_reads(tied, bits):
+    torch.manual_seed(0)
+    model = with_a_common_direction(tiny_llama(tie_word_embeddings=tied))
+    ids = torch.randint(0, model.config.vocab_size, (4, 24))
+    exact = logits(model, ids)
+
+    def error(hessian):
+        head = packed_tables(model, bits, hessian).head
+        return (logits(with_tables(model, model, Tables(None, head)), ids) - exact).square().mean()
+
+    assert error(head_inputs(model, 64)) < 0.3 * error(None)
+
+
+def test_texts_decide_what_a_head_is_rounded_to(tmp_path):
+    torch.manual_seed(0)
+    model = tiny_llama(tie_word_embeddings=True)
+    texts = [torch.randint(0, 16, (2, 20)) for _ in range(3)]  # a few tokens of the vocabulary
+    ids = torch.randint(0, 16, (2, 12))
+    export_onnx(model, tmp_path / "onnx", embedding_bits=4, calibration=texts)
+    ours, other = twin(model, 4, texts), twin(model, 4)
+    assert not torch.equal(ours.get_input_embeddings().weight, other.get_input_embeddings().weight)
+    assert verify(ours, tmp_path / "onnx", ids).max_abs_difference < FP32
+
+
+def test_groups_are_64_wide_or_as_wide_as_those_of_larger_layers(tmp_path):
+    for size, expected in ((32, 64), (128, 128)):
+        wide = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 64}
+        model = quantize_model_(tiny_llama(**wide), GroupQuantConfig(group_size=size))
+        tables = packed_tables(model, 4)
+        assert (tables.embedding.group_size, tables.head.group_size) == (expected, expected)
+    assert packed_tables(tiny_llama(hidden_size=96, num_attention_heads=2, head_dim=48), 4).head.group_size == 32
+
+
 def test_the_model_stays_as_it_was(tmp_path):
     model = merged_llama()
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -54,7 +101,7 @@ def test_the_model_stays_as_it_was(tmp_path):
     torch.testing.assert_close(table.weight.detach(), before, rtol=0, atol=0)
 
 
-def test_a_folder_is_packed_every_time_it_is_read(tmp_path):
+def test_a_folder_that_is_read_twice_is_packed_once(tmp_path, monkeypatch):
     quantized = quantize_model_(tiny_llama(tie_word_embeddings=True), GroupQuantConfig())
     adapted = get_peft_model(quantized, QBLoRAConfig(r=2, quantization_aware=True, out_factor=2))
     for name, parameter in adapted.named_parameters():
@@ -62,7 +109,10 @@ def test_a_folder_is_packed_every_time_it_is_read(tmp_path):
             torch.nn.init.normal_(parameter, std=0.02)
     merge(adapted).save_pretrained(tmp_path / "merged")
     options = {"embedding_bits": 8, "accuracy_level": 4}  # writes two graphs, and reads the folder for each
+    packed = []
+    monkeypatch.setattr(export, "packed_tables", lambda *args: packed.append(packed_tables(*args)) or packed[-1])
     report = export_onnx(tmp_path / "merged", tmp_path / "onnx", **options)
+    assert len(packed) == 1
     assert report.parity.max_abs_difference < FP32
     assert all(layer.operator == "MatMulNBits" for layer in report.layers)
 

@@ -73,6 +73,21 @@ def test_the_clip_search_is_nowhere_worse_than_the_range_and_much_better_in_sum(
     assert mse.sum() < 0.95 * rtn.sum()
 
 
+def test_the_quick_search_lies_between_the_range_and_the_whole_search():
+    grouped = to_groups(heavy_tailed(32, 256), 64)
+    settings_ = {"bits": 4, "symmetric": False, "scale_dtype": torch.float16}
+
+    def errors(scales, zeros):
+        codes = (grouped / scales[..., None] + zeros[..., None]).round().clamp(0, 15)
+        return (scales[..., None] * (codes - zeros[..., None]) - grouped).square().sum(-1)
+
+    plain = min_max(grouped.flatten(1), 64, 4, False, torch.float16)
+    by_range = errors(plain.scales.float(), plain.zeros.float())
+    quick, whole = errors(*clip_search(grouped, **settings_, quick=True)), errors(*clip_search(grouped, **settings_))
+    assert (quick <= by_range * (1 + 1e-5)).all()
+    assert whole.sum() <= quick.sum() < 0.97 * by_range.sum()
+
+
 def test_the_clip_search_finds_what_a_dense_search_of_the_scale_finds():
     grouped = to_groups(heavy_tailed(4, 64, seed=3), 64)
     scales, _zeros = clip_search(grouped, bits=4, symmetric=True, scale_dtype=torch.float32)

@@ -6,7 +6,7 @@ import torch
 
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import ConfigError
-from qbl_trl.quant import calibration
+from qbl_trl.quant import calibration, gptq_solver
 from qbl_trl.quant.affine import Affine, dequantize, min_max
 from qbl_trl.quant.algorithms import clip_search, quantize
 from qbl_trl.quant.calibration import calibrating, find_chain
@@ -68,6 +68,15 @@ def test_the_solver_agrees_with_brain_surgery_by_explicit_inverses(columns):
     assert torch.equal(found.codes, expected[0])
     torch.testing.assert_close(found.scales, expected[1], rtol=1e-6, atol=0)
     assert torch.equal(found.zeros.float(), expected[2])
+
+
+def test_rows_are_rounded_alike_in_blocks(monkeypatch):
+    weight, hessian = torch.randn(5, 40), correlated(40)
+    settings = {"grid": range_grid, "bits": 4, "group_size": 16, "scale_dtype": torch.float32}
+    whole = gptq(weight, hessian, **settings)
+    monkeypatch.setattr(gptq_solver, "_BLOCK_WEIGHTS", 2 * 40)
+    for one, other in zip(gptq(weight, hessian, **settings), whole, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_the_factor_is_that_of_the_damped_inverse():
