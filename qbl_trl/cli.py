@@ -100,6 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("output", type=Path, help="a new file (gguf) or folder (hqq)")
     convert.add_argument("--to", required=True, metavar="{gguf,hqq}", help="formats that hold a merged adapter")
     convert.add_argument("--template", type=Path, help="gguf: a GGUF file of the same model, for its metadata")
+    convert.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
 
     verify = add("verify", "compare two models on the same text", "merged onnx --text 'Once upon a time'")
     verify.add_argument("reference", help="folder of a torch or ONNX model")

@@ -136,17 +136,19 @@ def to_lora(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    from qbl_trl.folders import new_folder
+    from qbl_trl.folders import check_apart, new_folder
     from qbl_trl.quant.writers import check_request, write_checkpoint
     from qbl_trl.tokenizers import save_tokenizer
 
-    check_request(args.output, args.to, args.template)
+    check_request(args.output, args.to, args.template, args.overwrite)
+    check_apart(args.output, args.model)
     if args.to == "hqq":
-        with new_folder(args.output) as draft:
+        with new_folder(args.output, args.overwrite) as draft:
             report = write_checkpoint(_load(args.model), draft, args.to)
             save_tokenizer(args.model, draft)
     else:
-        report = write_checkpoint(_load(args.model), args.output, args.to, template=args.template)
+        settings = {"template": args.template, "overwrite": args.overwrite}
+        report = write_checkpoint(_load(args.model), args.output, args.to, **settings)
     print(f"{args.output}: {report.layers} layers; weights off by {report.largest_rounding:.1e} at most")
 
 

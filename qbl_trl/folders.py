@@ -12,6 +12,7 @@ from qbl_trl.errors import ConfigError, QblError
 from qbl_trl.leftovers import OLD, mark, remove_leftovers
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_RACED = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)  # another process took a folder away, or put one there
 
 
 def check_free(folder: str | os.PathLike[str], overwrite: bool = False, error: type[QblError] = ConfigError) -> Path:
@@ -79,15 +80,8 @@ def new_folder(
         if inside:
             for file in sorted(draft.iterdir()):
                 file.rename(path / file.name)
-        elif path.exists():
-            path.rename(old)
-            try:
-                draft.rename(path)
-            except OSError:
-                old.rename(path)
-                raise
         else:
-            draft.rename(path)
+            _put(draft, path, old)
     except OSError as reason:
         if reason.errno not in _FULL:
             raise
@@ -96,6 +90,26 @@ def new_folder(
         shutil.rmtree(holder, ignore_errors=True)
         if lock is not None:
             lock.close()
+
+
+def _put(draft: Path, path: Path, old: Path) -> None:
+    """Give a folder its name, and what has that name another one, for as long as this takes.
+
+    Others that put a whole folder there in the same moment come before this one, or after it.
+    """
+    for tries_left in (2, 1, 0):
+        try:
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)  # something whole stands at `path`
+                path.rename(old)
+            draft.rename(path)
+            return
+        except OSError as reason:
+            if tries_left and reason.errno in _RACED:
+                continue
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
 
 
 def refuse_graph(folder: Path, error: type[QblError] = ConfigError) -> None:

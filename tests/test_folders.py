@@ -87,6 +87,24 @@ def test_an_old_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path,
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_another_process_that_writes_in_the_same_moment_comes_before(tmp_path, monkeypatch):
+    out, rename = tmp_path / "out", Path.rename
+    others = iter(["first", "second"])
+
+    def raced(path, target):
+        name = next(others, None) if path.name == "new" else None
+        if name is not None:
+            out.mkdir()
+            (out / name).touch()
+        return rename(path, target)
+
+    with new_folder(out, overwrite=True) as draft:
+        (draft / "mine").touch()
+        monkeypatch.setattr(Path, "rename", raced)
+    assert [p.name for p in out.iterdir()] == ["mine"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_permissions_are_those_of_any_new_folder_and_a_full_disk_is_named(tmp_path):
     old = os.umask(0o027)
     try:

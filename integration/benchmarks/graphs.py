@@ -51,22 +51,17 @@ def build(source: Path, work: Path, genai_python: str | None, seconds: dict[str,
 
 
 def ours(source: Path, out: Path, merged: bool, **options: Any) -> None:
-    """The base in groups of 32 with its embedding, and a random merged adapter."""
-    model = merged_model(source) if merged else packed_model(source)
-    export_onnx(model, out, tokenizer=source, overwrite=True, **options)
-
-
-def packed_model(source: Path) -> Any:
-    """The base in groups of 32, with its embedding."""
-    quantization = GroupQuantConfig(bits=4, group_size=32, quantize_embeddings=True)
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=quantization)
-
-
-def merged_model(source: Path) -> Any:
-    """The same with a random merged adapter."""
+    """The base in groups of 32 and a random merged adapter; the embedding is packed by the export."""
     model = packed_model(source)
-    set_random_adapter_(model)
-    return model
+    if merged:
+        set_random_adapter_(model)
+    export_onnx(model, out, tokenizer=source, overwrite=True, embedding_bits=4, **options)
+
+
+def packed_model(source: Path, **options: Any) -> Any:
+    """The base in groups of 32."""
+    quantization = GroupQuantConfig(bits=4, group_size=32, **options)
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=quantization)
 
 
 def set_random_adapter_(model: Any) -> None:

@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from integration.benchmarks.graphs import merged_gguf, merged_model
+from integration.benchmarks.graphs import merged_gguf, packed_model, set_random_adapter_
 from integration.demo.smollm2 import smollm2_gguf
 
 _WARM_UP = 4  # steps
@@ -154,9 +154,11 @@ def generation(model: Any, ids: torch.Tensor, args: argparse.Namespace) -> Turn:
 def torch_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
     """torch itself: the float model and the packed one with a merged adapter, through `generate`."""
     ids = torch.arange(1, args.prompt + 1).unsqueeze(0)
+    packed = packed_model(args.model, quantize_embeddings=True)
+    set_random_adapter_(packed)
     models = {
         "float32": AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
-        "4-bit groups, merged adapter": merged_model(args.model),
+        "4-bit groups, merged adapter": packed,
     }
     sizes = {name: model.get_memory_footprint() for name, model in models.items()}
     found = take_turns("torch", list(models), args.rounds, lambda name: generation(models[name], ids, args))

@@ -10,7 +10,8 @@ what it reads are far larger than the rest. So a head, and an embedding that is 
 
 m, the median of H's diagonal, stands for the rows that are looked up, where every feature counts the same, and for
 text that was not seen. Tokens without meaning are text enough. SmolLM2 at 4 bits, KL per token on news: 0.155 rounded
-to nearest in groups of 32, 0.05 to 0.08 so, and 0.06 to 0.08 in groups of 64, whose scales take half the bytes.
+to nearest in groups of 32, 0.05 to 0.08 so, and 0.06 to 0.08 in groups of 64, whose scales take half the bytes: every
+step reads them. The rows of an embedding that is no head are looked up one by one, and keep groups of 32.
 """
 
 import copy
@@ -33,8 +34,8 @@ from qbl_trl.quant.head import input_table, packed_head, packed_table
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import plain_forward_, replace, same_module_name
 
-_USUAL, _SMALLEST = 64, 16  # groups: unless layers have larger ones, and what the operators take
-_ROWS, _LENGTH = 4, 64  # of the tokens without meaning
+_HEAD, _ROWS_ALONE, _SMALLEST = 64, 32, 16  # groups: unless layers have larger ones, and what the operators take
+_TEXTS, _LENGTH = 4, 64  # without meaning
 
 
 def check_tables(decoder: nn.Module, bits: int) -> None:
@@ -54,7 +55,7 @@ def check_tables(decoder: nn.Module, bits: int) -> None:
             "adapter that holds them first; else leave embedding_bits out"
         )
     width: int = table.embedding_dim  # type: ignore[assignment, union-attr]
-    if _group(decoder, width) is None:
+    if width % _SMALLEST:
         raise ExportError(
             f"embedding_bits={bits}: the embedding is {width} wide, which no group of {_SMALLEST} or more divides; "
             "leave embedding_bits out"
@@ -74,7 +75,7 @@ def head_inputs(decoder: nn.Module, longest: int, texts: Sequence[Tensor] | None
         return None
     if texts is None:
         generator, vocabulary = torch.Generator().manual_seed(1), input_table(decoder).num_embeddings  # type: ignore[union-attr]
-        texts = [torch.randint(0, vocabulary, (_ROWS, min(_LENGTH, longest)), generator=generator)]  # type: ignore[arg-type]
+        texts = [torch.randint(0, vocabulary, (_TEXTS, min(_LENGTH, longest)), generator=generator)]  # type: ignore[arg-type]
     with calibrating(decoder):
         found = collect_hessian(head, [partial(decoder, ids.to(head.weight.device)) for ids in texts])
     found.diagonal().add_(found.diagonal().median())
@@ -98,13 +99,16 @@ def packed_tables(decoder: nn.Module, bits: int, hessian: Tensor | None = None) 
         hessian: see `head_inputs`.
     """
     table, head = input_table(decoder), decoder.get_output_embeddings()  # type: ignore[operator]
-    group = _group(decoder, table.embedding_dim)  # type: ignore[arg-type, union-attr]
-    config = GroupQuantConfig(bits=bits, group_size=group)  # type: ignore[arg-type]
     tied, rows, output = head.weight is table.weight, None, None  # type: ignore[union-attr]
+
+    def config(usual: int) -> GroupQuantConfig:
+        return GroupQuantConfig(bits=bits, group_size=_group(decoder, usual, table.embedding_dim))  # type: ignore[arg-type, union-attr]
+
     if isinstance(table, nn.Embedding):
-        rows = packed_table(table, config, embedding_scale(table) or 1.0, hessian if tied else None)
+        settings = config(_HEAD if tied else _ROWS_ALONE)
+        rows = packed_table(table, settings, embedding_scale(table) or 1.0, hessian if tied else None)
     if not isinstance(head, GroupQuantLinear):
-        output = packed_head(head, config, rows if tied else None, hessian)
+        output = packed_head(head, config(_HEAD), rows if tied else None, hessian)
     return Tables(rows, output)
 
 
@@ -130,10 +134,10 @@ def with_tables(model: nn.Module, decoder: nn.Module, tables: Tables) -> nn.Modu
     return twin
 
 
-def _group(decoder: nn.Module, width: int) -> int | None:
-    """As wide as those of most layers, if these are no smaller than usual, or the next that divides the width."""
+def _group(decoder: nn.Module, usual: int, width: int) -> int:
+    """The usual group, or that of most layers if it is larger; or the next smaller one that divides the width."""
     sizes = Counter(layer.group_size for layer in decoder.modules() if isinstance(layer, GroupQuantLinear))
-    group = max(_USUAL, max(sizes, key=lambda size: sizes[size], default=_USUAL))
-    while width % group and group > _SMALLEST:
+    group = max(usual, max(sizes, key=lambda size: sizes[size], default=usual))
+    while width % group:
         group //= 2
-    return None if width % group else group
+    return group

@@ -22,7 +22,7 @@ from torch import Tensor
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.affine import Affine, group_count
 
-_BLOCK_WEIGHTS = 1 << 24  # rounded at once: 64 MB of float32
+_BLOCK_WEIGHTS = 1 << 22  # rounded at once: 16 MB of float32
 _DAMP_LIMIT = 1.0  # times the mean of the diagonal: then errors hardly travel and the result is rounding
 
 
@@ -71,17 +71,17 @@ def gptq(
     sizes = [len(members[g]) for g in visits]
     budget = _BLOCK_WEIGHTS if weight.device.type == "cpu" else _BLOCK_WEIGHTS * 16
     blocks = weight.split(max(budget // columns, 1))  # a row never sees another
-    parts = [_round(block[:, order], upper, sizes, grid, (1 << bits) - 1, scale_dtype) for block in blocks]
+    parts = [_round(block, order, upper, sizes, grid, (1 << bits) - 1, scale_dtype) for block in blocks]
     codes, scales, zeros = (torch.cat(column) for column in zip(*parts, strict=True))
-    back, visited = order.argsort(), torch.tensor(visits, device=weight.device).argsort()
-    return Affine(codes[:, back], scales[:, visited], zeros[:, visited])
+    visited = torch.tensor(visits, device=weight.device).argsort()
+    return Affine(codes, scales[:, visited], zeros[:, visited])
 
 
 def _round(
-    weight: Tensor, upper: Tensor, sizes: list[int], grid: Grid, top: int, scale_dtype: torch.dtype
+    weight: Tensor, order: Tensor, upper: Tensor, sizes: list[int], grid: Grid, top: int, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (N, K), scales and zeros (N, G) of rows whose columns lie in the order of visits, groups of `sizes`."""
-    work = weight.T.to(upper.dtype, copy=True).contiguous()  # (K, N): one input of all rows lies together in memory
+    """Codes (N, K) of rows, and scales and zeros (N, G) in the order of visits: groups of `sizes` along `order`."""
+    work = weight.T[order].to(upper.dtype)  # (K, N): one input of all rows lies together in memory
     codes = torch.empty_like(work, dtype=torch.uint8)
     scales, zeros = [], []
     importance = 1 / upper.diagonal() ** 2  # what rounding one input costs once those behind it have adapted
@@ -101,7 +101,9 @@ def _round(
             block[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
         work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         start = stop
-    return codes.T, torch.cat(scales, 1), torch.cat(zeros, 1)
+    restored = torch.empty_like(codes)
+    restored[order] = codes
+    return restored.T, torch.cat(scales, 1), torch.cat(zeros, 1)
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.errors import ConfigError, FoldError
-from qbl_trl.folders import new_folder
+from qbl_trl.folders import check_free, new_folder
 from qbl_trl.quant.affine import Affine
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.packed import PackedWeight
@@ -47,6 +47,7 @@ def write_checkpoint(
     format: str,
     *,
     template: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
 ) -> WriteReport:
     """Write a (merged) model of GroupQuantLinear layers for another program.
 
@@ -56,21 +57,27 @@ def write_checkpoint(
             "gguf" a new file.
         format: "hqq" or "gguf".
         template: for "gguf", a GGUF file of the same model in any type: its metadata and tokenizer are taken over.
+        overwrite: replace an output that exists.
 
     Raises:
-        ConfigError: if the format has integer zero points or is not known, output exists, the template is missing,
-            or a layer has bits or groups that the format lacks.
+        ConfigError: if the format has integer zero points or is not known, output exists and `overwrite` is false, the
+            template is missing or would be replaced, or a layer has bits or groups that the format lacks.
         FoldError: if a merged delta varies inside a group.
     """
-    path = check_request(output, format, template)
+    path = check_request(output, format, template, overwrite)
     if template is None or format == "hqq":
-        return _write_hqq(model, path)
+        return _write_hqq(model, path, overwrite)
     from qbl_trl.quant.gguf_writer import write_gguf
 
     return WriteReport(path, *write_gguf(model, path, Path(template)))
 
 
-def check_request(output: str | os.PathLike[str], format: str, template: str | os.PathLike[str] | None = None) -> Path:
+def check_request(
+    output: str | os.PathLike[str],
+    format: str,
+    template: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> Path:
     """What can be refused before a model is read: the output as a Path, or write_checkpoint's ConfigError."""
     if format in _INTEGER_FORMATS:
         raise ConfigError(
@@ -82,13 +89,19 @@ def check_request(output: str | os.PathLike[str], format: str, template: str | o
     if format not in FORMATS:
         raise ConfigError(f"write_checkpoint: format={format!r} is not known; allowed: {', '.join(FORMATS)}")
     path = Path(output)
-    if path.is_file() or (path.is_dir() and (format == "gguf" or any(path.iterdir()))):
-        raise ConfigError(f"write_checkpoint: {path} exists already; choose another output, or remove it")
+    if format == "hqq":
+        check_free(path, overwrite)
+    elif path.is_dir():
+        raise ConfigError(f"write_checkpoint: {path} is a folder; name a new GGUF file")
+    elif path.exists() and not overwrite:
+        raise ConfigError(f"write_checkpoint: {path} exists already; choose another output, or set overwrite")
     if format == "gguf" and (template is None or not Path(template).is_file()):
         raise ConfigError(
             'write_checkpoint: format="gguf" needs template=, a GGUF file of the same model, for metadata and '
             f"tokenizer; {'none was named' if template is None else f'{template} is no file'}"
         )
+    if format == "gguf" and path.exists() and path.samefile(template):  # type: ignore[arg-type]
+        raise ConfigError(f"write_checkpoint: {path} is the template itself; choose another output")
     return path
 
 
@@ -179,7 +192,7 @@ def _refuse_transposed(model: Any, layers: dict[str, GroupQuantLinear]) -> None:
         )
 
 
-def _write_hqq(model: nn.Module, path: Path) -> WriteReport:
+def _write_hqq(model: nn.Module, path: Path, overwrite: bool) -> WriteReport:
     layers = packed_layers(model)
     _refuse_transposed(model, layers)
     tensors: dict[str, Tensor] = {}
@@ -199,7 +212,7 @@ def _write_hqq(model: nn.Module, path: Path) -> WriteReport:
     floats = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
     config["quantization_config"] = {"quant_method": "hqq", "quant_config": settings, "skip_modules": floats}
     config = with_dtype(config, "float32")
-    with new_folder(path) as built:
+    with new_folder(path, overwrite) as built:
         save_file(tensors, built / "model.safetensors", metadata={"format": "pt"})
         (built / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
     return WriteReport(path, len(layers), 0.0)

@@ -81,13 +81,17 @@ def test_texts_decide_what_a_head_is_rounded_to(tmp_path):
     assert verify(ours, tmp_path / "onnx", ids).max_abs_difference < FP32
 
 
-def test_groups_are_64_wide_or_as_wide_as_those_of_larger_layers(tmp_path):
-    for size, expected in ((32, 64), (128, 128)):
-        wide = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 64}
-        model = quantize_model_(tiny_llama(**wide), GroupQuantConfig(group_size=size))
-        tables = packed_tables(model, 4)
-        assert (tables.embedding.group_size, tables.head.group_size) == (expected, expected)
-    assert packed_tables(tiny_llama(hidden_size=96, num_attention_heads=2, head_dim=48), 4).head.group_size == 32
+@pytest.mark.parametrize(("layers", "tied", "expected"), [(32, True, 64), (32, False, 32), (128, False, 128)])
+def test_heads_have_wide_groups_and_no_table_narrower_ones_than_most_layers(layers, tied, expected):
+    wide = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 64}
+    model = quantize_model_(tiny_llama(**wide, tie_word_embeddings=tied), GroupQuantConfig(group_size=layers))
+    tables = packed_tables(model, 4)
+    assert (tables.embedding.group_size, tables.head.group_size) == (expected, max(64, layers))
+
+
+def test_groups_divide_the_width():
+    narrow = tiny_llama(hidden_size=96, num_attention_heads=2, head_dim=48)
+    assert packed_tables(narrow, 4).head.group_size == 32
 
 
 def test_the_model_stays_as_it_was(tmp_path):

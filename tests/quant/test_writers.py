@@ -178,8 +178,22 @@ def test_a_template_of_another_model_is_refused(tmp_path):
         write_checkpoint(packed_llama(), tmp_path / "out.gguf", "gguf", template=file)
 
 
-def test_an_output_that_exists_is_left_alone(tmp_path):
+def test_an_output_that_exists_is_left_alone_unless_it_may_be_replaced(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="is not empty"):
         write_checkpoint(packed_llama(), tmp_path / "out", "hqq")
+    assert (tmp_path / "out" / "mine").is_file()
+    write_checkpoint(packed_llama(), tmp_path / "out", "hqq", overwrite=True)
+    assert not (tmp_path / "out" / "mine").exists()
+
+    file, target = template(tmp_path / "template.gguf"), tmp_path / "out.gguf"
+    target.write_text("x")
+    with pytest.raises(ConfigError, match="exists already"):
+        write_checkpoint(packed_llama(), target, "gguf", template=file)
+    write_checkpoint(packed_llama(), target, "gguf", template=file, overwrite=True)
+    assert target.stat().st_size > 1000
+    with pytest.raises(ConfigError, match="is the template itself"):
+        write_checkpoint(packed_llama(), file, "gguf", template=file, overwrite=True)
+    with pytest.raises(ConfigError, match="is a folder; name a new GGUF file"):
+        write_checkpoint(packed_llama(), tmp_path / "out", "gguf", template=file, overwrite=True)
