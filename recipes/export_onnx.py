@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--embedding_bits", type=int, choices=(4, 8), help="of a float embedding and head: smaller")
     parser.add_argument("--logits", default="all", choices=("all", "last"), help="generating needs the last")
     parser.add_argument("--kv_cache_dtype", choices=("int8",), help="of keys and values, on CPU: smaller and faster")
-    parser.add_argument("--calibration", type=Path, help="file of texts to measure that cache on: see qbl_trl/texts.py")
+    parser.add_argument("--calibration", type=Path, help="texts to measure cache and head on: see qbl_trl/texts.py")
     parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
     parser.add_argument("--prompt", help="generate an answer with the exported folder")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="length of the answer")

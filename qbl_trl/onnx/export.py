@@ -168,7 +168,8 @@ def export_onnx(
         gate = Gate.on_noise(reference, text_config.vocab_size, readable)
         tables_cost = None
         if embedding_bits is not None:
-            floats, read = gate.reference, head_inputs(companions.causal_lm(reference), readable, texts)
+            floats = gate.reference
+            read = head_inputs(reference, companions.causal_lm(reference), readable, texts)
             held.take(packed_tables(held.decoder(), embedding_bits, read))
             gate = Gate.on_noise(float32_reference(held.model()), text_config.vocab_size, readable)
             tables_cost = compare(floats, gate.reference, gate.mask)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.sources import is_plain
-from qbl_trl.quant.calibration import calibrating
+from qbl_trl.parity import logits_of
 from qbl_trl.quant.embedding import GroupQuantEmbedding, embedding_scale
 from qbl_trl.quant.gptq import collect_hessian
 from qbl_trl.quant.head import input_table, packed_head, packed_table
@@ -62,11 +62,14 @@ def check_tables(decoder: nn.Module, bits: int) -> None:
         )
 
 
-def head_inputs(decoder: nn.Module, longest: int, texts: Sequence[Tensor] | None = None) -> Tensor | None:
-    """H + m I of a decoder's head, (K, K) float32; None where the head is packed already.
+def head_inputs(
+    model: nn.Module, decoder: nn.Module, longest: int, texts: Sequence[Tensor] | None = None
+) -> Tensor | None:
+    """H + m I of a head, (K, K) float32; None where the head is packed already.
 
     Args:
-        decoder: a transformers model in float32.
+        model: in float32, with or without adapters.
+        decoder: the transformers model inside it.
         longest: tokens it reads.
         texts: token ids (B, S) without padding; None for tokens without meaning.
     """
@@ -76,8 +79,8 @@ def head_inputs(decoder: nn.Module, longest: int, texts: Sequence[Tensor] | None
     if texts is None:
         generator, vocabulary = torch.Generator().manual_seed(1), input_table(decoder).num_embeddings  # type: ignore[union-attr]
         texts = [torch.randint(0, vocabulary, (_TEXTS, min(_LENGTH, longest)), generator=generator)]  # type: ignore[arg-type]
-    with calibrating(decoder):
-        found = collect_hessian(head, [partial(decoder, ids.to(head.weight.device)) for ids in texts])
+    run = logits_of(model)
+    found = collect_hessian(head, [partial(run, ids, torch.ones_like(ids)) for ids in texts])
     found.diagonal().add_(found.diagonal().median())
     return found
 

@@ -22,7 +22,8 @@ from tests.tiny import logits, tiny_llama
 def twin(model, bits, texts=None):
     decoder = causal_lm(model)
     longest = decoder.config.get_text_config().max_position_embeddings
-    read = head_inputs(causal_lm(float32_reference(model)), longest, texts)
+    reference = float32_reference(model)
+    read = head_inputs(reference, causal_lm(reference), longest, texts)
     return with_tables(model, decoder, packed_tables(decoder, bits, read))
 
 
@@ -67,7 +68,7 @@ def test_a_head_is_rounded_to_what_it_reads(tied, bits):
         head = packed_tables(model, bits, hessian).head
         return (logits(with_tables(model, model, Tables(None, head)), ids) - exact).square().mean()
 
-    assert error(head_inputs(model, 64)) < 0.3 * error(None)
+    assert error(head_inputs(model, model, 64)) < 0.3 * error(None)
 
 
 def test_texts_decide_what_a_head_is_rounded_to(tmp_path):
