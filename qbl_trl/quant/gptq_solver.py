@@ -22,7 +22,7 @@ from torch import Tensor
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.affine import Affine, group_count
 
-_BLOCK_WEIGHTS = 1 << 22  # rounded at once: 16 MB of float32
+_BLOCK_ROWS = 8192  # rounded at once on a CPU: enough that its many short steps do not count
 _DAMP_LIMIT = 1.0  # times the mean of the diagonal: then errors hardly travel and the result is rounding
 
 
@@ -69,8 +69,8 @@ def gptq(
     order = torch.cat([members[g] for g in visits]).to(weight.device)
     upper = inverse_factor(hessian[order][:, order], damp)
     sizes = [len(members[g]) for g in visits]
-    budget = _BLOCK_WEIGHTS if weight.device.type == "cpu" else _BLOCK_WEIGHTS * 16
-    blocks = weight.split(max(budget // columns, 1))  # a row never sees another
+    rows = _BLOCK_ROWS if weight.device.type == "cpu" else _BLOCK_ROWS * 16
+    blocks = weight.split(rows)  # a row never sees another
     parts = [_round(block, order, upper, sizes, grid, (1 << bits) - 1, scale_dtype) for block in blocks]
     codes, scales, zeros = (torch.cat(column) for column in zip(*parts, strict=True))
     visited = torch.tensor(visits, device=weight.device).argsort()

@@ -74,7 +74,7 @@ def test_rows_are_rounded_alike_in_blocks(monkeypatch):
     weight, hessian = torch.randn(5, 40), correlated(40)
     settings = {"grid": range_grid, "bits": 4, "group_size": 16, "scale_dtype": torch.float32}
     whole = gptq(weight, hessian, **settings)
-    monkeypatch.setattr(gptq_solver, "_BLOCK_WEIGHTS", 2 * 40)
+    monkeypatch.setattr(gptq_solver, "_BLOCK_ROWS", 2)
     for one, other in zip(gptq(weight, hessian, **settings), whole, strict=True):
         assert torch.equal(one, other)
 
