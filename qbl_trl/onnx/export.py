@@ -166,14 +166,16 @@ def export_onnx(
         step(bar, "computing its logits")
         reference = float32_reference(held.model())
         gate = Gate.on_noise(reference, text_config.vocab_size, readable)
+        read = None
+        if embedding_bits is not None:
+            read = head_inputs(reference, companions.causal_lm(reference), readable, texts)
+        del reference  # it may be a copy in float32
         tables_cost = None
         if embedding_bits is not None:
             floats = gate.reference
-            read = head_inputs(reference, companions.causal_lm(reference), readable, texts)
             held.take(packed_tables(held.decoder(), embedding_bits, read))
             gate = Gate.on_noise(float32_reference(held.model()), text_config.vocab_size, readable)
             tables_cost = compare(floats, gate.reference, gate.mask)
-        del reference
         step(bar, "tracing, writing and checking the graph")
         with (
             new_folder(target, overwrite, ExportError) as folder,
