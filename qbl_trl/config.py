@@ -228,7 +228,8 @@ class GroupQuantConfig(QuantizationConfigMixin):
         modules_to_not_convert: names or name parts of layers that stay in float, beside the output head; of a tied
             embedding and head (`quantize_embeddings`), either name keeps both.
         scale_dtype: "float16", "bfloat16" or "float32".
-        quantize_embeddings: also quantize the input embedding and the output head (tied or not).
+        quantize_embeddings: also quantize the input embedding and the output head (tied or not); "gptq" calibrates the
+            head, and rounds an embedding that is not tied to one to its weights.
         calibration: for "gptq": batches of token ids, (batch, tokens) or (tokens,) integers, or mappings of the model's
             arguments; a single tensor will do. Never saved.
         zeros: how zero points are stored; set by the quantizer ("none", "packed", or a float dtype).

@@ -33,7 +33,7 @@ _LARGEST_SHARE = 4  # no more than a quarter of the layer's own blocks: beyond, 
 _LARGEST_STEPS = 2  # of 4-bit codes, root mean square
 _LARGEST_REST = 0.01  # of a step, root mean square: what one digit of 4 bits may leave
 # Blocks of time that 0 to 3 small 4-bit blocks beyond a multiple of four take: between what AVX-512 was measured to
-# take for one token, whose bytes count, (1, 2, 3), and for a prompt of 128, (2, 7, 11).
+# take for one token, (1, 2, 3) to (3, 6, 8) by width, and for a prompt of 128, (2, 7, 11).
 _LEFT_OVER = (0, 2, 5, 8)
 
 

@@ -6,10 +6,10 @@ are packed when the model is exported; the model that was given stays as it is.
 Rounding a head to its weights alone costs several times as much as rounding it to what it computes: a few features of
 what it reads are far larger than the rest. So a head, and an embedding that is one table with it, is rounded by GPTQ:
 
-    min over codes of  tr((W - Wq) (H + m I) (W - Wq)^T),    H = mean of x x^T over what the head reads
+    min over codes of  tr((W - Wq) (H + m I) (W - Wq)^T),    H = mean of x x^T over what the head reads, see
+                                                             `quant.gptq.head_hessian` for m
 
-m, the median of H's diagonal, stands for the rows that are looked up, where every feature counts the same, and for
-text that was not seen. Tokens without meaning are text enough. SmolLM2 at 4 bits, KL per token on news: 0.155 rounded
+Tokens without meaning are text enough. SmolLM2 at 4 bits, KL per token on news: 0.155 rounded
 to nearest in groups of 32, 0.05 to 0.08 so, and 0.06 to 0.08 in groups of 64, whose scales take half the bytes: every
 step reads them. The rows of an embedding that is no head are looked up one by one, and keep groups of 32.
 """
@@ -29,7 +29,7 @@ from qbl_trl.errors import ExportError
 from qbl_trl.onnx.sources import is_plain
 from qbl_trl.parity import logits_of
 from qbl_trl.quant.embedding import GroupQuantEmbedding, embedding_scale
-from qbl_trl.quant.gptq import collect_hessian
+from qbl_trl.quant.gptq import head_hessian
 from qbl_trl.quant.head import input_table, packed_head, packed_table
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import plain_forward_, replace, same_module_name
@@ -65,7 +65,7 @@ def check_tables(decoder: nn.Module, bits: int) -> None:
 def head_inputs(
     model: nn.Module, decoder: nn.Module, longest: int, texts: Sequence[Tensor] | None = None
 ) -> Tensor | None:
-    """H + m I of a head, (K, K) float32; None where the head is packed already.
+    """What to round a head for, (K, K) float32; None where the head is packed already.
 
     Args:
         model: in float32, with or without adapters.
@@ -80,9 +80,7 @@ def head_inputs(
         generator, vocabulary = torch.Generator().manual_seed(1), input_table(decoder).num_embeddings  # type: ignore[union-attr]
         texts = [torch.randint(0, vocabulary, (_TEXTS, min(_LENGTH, longest)), generator=generator)]  # type: ignore[arg-type]
     run = logits_of(model)
-    found = collect_hessian(head, [partial(run, ids, torch.ones_like(ids)) for ids in texts])
-    found.diagonal().add_(found.diagonal().median())
-    return found
+    return head_hessian(head, [partial(run, ids, torch.ones_like(ids)) for ids in texts])
 
 
 @dataclass(frozen=True)

@@ -49,12 +49,14 @@ def quantize_layer_(model: nn.Module, name: str, weight: Tensor, config: GroupQu
 
 def finish_(model: nn.Module, config: GroupQuantConfig, targets: Sequence[str]) -> None:
     """Calibrated algorithms run now; then the configuration records what was really stored."""
+    hessian = None
     if config.algorithm == "gptq":
-        from qbl_trl.quant.gptq import gptq_model_
+        from qbl_trl.quant.gptq import calibrated_head_hessian, gptq_model_
 
         gptq_model_(model, config, targets)
+        hessian = calibrated_head_hessian(model, config) if config.quantize_embeddings else None
     if config.quantize_embeddings:
-        quantize_embeddings_(model, config)
+        quantize_embeddings_(model, config, hessian)
     take_apart_(model, float_parts(model))
     # Layers whose weight the checkpoint lacks (a fresh pooler or classification head) stay as they are.
     modules = dict(model.named_modules())

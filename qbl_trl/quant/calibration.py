@@ -52,9 +52,7 @@ def walk(model: nn.Module, names: Sequence[str], calibration: Iterable[Batch]) -
     Raises:
         ConfigError: as `calibration_batches`.
     """
-    device = next(model.parameters()).device
-    batches = [_arguments(batch, device) for batch in calibration_batches(model, calibration)]
-    calls = [_bound(model, (), batch) for batch in batches]
+    calls = calibration_calls(model, calibration)
     blocks = find_chain(model, names, calls[0])
     inside = {name for name in names if any(name.startswith(f"{block}.") for block in blocks)}
     outside = [name for name in names if name not in inside]
@@ -69,6 +67,17 @@ def walk(model: nn.Module, names: Sequence[str], calibration: Iterable[Batch]) -
             yield Piece(scope, prefix, mine, replay)
             hidden = [_hidden(call()) for call in replay]
     yield Piece(model, "", [name for name in outside if name not in ahead], calls)
+
+
+def calibration_calls(model: nn.Module, calibration: Iterable[Batch]) -> list[Call]:
+    """The whole model on each batch.
+
+    Raises:
+        ConfigError: as `calibration_batches`.
+    """
+    device = next(model.parameters()).device
+    batches = [_arguments(batch, device) for batch in calibration_batches(model, calibration)]
+    return [_bound(model, (), batch) for batch in batches]
 
 
 def run(calls: Sequence[Call], hooks: Iterable[RemovableHandle], enough: Callable[[], bool] = lambda: False) -> None:

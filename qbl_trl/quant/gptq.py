@@ -18,7 +18,7 @@ from qbl_trl.config import SCALE_DTYPES, GroupQuantConfig, LayerFormat
 from qbl_trl.errors import ConfigError
 from qbl_trl.progress import progress
 from qbl_trl.quant.algorithms import quantize
-from qbl_trl.quant.calibration import Call, Stop, calibrating, run, walk
+from qbl_trl.quant.calibration import Call, Stop, calibrating, calibration_calls, run, walk
 from qbl_trl.quant.linear import GroupQuantLinear
 
 
@@ -53,6 +53,26 @@ def gptq_model_(model: nn.Module, config: GroupQuantConfig, targets: Sequence[st
                         raise ConfigError(f"{full}: {error}") from error
                     piece.scope.set_submodule(name, quantized.train(layer.training))
                     bar.update()
+
+
+def calibrated_head_hessian(model: nn.Module, config: GroupQuantConfig) -> Tensor | None:
+    """`head_hessian` over the calibration batches, of a model whose other layers are quantized; None without a head."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(head, nn.Linear):
+        return None
+    with calibrating(model):
+        return head_hessian(head, calibration_calls(model, config.calibration or ()))
+
+
+def head_hessian(head: nn.Module, calls: Sequence[Call]) -> Tensor:
+    """H + m I of an output head, (K, K) float32: what to round it, and an embedding that is one table with it, for.
+
+    m, the median of H's diagonal, stands for the rows that are looked up, where every feature counts the same, and for
+    text that was not seen: a few features of what heads read are far larger than the rest.
+    """
+    found = collect_hessian(head, calls)
+    found.diagonal().add_(found.diagonal().median())
+    return found
 
 
 def quantize_layer(layer: nn.Module, hessian: Tensor, stored: LayerFormat, symmetric: bool) -> GroupQuantLinear:

@@ -21,19 +21,22 @@ from qbl_trl.quant.packed import BESIDE_CODES
 from qbl_trl.quant.targets import is_named
 
 
-def quantize_embeddings_(model: nn.Module, config: GroupQuantConfig) -> None:
+def quantize_embeddings_(model: nn.Module, config: GroupQuantConfig, hessian: Tensor | None = None) -> None:
     """Replace the embedding and the head of a loaded float model by packed ones, in place.
+
+    Args:
+        hessian: (K, K) float32, of what the head reads: rounds it, and an embedding that is tied to it, by GPTQ.
 
     Raises:
         ConfigError: if the embedding does more than look rows up.
     """
     table, head = _to_pack(model, config)
     tied = table is not None and head is not None and head.weight is table.weight
-    packed = None if table is None else packed_table(table, config)
+    packed = None if table is None else packed_table(table, config, hessian=hessian if tied else None)
     if table is not None and packed is not None:
         replace(model, same_module_name(model, table), packed)
     if head is not None:
-        replace(model, same_module_name(model, head), packed_head(head, config, packed if tied else None))
+        replace(model, same_module_name(model, head), packed_head(head, config, packed if tied else None, hessian))
 
 
 def packed_table(

@@ -68,3 +68,26 @@ def test_a_folder_that_holds_them_packed_opens_whatever_its_configuration_keeps(
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert kinds(again) == (GroupQuantEmbedding, GroupQuantLinear)
     assert torch.equal(logits(again, IDS), logits(model, IDS))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gptq_rounds_the_head_to_what_it_reads(tied):
+    def packed(algorithm, calibration=None):
+        torch.manual_seed(0)
+        model = tiny_llama(tie_word_embeddings=tied)
+        # a few features are much larger than the others, as in real models
+        model.model.norm.weight.data[::16] = 20.0
+        float_head = model.lm_head.weight.detach().clone()
+        config = GroupQuantConfig(quantize_embeddings=True, algorithm=algorithm, calibration=calibration)
+        return quantize_model_(model, config), float_head
+
+    def head_error(model, float_head):
+        seen = []
+        with model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach())):
+            logits(model, IDS)
+        return (seen[0] @ (model.lm_head.dequantize() - float_head).T).square().mean()
+
+    calibrated, rounded = packed("gptq", [tokens(8, 32, seed=3)]), packed("rtn")
+    assert kinds(calibrated[0]) == (GroupQuantEmbedding, GroupQuantLinear)
+    assert (calibrated[0].lm_head.weight is calibrated[0].get_input_embeddings().weight) == tied
+    assert head_error(*calibrated) < 0.7 * head_error(*rounded)
