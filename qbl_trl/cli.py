@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import qbl_trl
-from qbl_trl.allowed import ALLOWED_BITS, ALLOWED_GROUP_SIZES, SCALE_DTYPE_NAMES
+from qbl_trl.allowed import ALGORITHMS, ALLOWED_BITS, ALLOWED_GROUP_SIZES, SCALE_DTYPE_NAMES
 from qbl_trl.errors import FLAGS, SHOWN, ConfigError, QblError, said
 from qbl_trl.onnx import options
 
@@ -39,6 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
         "quantize",
         "quantize a float model, or convert a 4-bit checkpoint untouched",
         "MODEL base --algorithm hqq",
+        "MODEL base --algorithm gptq --calibration texts.jsonl",
         "--from GPTQ_FOLDER base",
     )
     quantize.add_argument("model", help="model id or folder (with --from: the GPTQ, AWQ, HQQ or GGUF checkpoint)")
@@ -53,8 +54,15 @@ def make_parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--algorithm",
         default="rtn",
-        choices=("rtn", "mse", "hqq"),
-        help="how scales are chosen: by range, clip search, half-quadratic (default: %(default)s)",
+        choices=ALGORITHMS,
+        help="how scales are chosen: by range, clip search, half-quadratic, or on texts (default: %(default)s)",
+    )
+    quantize.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help='for "gptq": texts with blank lines between them, or a .jsonl of strings or of objects with "text", '
+        '"prompt" and "completion", or "messages"',
     )
     quantize.add_argument("--scale-dtype", default="float16", choices=SCALE_DTYPE_NAMES, help="(default: %(default)s)")
     quantize.add_argument("--quantize-embeddings", action="store_true", help="the embedding and the output head too")

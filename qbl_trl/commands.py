@@ -14,11 +14,14 @@ def quantize(args: argparse.Namespace) -> None:
     from qbl_trl.config import GroupQuantConfig
     from qbl_trl.folders import check_apart, check_free
     from qbl_trl.quant.importers import convert_checkpoint
+    from qbl_trl.texts import read_texts, token_ids
 
     began = time.perf_counter()
     check_free(args.output, args.overwrite)
     check_apart(args.output, args.model)
     _check_exists(args.model)
+    if not args.convert and (args.algorithm == "gptq") != (args.calibration is not None):
+        raise ConfigError("--algorithm gptq and --calibration FILE, texts like those the model will read, go together")
     if args.convert:
         convert_checkpoint(args.model, args.output, overwrite=args.overwrite)
     elif Path(args.model).is_file():
@@ -34,6 +37,7 @@ def quantize(args: argparse.Namespace) -> None:
             scale_dtype=args.scale_dtype,
             quantize_embeddings=args.quantize_embeddings,
             modules_to_not_convert=args.modules_to_not_convert,
+            calibration=args.calibration and token_ids(args.model, read_texts(args.calibration)),
         )
         _save(_load(args.model, args.dtype, settings), args.model, args.output, args.overwrite)
     print(_written(args.output, args.model, began))

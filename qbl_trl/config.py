@@ -10,14 +10,13 @@ import torch
 from peft import LoraConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qbl_trl.allowed import ALLOWED_BITS, ALLOWED_GROUP_SIZES, SCALE_DTYPE_NAMES
+from qbl_trl.allowed import ALGORITHMS, ALLOWED_BITS, ALLOWED_GROUP_SIZES, SCALE_DTYPE_NAMES
 from qbl_trl.errors import ConfigError
 from qbl_trl.peft_type import QBLORA
 
 QUANT_METHOD = "group_quant"
 SCALE_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in SCALE_DTYPE_NAMES}
 POOLINGS = ("mean", "rms", "sum")
-ALGORITHMS = ("rtn", "mse", "hqq", "gptq")
 
 # Features of PEFT's LoraConfig that change what the adapter computes and have no balanced form (yet).
 _UNSUPPORTED = (

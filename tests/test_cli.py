@@ -46,6 +46,21 @@ def test_quantize_writes_what_loading_with_the_same_settings_gives(float_folder,
     assert re.fullmatch(rf"{tmp_path}/q: 14 packed layers, {before:.1f} MB -> {after:.1f} MB, \d+\.\d s\n", said)
 
 
+def test_quantize_calibrates_gptq_on_the_texts_of_a_file(float_folder, tmp_path, capsys):
+    tiny_tokenizer().save_pretrained(float_folder)
+    (tmp_path / "texts.txt").write_text("w3 w34 w45 w9\n\nw66 w5 w35")
+    command = ["quantize", str(float_folder), str(tmp_path / "q"), "--algorithm", "gptq"]
+    assert main(command) == 1
+    assert "--algorithm gptq and --calibration FILE" in capsys.readouterr().err
+    assert not (tmp_path / "q").exists()
+    assert main([*command, "--calibration", str(tmp_path / "texts.txt")]) == 0
+    ids = [torch.tensor([[3, 34, 45, 9]]), torch.tensor([[66, 5, 35]])]
+    settings = GroupQuantConfig(algorithm="gptq", calibration=ids)
+    expected = AutoModelForCausalLM.from_pretrained(float_folder, quantization_config=settings)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    assert torch.equal(logits(ours, tokens()), logits(expected, tokens()))
+
+
 def test_inspect_lists_every_layer_with_its_error_and_fitting_factors(float_folder, tmp_path, capsys):
     main(["quantize", str(float_folder), str(tmp_path / "q")])
     capsys.readouterr()

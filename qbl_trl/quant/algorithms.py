@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qbl_trl.config import ALGORITHMS
+from qbl_trl.allowed import ALGORITHMS
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.affine import Affine, encode, group_count, min_max, storable, to_groups
 from qbl_trl.quant.gptq_solver import gptq
