@@ -23,8 +23,8 @@ def check_free(folder: str | os.PathLike[str], overwrite: bool = False, error: t
             written where it would lie.
     """
     path = Path(folder)
-    if path.is_file():
-        raise error(f"{path} is a file; name a folder to write into")
+    if path.exists() and not path.is_dir():  # a file, a device, a pipe
+        raise error(f"{path} is {'a file' if path.is_file() else 'no folder'}; name a folder to write into")
     stays, real = _stays(path), path.resolve()
     above = real if stays else next(parent for parent in real.parents if parent.exists())
     remove_leftovers(real, above)
@@ -99,7 +99,7 @@ def _put(draft: Path, path: Path, old: Path) -> None:
     """
     for tries_left in (2, 1, 0):
         try:
-            if path.exists():
+            if path.is_dir():
                 shutil.rmtree(old, ignore_errors=True)  # something whole stands at `path`
                 path.rename(old)
             draft.rename(path)

@@ -4,7 +4,6 @@ import re
 import pytest
 import torch
 from peft import get_peft_model
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -244,14 +243,22 @@ def test_what_is_not_there_or_not_known_is_said_in_one_line(arguments, float_fol
 def test_an_error_of_another_library_is_one_line_and_its_traceback_one_variable_away(
     float_folder, tmp_path, capsys, monkeypatch
 ):
-    file = float_folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:200])
+    file = float_folder / "config.json"
+    file.write_text(file.read_text().replace('"llama"', '"no_such_model"'))
     command = ["quantize", str(float_folder), str(tmp_path / "out")]
     assert main(command) == 1
-    assert "SafetensorError" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert "ValueError: The checkpoint you are trying to load" in capsys.readouterr().err.strip().splitlines()[-1]
     monkeypatch.setenv("QBL_TRL_TRACEBACK", "1")
-    with pytest.raises(SafetensorError):
+    with pytest.raises(ValueError, match="no_such_model"):
         main(command)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_float_file_cut_short_is_named(float_folder, tmp_path, capsys):
+    file = float_folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    assert main(["quantize", str(float_folder), str(tmp_path / "out")]) == 1
+    assert f"{file}: not a whole safetensors file" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

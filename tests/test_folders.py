@@ -47,6 +47,16 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_pipe_or_a_device_stays_what_it_is(tmp_path, overwrite):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigError, match="is no folder; name a folder to write into"), new_folder(pipe, overwrite):
+        pass
+    assert pipe.is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
 def test_what_lies_behind_a_link_is_filled(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")

@@ -7,7 +7,7 @@ flipped inside the data is beyond this check; a cut file, a damaged header, a wr
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,28 +40,37 @@ class Stored(NamedTuple):
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder's safetensors files, by name; where there is an index, those that it finds.
+    """Every tensor that transformers would load from a folder, by name: of its one file, or of those an index names.
 
     Raises:
         CheckpointError: if a file is cut short, its header is damaged, or a shard of the index is missing.
     """
-    found: dict[str, Stored] = {}
-    index = folder / "model.safetensors.index.json"
-    named = _index(index) if index.is_file() else {}
-    for file in _files(folder, named):
-        found.update({n: s for n, s in _read_header(file).items() if not named or named.get(n) == file.name})
-    return found
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():  # an index beside the one file is of an earlier save
+        return read_files([single] if single.is_file() else sorted(folder.glob("*.safetensors")))
+    named = _index(index)
+    found = read_files(_shards(folder, named))
+    return {name: stored for name, stored in found.items() if named.get(name) == stored.file.name}
+
+
+def read_files(files: Iterable[Path]) -> dict[str, Stored]:
+    """Every tensor of these safetensors files, by name.
+
+    Raises:
+        CheckpointError: if one is cut short, or its header is damaged.
+    """
+    return {name: stored for file in files for name, stored in _read_header(file).items()}
 
 
 def check_tensors(
-    folder: Path, stored: Mapping[str, Stored], expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    folder: Path, stored: Mapping[str, Stored], expected: Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]
 ) -> None:
     """Compare what a folder holds with what the model's packed layers need.
 
     Args:
         folder: of safetensors files.
         stored: what it holds, by the tensor's name in the model.
-        expected: shape and dtype by the same names.
+        expected: shape and dtype (None: any) by the same names.
 
     Raises:
         CheckpointError: on a missing tensor, a wrong shape or a wrong dtype, and on one that a packed layer would
@@ -73,10 +82,10 @@ def check_tensors(
                 f"{folder}: tensor {name!r} is missing although quantization_config in config.json calls for it"
             )
         file, found_dtype, found_shape = stored[name]
-        if found_shape != shape or found_dtype != dtype:
+        if found_shape != shape or found_dtype != (dtype or found_dtype):
             raise CheckpointError(
                 f"{file}: tensor {name!r} is {found_dtype} {found_shape}, quantization_config in config.json calls "
-                f"for {dtype} {shape}; the two do not belong together"
+                f"for {dtype or 'any type of'} {shape}; the two do not belong together"
             )
     layers = {name.rpartition(".")[0] for name in expected}
     for name, (file, *_) in stored.items():
@@ -100,10 +109,7 @@ def _index(file: Path) -> dict[str, str]:
     return named
 
 
-def _files(folder: Path, named: Mapping[str, str]) -> list[Path]:
-    if not named:
-        single = folder / "model.safetensors"
-        return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+def _shards(folder: Path, named: Mapping[str, str]) -> list[Path]:
     shards = sorted(set(named.values()))
     for name in shards:
         if Path(name).name != name:

@@ -28,8 +28,9 @@ def quantize_embeddings_(model: nn.Module, config: GroupQuantConfig, hessian: Te
         hessian: (K, K) float32, of what the head reads: rounds it, and an embedding that is tied to it, by GPTQ.
 
     Raises:
-        ConfigError: if the embedding does more than look rows up.
+        ConfigError: as `check_embeddings`.
     """
+    check_embeddings(model, config)
     table, head = _to_pack(model, config)
     tied = table is not None and head is not None and head.weight is table.weight
     packed = None if table is None else packed_table(table, config, hessian=hessian if tied else None)
@@ -37,6 +38,27 @@ def quantize_embeddings_(model: nn.Module, config: GroupQuantConfig, hessian: Te
         replace(model, same_module_name(model, table), packed)
     if head is not None:
         replace(model, same_module_name(model, head), packed_head(head, config, packed if tied else None, hessian))
+
+
+def check_embeddings(model: nn.Module, config: GroupQuantConfig) -> None:
+    """Raise ConfigError if the embedding does more than look rows up, or other embeddings share its table.
+
+    An encoder and a decoder that do would go on reading it in float.
+    """
+    table, _ = _to_pack(model, config)
+    if table is None:
+        return
+    own, tied = f"{same_module_name(model, table)}.weight", getattr(model, "all_tied_weights_keys", None) or {}
+    names = [
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Embedding) and (module.weight is table.weight or tied.get(f"{name}.weight") == own)
+    ]
+    if len(names) > 1:
+        raise ConfigError(
+            f"quantize_embeddings=True packs one embedding and its head, and a {type(model).__name__} reads the same "
+            f"table as {', '.join(names)}; set quantize_embeddings=False"
+        )
 
 
 def packed_table(
@@ -140,7 +162,7 @@ def untie_changed_head_(model: nn.Module) -> None:
     Raises:
         MergeError: if the configuration's tie means more than this pair (an encoder's embedding, a bias).
     """
-    table, head = input_table(model), getattr(model, "get_output_embeddings", lambda: None)()
+    table, head = input_table(model), _pair(model)[1]
     if table is None or head is None or not _is_tied(model) or type(head.weight) is not type(table.weight):
         return
     pair: tuple[Any, Any] = head.weight, table.weight
@@ -162,10 +184,7 @@ def untie_changed_head_(model: nn.Module) -> None:
 
 def input_table(model: nn.Module) -> nn.Module | None:
     """The input embedding, if it is one module with a weight: models of pixels or sound have none."""
-    try:
-        table = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
+    table = _pair(model)[0]
     return table if isinstance(getattr(table, "weight", None), Tensor) else None
 
 
@@ -177,7 +196,7 @@ def _to_pack(
     model: nn.Module, config: GroupQuantConfig, packed: Container[str] = ()
 ) -> tuple[nn.Embedding | None, nn.Linear | None]:
     """The embedding and the head; None for what there is not, and for what stays in float."""
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    table, head = _pair(model)
     no_table, no_head = (_stays(model, layer, config, packed) for layer in (table, head))
     if not (no_table or type(table) is nn.Embedding) or not (no_head or isinstance(head, nn.Linear | None)):
         raise ConfigError(
@@ -187,9 +206,18 @@ def _to_pack(
     return None if no_table else table, None if no_head else head
 
 
+def _pair(model: nn.Module) -> tuple[Any, Any]:
+    """The embedding, if the model has one (of pixels or sound it has none), and the head."""
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        table = None
+    return table, getattr(model, "get_output_embeddings", lambda: None)()
+
+
 def _stays(model: nn.Module, layer: nn.Module | None, config: GroupQuantConfig, packed: Container[str]) -> bool:
     """Whether modules_to_not_convert names a layer, or the other of a tied pair; not where the files hold it packed."""
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    table, head = _pair(model)
     together = (table, head) if _is_tied(model) else (layer,)
     names = [same_module_name(model, part) for part in together if part is not None]
     named = any(is_named(name, key) for name in names for key in config.modules_to_not_convert or ())

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 
+from qbl_trl.errors import QblError
 from qbl_trl.quant.hf_quantizer import GroupQuantizer
 
 
@@ -23,14 +24,19 @@ class GroupQuantize(ConversionOps):  # type: ignore[misc]
     ) -> dict[str, Any]:
         """Returns what is not quantized; packed layers are already in their place.
 
-        Weights that the files hold as one arrive together, by their full names.
+        Weights that the files hold as one arrive together, by their full names. What cannot be quantized ends the
+        quantizing, and is raised once all is loaded: transformers would make a report of it that hides the reason.
         """
-        rest = {}
+        quantizer, rest = self.hf_quantizer, {}
         for name, value in input_dict.items():
-            if model is None or not self.hf_quantizer.param_needs_quantization(model, name):
+            if model is None or not quantizer.param_needs_quantization(model, name):
                 rest[name] = value
-                continue
-            self.hf_quantizer.quantize_arrived_(model, name, value[0] if isinstance(value, list) else value)
-            if missing_keys is not None:
-                missing_keys.discard(name)
+            elif quantizer.failure is None:
+                try:
+                    quantizer.quantize_arrived_(model, name, value[0] if isinstance(value, list) else value)
+                except QblError as failure:
+                    quantizer.failure = failure
+                    break
+                if missing_keys is not None:
+                    missing_keys.discard(name)
         return rest

@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from qbl_trl.allowed import ALLOWED_GROUP_SIZES
 from qbl_trl.config import QUANT_METHOD, GroupQuantConfig
-from qbl_trl.errors import ConfigError
+from qbl_trl.errors import CheckpointError, ConfigError, QblError
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.older_names import restore_settings_
 from qbl_trl.progress import progress
@@ -32,7 +32,7 @@ from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.renaming import keep_packed_names_, name_here, names_in_model, without_packed
 from qbl_trl.quant.requested import requested, warn_of_unknown
 from qbl_trl.quant.stacks import keep_apart, separate_, set_apart, take_apart_
-from qbl_trl.quant.stored import empty_layer, expected_tensors, folder_of, packed_in, stored_layers
+from qbl_trl.quant.stored import empty_layer, expected_tensors, files_of, folder_of, packed_in, stored_layers
 from qbl_trl.quant.targets import target_layers
 
 _SOON = 1.0  # seconds: what is done by then needs no bar
@@ -47,6 +47,7 @@ class GroupQuantizer(HfQuantizer):
     quantization_config: GroupQuantConfig
     missing: frozenset[str] = frozenset()
     targets: Sequence[str] = ()
+    failure: QblError | None = None
     _bar: Any = None
 
     def update_tp_plan(self, config: Any) -> Any:
@@ -64,15 +65,17 @@ class GroupQuantizer(HfQuantizer):
             read_headers(folder)
         return config
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Called with the map that was asked for, and again with the one that "auto" became."""
+        _refuse_disk(device_map)
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        _refuse_disk(kwargs.get("device_map"))
         if not self.pre_quantized:
             self.quantization_config = requested(model, self.quantization_config)
             stacked = self.choose_(model)
             keep_apart(model, stacked, ())  # the tensors of the files arrive stacked
             return model
-        folder = folder_of(model.config)
-        found = {} if folder is None else read_headers(folder)
+        folder, found = files_of(folder_of(model.config), kwargs.get("checkpoint_files"))
         self.choose_(model, folder, found)
         modules = dict(model.named_modules())
         layers = {name_here(name, modules): stored for name, stored in self.quantization_config.layers.items()}
@@ -117,8 +120,17 @@ class GroupQuantizer(HfQuantizer):
         return without_packed(conversions, model)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        """transformers 4.57 would hand over memory that nothing was loaded into: such layers are drawn instead."""
+        """transformers 4.57 would hand over memory that nothing was loaded into: such layers are drawn instead.
+
+        Raises:
+            CheckpointError: if they are packed; where the folder is known, this was said before.
+        """
         self.missing = frozenset(missing_keys)
+        lost = sorted(self.missing & expected_tensors(model).keys()) if self.pre_quantized else []
+        if lost:
+            raise CheckpointError(
+                f"tensor {lost[0]!r} of a packed layer is not in the files ({len(lost)} such tensors)"
+            )
         return missing_keys
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -160,6 +172,8 @@ class GroupQuantizer(HfQuantizer):
         if self._bar is not None:
             self._bar.close()
             self._bar = None  # the model keeps its quantizer, and is copied with it
+        if self.failure is not None:
+            raise self.failure
         if self.pre_quantized:
             tie_again_(model)
         else:

@@ -76,7 +76,7 @@ class GroupQuantLinear(PackedWeight, nn.Linear):  # type: ignore[misc]
             )
         if x.shape[-1] != self.in_features:
             raise ConfigError(f"a GroupQuantLinear of {self.in_features} inputs was handed {tuple(x.shape)}")
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined, no-untyped-call]
             raise ConfigError(
                 "a GroupQuantLinear is not traced: no exporter but qbl_trl.export_onnx writes its codes as they are; "
                 "`model.dequantize()` makes a float model that any other takes"

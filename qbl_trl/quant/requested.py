@@ -13,6 +13,7 @@ from torch import nn
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.calibration import calibration_batches
+from qbl_trl.quant.head import check_embeddings
 from qbl_trl.quant.targets import naming_nothing
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,8 @@ def requested(model: nn.Module, config: GroupQuantConfig) -> GroupQuantConfig:
     """The settings that a float model is quantized by: without what is only stored, with calibration that was checked.
 
     Raises:
-        ConfigError: if single layers are to have another format, or calibration data are missing or no token ids.
+        ConfigError: if single layers are to have another format, calibration data are missing or no token ids, or the
+            embedding cannot be packed.
     """
     mixed = next((name for name, stored in config.layers.items() if set(stored) & set(_CHOSEN)), None)
     if mixed is not None:
@@ -47,6 +49,8 @@ def requested(model: nn.Module, config: GroupQuantConfig) -> GroupQuantConfig:
                 'GroupQuantConfig: algorithm="gptq" needs calibration=[token id tensors of (batch, tokens)]'
             )
         config = dataclasses.replace(config, calibration=calibration_batches(model, config.calibration))
+    if config.quantize_embeddings:
+        check_embeddings(model, config)
     return config
 
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import CheckpointError
-from qbl_trl.quant.checkpoint import Stored
+from qbl_trl.quant.checkpoint import Stored, read_files, read_headers
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.packed import BESIDE_CODES, PackedWeight
 from qbl_trl.quant.renaming import names_in_model
@@ -103,12 +103,27 @@ def empty_layer(old: nn.Module, config: GroupQuantConfig, name: str) -> GroupQua
     )
 
 
-def expected_tensors(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of every tensor that the packed layers of a model are loaded from."""
+def expected_tensors(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    """Shape and type of every tensor that the packed layers of a model are loaded from; a bias may have any type."""
     return {
-        f"{name}.{part}": (tuple(tensor.shape), tensor.dtype)
+        f"{name}.{part}": (tuple(tensor.shape), None if part == "bias" else tensor.dtype)
         for name, layer in model.named_modules()
         if isinstance(layer, PackedWeight) and "scales" not in layer._non_persistent_buffers_set
-        for part in ("weight", *BESIDE_CODES)
-        if (tensor := getattr(layer, part)) is not None
+        for part in ("weight", *BESIDE_CODES, "bias")
+        if (tensor := getattr(layer, part, None)) is not None
     }
+
+
+def files_of(folder: Path | None, files: Sequence[str] | None) -> tuple[Path | None, dict[str, Stored]]:
+    """The folder and the tensors that a packed model is loaded from; (None, {}) where they are not in safetensors.
+
+    Args:
+        folder: what the configuration names, see `folder_of`.
+        files: those that transformers chose, where it says so (5): a variant's, or of a model from the hub.
+
+    Raises:
+        CheckpointError: as `read_headers`.
+    """
+    if files and all(str(file).endswith(".safetensors") for file in files):
+        return Path(files[0]).parent, read_files(map(Path, files))
+    return folder, {} if folder is None else read_headers(folder)

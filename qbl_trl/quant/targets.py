@@ -21,6 +21,12 @@ from qbl_trl.quant.modules import same_module_name
 _READ_ELSEWHERE = {
     "longcat_flash": ("router.classifier",),
     "rwkv": ("attention.output", "feed_forward.value"),  # divided in place for inference
+    "wavlm": ("q_proj", "k_proj", "v_proj", "out_proj"),  # by torch's own attention
+    # activations are cast to the type of the weight
+    "blip-2": ("vision_projection", "text_projection", "itm_head"),
+    **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa"), ("weights_proj",)),
+    **dict.fromkeys(("siglip2", "siglip2_vision_model"), ("patch_embedding",)),
+    "switch_transformers": ("wo",),
     # by the fused kernels of state space models
     **dict.fromkeys(("falcon_mamba", "mamba"), ("x_proj", "dt_proj", "out_proj")),
     **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "zamba2"), ("mamba.out_proj",)),
@@ -33,6 +39,8 @@ def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
     skipped = {*HfQuantizer.get_modules_to_not_convert(_without_memory(model), None), *_kept_in_float(model)}
     skipped |= {*(config.modules_to_not_convert or []), *routers(model)}
     inner = getattr(model, "base_model", model)
+    if inner is model and "Classification" in type(model).__name__:  # its layers are all its own: the head beside them
+        skipped |= {name for name, child in model.named_children() if isinstance(child, nn.Linear)}
     prefix = "" if inner is model else same_module_name(model, inner) + "."
 
     def is_skipped(name: str) -> bool:

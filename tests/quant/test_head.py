@@ -5,7 +5,13 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+)
 
 from qbl_trl import GroupQuantConfig
 from qbl_trl.errors import ConfigError
@@ -91,3 +97,24 @@ def test_gptq_rounds_the_head_to_what_it_reads(tied):
     assert kinds(calibrated[0]) == (GroupQuantEmbedding, GroupQuantLinear)
     assert (calibrated[0].lm_head.weight is calibrated[0].get_input_embeddings().weight) == tied
     assert head_error(*calibrated) < 0.7 * head_error(*rounded)
+
+
+def test_a_table_that_an_encoder_and_a_decoder_share_is_refused_before_work(tmp_path):
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4, "vocab_size": 100}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    settings = GroupQuantConfig(quantize_embeddings=True)
+    message = r"reads the same table as shared, encoder\.embed_tokens, decoder\.embed_tokens; set quantize_embeddings"
+    with pytest.raises(ConfigError, match=message):
+        quantize_model_(model, settings)
+    assert not any(isinstance(module, GroupQuantLinear) for module in model.modules())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        T5ForConditionalGeneration.from_pretrained(tmp_path, quantization_config=settings)
+
+
+def test_a_model_without_an_embedding_is_told_so():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    convolutions = {"conv_dim": (32,), "conv_stride": (5,), "conv_kernel": (10,), "num_conv_pos_embeddings": 16}
+    model = Wav2Vec2ForCTC(Wav2Vec2Config(**sizes, **convolutions, num_conv_pos_embedding_groups=2, vocab_size=20))
+    with pytest.raises(ConfigError, match="Wav2Vec2ForCTC has NoneType"):
+        quantize_model_(model, GroupQuantConfig(quantize_embeddings=True))

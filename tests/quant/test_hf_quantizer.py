@@ -4,7 +4,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
+    WavLMConfig,
+    WavLMModel,
+    WhisperConfig,
+    WhisperForAudioClassification,
+)
 
 from qbl_trl import GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError
@@ -174,12 +183,15 @@ class TestDamagedCheckpoints:
             found |= dict.fromkeys(part, file)
         index = folder / "model.safetensors.index.json"
         index.write_text(json.dumps({"metadata": {}, "weight_map": found}))
-        load(folder)
+        whole = load(folder)
         lost = next(name for name in found if name.endswith(".scales"))
         del found[lost]
         index.write_text(json.dumps({"metadata": {}, "weight_map": found}))
-        with pytest.raises(CheckpointError, match=f"{lost}' is missing"):
-            load(folder)
+        if BEFORE_5:
+            with pytest.raises(CheckpointError, match=f"{lost}' is missing"):
+                load(folder)
+        else:  # loads all that the files hold
+            assert torch.equal(logits(load(folder), tokens()), logits(whole, tokens()))
         index.write_text(json.dumps({"weight_map": found | {"x": 3}}))
         with pytest.raises(CheckpointError, match="not a readable index"):
             load(folder)
@@ -191,6 +203,39 @@ class TestDamagedCheckpoints:
         next(folder.glob("model-00002*")).unlink()
         with pytest.raises((CheckpointError, OSError), match="model-00002"):
             load(folder)
+
+    def test_a_missing_bias_is_named(self, tmp_path):
+        quantize_model_(tiny_llama(attention_bias=True), GroupQuantConfig()).save_pretrained(tmp_path)
+        state = load_file(tmp_path / "model.safetensors")
+        del state["model.layers.1.self_attn.q_proj.bias"]
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"'model\.layers\.1\.self_attn\.q_proj\.bias' is missing"):
+            load(tmp_path)
+
+    def test_a_layer_more_than_the_file_holds_is_refused(self, folder):
+        with pytest.raises(CheckpointError, match=r"'model\.layers\.2\."):
+            load(folder, num_hidden_layers=3)
+
+    def test_an_index_of_an_earlier_save_is_not_read(self, folder):
+        model = load(folder)
+        model.save_pretrained(folder, max_shard_size="20KB")
+        for shard in folder.glob("model-*.safetensors"):
+            shard.unlink()
+        index = (folder / "model.safetensors.index.json").read_text()
+        model.save_pretrained(folder)
+        (folder / "model.safetensors.index.json").write_text(index)
+        assert torch.equal(logits(load(folder), tokens()), logits(model, tokens()))
+
+    @pytest.mark.skipif(BEFORE_5, reason="transformers 4 does not say which files it chose")
+    def test_the_files_of_a_variant_are_those_that_are_checked(self, folder):
+        load(folder).save_pretrained(folder, variant="own")
+        state = load_file(folder / "model.own.safetensors")
+        (folder / "model.safetensors").write_bytes((folder / "model.own.safetensors").read_bytes())
+        del state["model.layers.0.mlp.up_proj.scales"]
+        save_file(state, folder / "model.own.safetensors", metadata={"format": "pt"})
+        load(folder)
+        with pytest.raises(CheckpointError, match=r"'model\.layers\.0\.mlp\.up_proj\.scales' is missing"):
+            load(folder, variant="own")
 
     def test_unknown_fields_are_refused(self, folder):
         self.change_config(folder, colour="blue")
@@ -232,6 +277,36 @@ def test_layers_on_disk_are_refused_by_name(tmp_path, packed):
         load(tmp_path, device_map={**places, "lm_head": "cpu", "model.layers.1": "disk"}, **quantize)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_so_are_those_that_a_map_puts_there_by_itself(tmp_path, packed):
+    model = quantize_model_(tiny_llama(), GroupQuantConfig()) if packed else tiny_llama()
+    model.save_pretrained(tmp_path)
+    quantize = {} if packed else {"quantization_config": GroupQuantConfig()}
+    room = {"cpu": "45KB" if packed else "200KB"}
+    with pytest.raises(ConfigError, match=r"'.+' on disk"):
+        load(tmp_path, device_map="auto", max_memory=room, offload_folder=str(tmp_path / "disk"), **quantize)
+
+
+def test_a_weight_of_another_shape_than_the_configuration_says_is_not_quantized(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"proj: the file holds a weight of .*96.*, and config.json .*128"):
+        load(tmp_path, quantization_config=GroupQuantConfig(), intermediate_size=128)
+
+
+def test_a_classifier_without_a_base_model_keeps_its_head_in_float():
+    sizes = {
+        "d_model": 64,
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 64,
+        "decoder_layers": 1,
+    }
+    config = WhisperConfig(**sizes, num_mel_bins=16, vocab_size=100, pad_token_id=0, decoder_attention_heads=2)
+    model = quantize_model_(WhisperForAudioClassification(config), GroupQuantConfig())
+    assert type(model.classifier) is type(model.projector) is nn.Linear
+    assert isinstance(model.encoder.layers[0].fc1, GroupQuantLinear)
+
+
 def test_a_folder_says_which_layers_it_holds_packed(tmp_path):
     """Another version of transformers, or of this package, may have left other layers in float."""
     model = tiny_llama()
@@ -265,6 +340,15 @@ def test_layers_whose_weight_others_read_stay_in_float():
     assert isinstance(mixer.in_proj, GroupQuantLinear)  # called
     assert all(type(layer) is nn.Linear for layer in (mixer.x_proj, mixer.dt_proj, mixer.out_proj))  # read by kernels
 
+    attention = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    convolutions = {"conv_dim": (32,), "conv_stride": (5,), "conv_kernel": (10,), "num_conv_pos_embeddings": 16}
+    speech = WavLMModel(WavLMConfig(**attention, **convolutions, num_conv_pos_embedding_groups=2)).eval()
+    quantize_model_(speech, GroupQuantConfig())
+    block = speech.encoder.layers[0]
+    assert isinstance(block.feed_forward.output_dense, GroupQuantLinear)
+    assert type(block.attention.q_proj) is nn.Linear
+    assert torch.isfinite(speech(torch.randn(1, 400)).last_hidden_state).all()
+
 
 @pytest.mark.skipif(not BEFORE_5, reason="transformers 5 writes safetensors only")
 def test_a_pickle_that_nobody_could_open_is_not_written(tmp_path):
@@ -276,8 +360,13 @@ def test_a_pickle_that_nobody_could_open_is_not_written(tmp_path):
     assert not list(tmp_path.glob("*.bin"))
 
 
-def test_a_layer_that_cannot_be_quantized_is_named():
+def test_a_layer_that_cannot_be_quantized_is_named(tmp_path):
     model = tiny_llama()
     model.model.layers[1].mlp.up_proj.weight.data.mul_(1e-7)
-    with pytest.raises(ConfigError, match=r"^model\.layers\.1\.mlp\.up_proj: quantize: weights of at most"):
-        quantize_model_(model, GroupQuantConfig())
+    model.save_pretrained(tmp_path)
+    for quantized in (
+        lambda: load(tmp_path, quantization_config=GroupQuantConfig()),
+        lambda: quantize_model_(model, GroupQuantConfig()),
+    ):
+        with pytest.raises(ConfigError, match=r"^model\.layers\.1\.mlp\.up_proj: quantize: weights of at most"):
+            quantized()

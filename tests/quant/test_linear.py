@@ -169,3 +169,7 @@ def test_an_exporter_that_traces_is_told_of_the_one_that_keeps_the_codes():
         ConfigError, match=r"not traced: no exporter but qbl_trl\.export_onnx .* `model\.dequantize\(\)`"
     ):
         torch.jit.trace(quantized(), (torch.randn(2, 64),))
+    with pytest.raises(ConfigError, match="is not traced"):
+        torch.export.export(quantized(), (torch.randn(2, 64),), strict=False)
+    with pytest.raises(Exception, match="exception"):  # of dynamo's own kind
+        torch.export.export(quantized(), (torch.randn(2, 64),), strict=True)
