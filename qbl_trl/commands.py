@@ -195,9 +195,12 @@ def _load(name: str, dtype: str = "float32", settings: Any = None) -> Any:
     import torch
 
     from qbl_trl.loading import open_model
+    from qbl_trl.quant.checkpoint import read_headers
 
     _check_exists(name)
     _check_holds_model(name)
+    if Path(name).is_dir():
+        read_headers(Path(name))  # names a file that is cut short
     wanted = getattr(torch, dtype, None)
     if wanted not in (torch.float32, torch.float16, torch.bfloat16):
         raise ConfigError(f"--dtype {dtype} is not known; allowed: float32, float16, bfloat16")

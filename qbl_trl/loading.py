@@ -41,16 +41,9 @@ def open_model(
         made_for: the class to open it in, if it is another.
         num_labels: of a classifier whose configuration does not say.
         options: of `from_pretrained`.
-
-    Raises:
-        CheckpointError: if a file of a folder is cut short or damaged.
     """
     import transformers
 
-    from qbl_trl.quant.checkpoint import read_headers
-
-    if Path(source).is_dir():
-        read_headers(Path(source))
     config = transformers.AutoConfig.from_pretrained(source, revision=revision)
     if restore_settings_(config):
         options["config"] = config

@@ -29,6 +29,7 @@ from qbl_trl.quant.head import empty_embeddings_, tie_again_
 from qbl_trl.quant.kept_dtypes import keep_stored_dtypes
 from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import PackedWeight
+from qbl_trl.quant.placing import bytes_per_weight, counted_types, refuse_disk, room_for_codes
 from qbl_trl.quant.renaming import keep_packed_names_, name_here, names_in_model, without_packed
 from qbl_trl.quant.requested import requested, warn_of_unknown
 from qbl_trl.quant.stacks import keep_apart, separate_, set_apart, take_apart_
@@ -67,7 +68,22 @@ class GroupQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Called with the map that was asked for, and again with the one that "auto" became."""
-        _refuse_disk(device_map)
+        refuse_disk(device_map)
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes of a weight that is quantized as it arrives, for device_map="auto" (transformers 5)."""
+        return bytes_per_weight(self.quantization_config)
+
+    def get_special_dtypes_update(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+        """The same in transformers 4.57, which counts codes only; their scales have room by `adjust_max_memory`."""
+        names = [name for name, _ in model.named_parameters() if self.param_needs_quantization(model, name)]
+        return counted_types(names, self.quantization_config)
+
+    def adjust_max_memory(self, max_memory: dict[str, Any]) -> dict[str, Any]:
+        """Room for scales and zero points beside the codes, where these are not counted."""
+        counted = self.pre_quantized or not BEFORE_5
+        return max_memory if counted else room_for_codes(max_memory, self.quantization_config)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if not self.pre_quantized:
@@ -265,21 +281,6 @@ def describe_stored_(model: nn.Module, settings: GroupQuantConfig) -> None:
         }
     )
     attach_(model, GroupQuantizer(config, pre_quantized=True))
-
-
-def _refuse_disk(device_map: Any) -> None:
-    """Offloaded to disk, a layer would stay in float, or lose its scales.
-
-    Raises:
-        ConfigError: naming a module.
-    """
-    places = device_map.items() if isinstance(device_map, dict) else ()
-    found = next((name for name, place in places if str(place) == "disk"), None)
-    if found is not None:
-        raise ConfigError(
-            f"device_map puts {found or 'the whole model'!r} on disk, where group-quantized layers cannot be kept; "
-            "give the devices more room (max_memory, device_map) or take fewer bits"
-        )
 
 
 def register() -> None:

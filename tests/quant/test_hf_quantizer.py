@@ -282,9 +282,20 @@ def test_so_are_those_that_a_map_puts_there_by_itself(tmp_path, packed):
     model = quantize_model_(tiny_llama(), GroupQuantConfig()) if packed else tiny_llama()
     model.save_pretrained(tmp_path)
     quantize = {} if packed else {"quantization_config": GroupQuantConfig()}
-    room = {"cpu": "45KB" if packed else "200KB"}
+    room = {"cpu": "45KB"}
     with pytest.raises(ConfigError, match=r"'.+' on disk"):
         load(tmp_path, device_map="auto", max_memory=room, offload_folder=str(tmp_path / "disk"), **quantize)
+
+
+def test_a_map_that_is_made_by_itself_counts_the_bytes_that_layers_will_have(tmp_path):
+    """Room for the packed model, which is a third of the float one."""
+    tiny_llama(num_hidden_layers=8, hidden_size=128).save_pretrained(tmp_path)
+    model = load(tmp_path, quantization_config=GroupQuantConfig())
+    largest = sum(tensor.nbytes for tensor in model.lm_head.parameters())  # accelerate keeps as much free for it
+    room = {"cpu": f"{(model.get_memory_footprint() * 1.2 + largest) // 1000:.0f}KB"}
+    settings = {"device_map": "auto", "max_memory": room, "offload_folder": str(tmp_path / "disk")}
+    placed = load(tmp_path, quantization_config=GroupQuantConfig(), **settings)
+    assert torch.equal(logits(placed, tokens()), logits(model, tokens()))
 
 
 def test_a_weight_of_another_shape_than_the_configuration_says_is_not_quantized(tmp_path):
