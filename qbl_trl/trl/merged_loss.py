@@ -10,7 +10,8 @@ from transformers import Trainer
 from qbl_trl.random_state import same_random_state
 from qbl_trl.trl.shadow import computing_merged
 
-_ACCUMULATED = ("_metrics", "_total_train_tokens")  # running averages TRL's trainers collect while computing a loss
+# What TRL's trainers collect while computing a loss: running averages (ORPO and CPO: stored), and tables of texts.
+_ACCUMULATED = ("_metrics", "_stored_metrics", "_total_train_tokens", "_logs")
 
 
 def merged_loss(

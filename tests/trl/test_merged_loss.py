@@ -4,7 +4,9 @@ import pytest
 import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from qbl_trl.trl.callback import QBLoRACallback
 from tests.trl import data
@@ -38,6 +40,48 @@ def test_measuring_the_merged_loss_changes_nothing_in_training(tmp_path):
         assert history(runs[0], name) == history(runs[1], name), name
     first, second = (trainer.model.state_dict() for trainer in runs)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "config_class"), [(ORPOTrainer, ORPOConfig), (CPOTrainer, CPOConfig)], ids=["orpo", "cpo"]
+)
+def test_measuring_the_merged_loss_leaves_the_averages_of_an_evaluation_as_they_were(
+    tmp_path, trainer_class, config_class
+):
+    runs = []
+    for flag in (False, True):
+        runs.append(
+            trainer_class(
+                base(),
+                args=config_class(**settings(tmp_path / str(flag), learning_rate=0.05, **EVALUATING)),
+                train_dataset=data.preferences(),
+                eval_dataset=data.preferences(4),
+                processing_class=data.tokenizer(),
+                callbacks=[QBLoRACallback(adapter(), eval_merged_loss=flag)],
+            )
+        )
+        runs[-1].train()
+    for name in ("eval_loss", "eval_logps/chosen", "eval_logits/rejected", "eval_rewards/margins"):
+        assert history(runs[0], name) == history(runs[1], name), name
+    assert len(history(runs[1], "eval_merged_loss")) == 2
+
+
+def test_measuring_the_merged_loss_adds_no_rows_to_the_table_of_completions(tmp_path):
+    tables = []
+    for flag in (False, True):
+        options = {"per_device_train_batch_size": 16, "num_generations": 2, "max_completion_length": 4}
+        trainer = GRPOTrainer(
+            base(),
+            args=GRPOConfig(**settings(tmp_path / str(flag), **options)),
+            reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+            train_dataset=data.prompts(),
+            eval_dataset=data.prompts(4),
+            processing_class=data.tokenizer(),
+            callbacks=[QBLoRACallback(adapter(), eval_merged_loss=flag)],
+        )
+        assert ("eval_merged_loss" in trainer.evaluate()) == flag
+        tables.append({name: list(trainer._logs[name]) for name in ("prompt", "completion", "advantages")})
+    assert tables[0] == tables[1]
 
 
 def test_the_merged_loss_can_choose_the_best_model(tmp_path):
