@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # These load a reference model of their own unless the model was a PeftModel before their __init__ ran.
 _NEED_ADAPTERS_FIRST = ("GRPOTrainer", "RLOOTrainer")
+# Modules of trainers that multiply with the output head's weight instead of calling it import one of these.
+_READ_THE_HEAD = ("add_fused_lm_head", "_ForwardRedirection")
 _WRITE = "write {trainer}(..., peft_config=QBLoRAConfig(...), callbacks=[QBLoRACallback()])"
 
 
@@ -137,7 +139,7 @@ def check_head(trainer: Trainer, model: nn.Module) -> None:
     """
     modules = [vars(sys.modules[cls.__module__]) for cls in type(trainer).__mro__]
     head = unwrap(model).get_output_embeddings()  # type: ignore[operator]
-    if not any("add_fused_lm_head" in names for names in modules):
+    if not any(mark in names for names in modules for mark in _READ_THE_HEAD):
         return
     if isinstance(head, BalancedLinear):
         raise ConfigError(

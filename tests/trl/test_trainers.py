@@ -5,7 +5,18 @@ import json
 import pytest
 import torch
 from transformers import LlamaForSequenceClassification
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
+from trl import (
+    DistillationConfig,
+    DistillationTrainer,
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+)
 
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import ConfigError
@@ -85,6 +96,29 @@ def test_preference_trainers_use_the_base_as_reference_and_merge(tmp_path, train
         assert history[-1]["loss"] != history[0]["loss"]
     assert all("qbl/adapter_norm" in entry for entry in history)
     assert merged_exactly(tmp_path)
+
+
+def distillation(output, model, config):
+    return DistillationTrainer(
+        model,
+        teacher_model=tiny_llama(vocab_size=32, seed=1),
+        args=DistillationConfig(**settings(output, max_completion_length=4)),
+        train_dataset=data.prompts(),
+        processing_class=data.tokenizer(),
+        callbacks=[QBLoRACallback(config)],
+    )
+
+
+def test_distillation_refuses_an_adapter_on_the_head_that_it_never_calls(tmp_path):
+    config = adapter(target_modules=["q_proj", "lm_head"], in_factor=32, quantization_aware=False)
+    with pytest.raises(ConfigError, match=r"DistillationTrainer reads the weight .* never calls it"):
+        distillation(tmp_path, base(), config)
+
+
+def test_distillation_refuses_a_packed_head(tmp_path):
+    packed = quantize_model_(tiny_llama(vocab_size=32), GroupQuantConfig(quantize_embeddings=True))
+    with pytest.raises(ConfigError, match=r"DistillationTrainer reads the weight .* quantize_embeddings=True packs it"):
+        distillation(tmp_path, packed, adapter())
 
 
 def test_a_reward_model_keeps_its_trained_head_in_the_merge(tmp_path):
