@@ -78,6 +78,8 @@ def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> P
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     if trainer.args.gradient_checkpointing:
         peft_model.enable_input_require_grads()
+    if getattr(trainer.args, "disable_dropout", False):
+        _disable_dropout_(peft_model)
     trainer.model = trainer.model_wrapped = trainer.callback_handler.model = peft_model
     return peft_model  # type: ignore[return-value]
 
@@ -107,6 +109,13 @@ def _train_added_tokens_(config: QBLoRAConfig, model: nn.Module) -> None:
             "the chat template brought %d new tokens: their embeddings and the output head train beside the adapter",
             len(added),
         )
+
+
+def _disable_dropout_(model: nn.Module) -> None:
+    """What some trainers (Reward, ORPO, CPO, OnlineDPO) did to their model before the adapters were there."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 def check_merges(layers: dict[str, BalancedLinear], wanted: list[str]) -> None:

@@ -121,18 +121,22 @@ def test_distillation_refuses_a_packed_head(tmp_path):
         distillation(tmp_path, packed, adapter())
 
 
-def test_a_reward_model_keeps_its_trained_head_in_the_merge(tmp_path):
+def reward(output, callback, **changes):
     config = tiny_llama(vocab_size=32).config
     config.num_labels, config.pad_token_id = 1, 1
     torch.manual_seed(0)
     model = quantize_model_(LlamaForSequenceClassification(config), GroupQuantConfig(modules_to_not_convert=["score"]))
-    trainer = RewardTrainer(
+    return RewardTrainer(
         model,
-        args=RewardConfig(**settings(tmp_path)),
+        args=RewardConfig(**settings(output, **changes)),
         train_dataset=data.preferences(),
         processing_class=data.tokenizer(),
-        callbacks=[QBLoRACallback(adapter(task_type="SEQ_CLS"), merged_output_dir=tmp_path / "merged")],
+        callbacks=[callback],
     )
+
+
+def test_a_reward_model_keeps_its_trained_head_in_the_merge(tmp_path):
+    trainer = reward(tmp_path, QBLoRACallback(adapter(task_type="SEQ_CLS"), merged_output_dir=tmp_path / "merged"))
     trainer.train()
     assert merged_exactly(tmp_path)
     merged = LlamaForSequenceClassification.from_pretrained(tmp_path / "merged")
@@ -142,18 +146,16 @@ def test_a_reward_model_keeps_its_trained_head_in_the_merge(tmp_path):
 
 def test_an_export_of_what_generates_no_text_is_refused_before_the_training(tmp_path):
     pytest.importorskip("optimum.onnxruntime")
-    config = tiny_llama(vocab_size=32).config
-    config.num_labels, config.pad_token_id = 1, 1
-    model = quantize_model_(LlamaForSequenceClassification(config), GroupQuantConfig(modules_to_not_convert=["score"]))
     outputs = {"merged_output_dir": tmp_path / "merged", "onnx_output_dir": tmp_path / "onnx"}
     with pytest.raises(ConfigError, match=r"exports decoders .* LlamaForSequenceClassification is none; leave it out"):
-        RewardTrainer(
-            model,
-            args=RewardConfig(**settings(tmp_path)),
-            train_dataset=data.preferences(),
-            processing_class=data.tokenizer(),
-            callbacks=[QBLoRACallback(adapter(task_type="SEQ_CLS"), **outputs)],
-        )
+        reward(tmp_path, QBLoRACallback(adapter(task_type="SEQ_CLS"), **outputs))
+
+
+@pytest.mark.parametrize(("disabled", "probability"), [(True, 0.0), (False, 0.3)])
+def test_disable_dropout_reaches_the_adapter_too(tmp_path, disabled, probability):
+    callback = QBLoRACallback(adapter(task_type="SEQ_CLS", lora_dropout=0.3))
+    trainer = reward(tmp_path, callback, disable_dropout=disabled)
+    assert {module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)} == {probability}
 
 
 def test_a_trainer_that_would_load_a_second_reference_names_the_line_to_write(tmp_path):
