@@ -33,6 +33,7 @@ from qbl_trl.trl.inject import (
     check_merges,
     check_optimizer,
     check_resumed,
+    check_teacher,
     find_trainer,
     place_,
 )
@@ -130,6 +131,7 @@ class QBLoRACallback(TrainerCallback):
     ) -> None:
         trainer = find_trainer(model)
         self.check_outputs(args)
+        check_teacher(args)
         if self.outputs.onnx is not None:
             finish.check_decoder(model)
         if self.config is not None:

@@ -16,7 +16,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.adapter.recorded import check_same_base, quantization
@@ -159,6 +159,19 @@ def check_head(trainer: Trainer, model: nn.Module) -> None:
         raise ConfigError(
             f"{type(trainer).__name__} reads the weight of the output head, and quantize_embeddings=True packs it. "
             "Train over a base with quantize_embeddings=False, or with a trainer that calls the head (transformers')"
+        )
+
+
+def check_teacher(args: TrainingArguments) -> None:
+    """Refuse a teacher that is a moving average of the adapter: SDPO and SDFT keep it as a second, plain LoRA.
+
+    Raises:
+        ConfigError: naming the teachers that work.
+    """
+    if getattr(args, "teacher_model_kind", None) == "ema":
+        raise ConfigError(
+            f'{type(args).__name__}: teacher_model_kind="ema" averages the adapter into a second one, and TRL does so '
+            'with plain LoRA alone. Set teacher_model_kind="base" (the model without its adapter) or "live" (with it)'
         )
 
 

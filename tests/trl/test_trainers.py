@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import LlamaForSequenceClassification
 from trl import (
     DistillationConfig,
@@ -17,6 +18,8 @@ from trl import (
     RewardConfig,
     RewardTrainer,
 )
+from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import ConfigError
@@ -119,6 +122,40 @@ def test_distillation_refuses_a_packed_head(tmp_path):
     packed = quantize_model_(tiny_llama(vocab_size=32), GroupQuantConfig(quantize_embeddings=True))
     with pytest.raises(ConfigError, match=r"DistillationTrainer reads the weight .* quantize_embeddings=True packs it"):
         distillation(tmp_path, packed, adapter())
+
+
+def self_distillation(output, trainer_class, config_class, teacher, **given):
+    if trainer_class is SDPOTrainer:
+        given["reward_funcs"] = lambda completions, **_: [float(i % 2) for i in range(len(completions))]
+    options = {"num_generations": 2, "max_completion_length": 4, "max_steps": 1}
+    likeliest = {"distillation_mode": "topk_logits", "distillation_topk": 8}
+    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in data.prompts()]
+    return trainer_class(
+        base(),
+        args=config_class(**settings(output, teacher_model_kind=teacher, **options, **likeliest)),
+        train_dataset=Dataset.from_list([{**row, "privileged_context": "the red dog"} for row in rows]),
+        processing_class=data.tokenizer(),
+        **given,
+    )
+
+
+@pytest.mark.parametrize("form", ["config", "peft_config"])
+@pytest.mark.parametrize(
+    ("trainer_class", "config_class"), [(SDPOTrainer, SDPOConfig), (SDFTTrainer, SDFTConfig)], ids=["sdpo", "sdft"]
+)
+def test_a_teacher_that_averages_adapters_is_refused_with_those_that_work(tmp_path, trainer_class, config_class, form):
+    def given():
+        if form == "config":
+            return {"callbacks": [QBLoRACallback(adapter())]}
+        return {"callbacks": [QBLoRACallback()], "peft_config": adapter()}
+
+    with pytest.raises(
+        ConfigError, match=r'Config: teacher_model_kind="ema" .* Set teacher_model_kind="base" .*"live"'
+    ):
+        self_distillation(tmp_path, trainer_class, config_class, "ema", **given())
+    for teacher in ("base", "live"):
+        self_distillation(tmp_path, trainer_class, config_class, teacher, **given()).train()
+        assert merged_exactly(tmp_path)
 
 
 def reward(output, callback, **changes):
