@@ -80,6 +80,7 @@ def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> P
         peft_model.enable_input_require_grads()
     if getattr(trainer.args, "disable_dropout", False):
         _disable_dropout_(peft_model)
+    _let_go_of_copied_reference_(trainer)
     trainer.model = trainer.model_wrapped = trainer.callback_handler.model = peft_model
     return peft_model  # type: ignore[return-value]
 
@@ -116,6 +117,19 @@ def _disable_dropout_(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+
+
+def _let_go_of_copied_reference_(trainer: Trainer) -> None:
+    """What OnlineDPO does with a peft_config: its reference is the model with the adapters off, not a second model.
+
+    Without one it has copied its model by now, unless it was given a reference: that is a variable of its constructor,
+    which is running now.
+    """
+    if not any(cls.__name__ == "OnlineDPOTrainer" for cls in type(trainer).__mro__):
+        return
+    given = (names["ref_model"] for names in _callers() if names.get("self") is trainer and "ref_model" in names)
+    if next(given, trainer.ref_model) is None:
+        trainer.ref_model = None
 
 
 def check_merges(layers: dict[str, BalancedLinear], wanted: list[str]) -> None:

@@ -18,6 +18,7 @@ from trl import (
     RewardConfig,
     RewardTrainer,
 )
+from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
@@ -122,6 +123,31 @@ def test_distillation_refuses_a_packed_head(tmp_path):
     packed = quantize_model_(tiny_llama(vocab_size=32), GroupQuantConfig(quantize_embeddings=True))
     with pytest.raises(ConfigError, match=r"DistillationTrainer reads the weight .* quantize_embeddings=True packs it"):
         distillation(tmp_path, packed, adapter())
+
+
+def online_dpo(output, callback, **given):
+    return OnlineDPOTrainer(
+        base(),
+        args=OnlineDPOConfig(**settings(output, max_new_tokens=4, max_steps=1)),
+        reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+        train_dataset=data.prompts(),
+        processing_class=data.tokenizer(),
+        callbacks=[callback],
+        **given,
+    )
+
+
+def test_online_dpo_uses_the_base_as_reference_and_keeps_no_copy_of_it(tmp_path):
+    trainer = online_dpo(tmp_path, QBLoRACallback(adapter()))
+    assert trainer.ref_model is None
+    trainer.train()
+    assert trainer.state.log_history[0]["objective/kl"] == 0  # before the first step they are the same model
+    assert merged_exactly(tmp_path)
+
+
+def test_online_dpo_keeps_a_reference_that_it_was_given(tmp_path):
+    reference = tiny_llama(vocab_size=32, seed=1)
+    assert online_dpo(tmp_path, QBLoRACallback(adapter()), ref_model=reference).ref_model is reference
 
 
 def self_distillation(output, trainer_class, config_class, teacher, **given):
