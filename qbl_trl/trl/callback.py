@@ -149,15 +149,8 @@ class QBLoRACallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if self.config is not None and not self._layers:
-            raise ConfigError(
-                "QBLoRACallback(config) was added after the trainer was built; pass it in callbacks=[...] of the "
-                "trainer, or give the trainer peft_config=QBLoRAConfig(...) and add QBLoRACallback()"
-            )
         self.check_outputs(args)  # training again would find the first run's outputs
-        trainer = find_trainer(model)
-        if not self.record.layers or trainer not in (None, self._trainer):  # added after the trainer was built
-            self._meet(trainer, model)
+        self._meet_late(model)
         if state.global_step:
             check_resumed(model)
         self._layers = adapter_layers(model)  # sharding may have replaced modules
@@ -208,10 +201,14 @@ class QBLoRACallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: Any = None,
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.eval_merged_loss and self._trainer is not None and metrics is not None:
+        if not self.eval_merged_loss or metrics is None:
+            return
+        self._meet_late(model)
+        if self._trainer is not None:
             data = kwargs.get("eval_dataloader")
             metrics.update(merged_loss(self._trainer, metrics, data, self.outputs.stored_delta))
 
@@ -273,6 +270,17 @@ class QBLoRACallback(TrainerCallback):
         if trainer is not None:
             callbacks = trainer.callback_handler.callbacks
             callbacks.insert(0, callbacks.pop(callbacks.index(self)))
+
+    def _meet_late(self, model: Any) -> None:
+        """Meet a trainer that was built before this callback was added to it, at its first training or evaluation."""
+        if self.config is not None and not self._layers:
+            raise ConfigError(
+                "QBLoRACallback(config) was added after the trainer was built; pass it in callbacks=[...] of the "
+                "trainer, or give the trainer peft_config=QBLoRAConfig(...) and add QBLoRACallback()"
+            )
+        trainer = find_trainer(model)
+        if not self.record.layers or trainer not in (None, self._trainer):
+            self._meet(trainer, model)
 
     def _check(self, trainer: Trainer | None, layers: dict[str, BalancedLinear]) -> None:
         options = {"merged_output_dir": self.outputs.merged, "save_merged": self.save_merged}

@@ -195,10 +195,11 @@ def test_a_packed_head_is_refused_where_the_trainer_reads_its_weight(tmp_path):
 
 
 def test_a_config_added_after_the_trainer_was_built_is_refused(tmp_path):
-    trainer = sft(tmp_path, None, peft_config=adapter())
-    trainer.add_callback(QBLoRACallback(adapter()))
-    with pytest.raises(ConfigError, match="added after the trainer was built"):
-        trainer.train()
+    trainer = sft(tmp_path, None, peft_config=adapter(), eval_dataset=data.texts(2))
+    trainer.add_callback(QBLoRACallback(adapter(), eval_merged_loss=True))
+    for start in (trainer.evaluate, trainer.train):
+        with pytest.raises(ConfigError, match="added after the trainer was built"):
+            start()
 
 
 def test_a_callback_without_config_may_be_added_later(tmp_path):

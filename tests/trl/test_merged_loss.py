@@ -117,6 +117,25 @@ def test_other_data_than_the_trainers_own_has_a_merged_loss_of_its_own(tmp_path)
     assert other["test_merged_loss"] != pytest.approx(trainer.evaluate()["eval_merged_loss"], abs=1e-5)
 
 
+def test_a_callback_that_is_added_later_measures_the_merged_loss_before_training_too(tmp_path):
+    trainer = sft(tmp_path, None, peft_config=adapter(), eval_dataset=data.texts(4))
+    trainer.add_callback(QBLoRACallback(eval_merged_loss=True))
+    measured = trainer.evaluate()
+    assert measured["eval_merged_loss"] == pytest.approx(measured["eval_loss"], abs=1e-5)
+    trainer.train()
+    assert all("qbl/adapter_norm" in entry for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_one_callback_measures_the_merged_loss_of_the_trainer_that_evaluates(tmp_path):
+    callback = QBLoRACallback(eval_merged_loss=True)
+    for name, rows in (("a", 4), ("b", 6)):
+        trainer = sft(tmp_path / name, None, peft_config=adapter(), eval_dataset=data.texts(rows))
+        trainer.add_callback(callback)
+        measured = trainer.evaluate()
+        assert measured["eval_merged_loss"] == pytest.approx(measured["eval_loss"], abs=1e-5)
+        assert history(trainer, "eval_merged_loss") == [measured["eval_merged_loss"]]
+
+
 def test_a_loss_with_another_adapter_as_reference_is_measured_with_the_merged_policy(tmp_path):
     trainer = DPOTrainer(
         get_peft_model(base(), adapter()),  # over which TRL keeps a copy of the adapter as reference
