@@ -20,7 +20,7 @@ def needed(nodes: Iterable[NodeProto], values: Iterable[str]) -> list[NodeProto]
     for node in reversed(list(nodes)):
         if wanted & set(node.output):
             kept.append(node)
-            wanted.update(_read(node))
+            wanted.update(values_read(node))
     return kept[::-1]
 
 
@@ -48,10 +48,10 @@ def _inlined(node: NodeProto, branch: GraphProto) -> Iterator[NodeProto]:
         yield copy
 
 
-def _read(node: NodeProto) -> Iterator[str]:
+def values_read(node: NodeProto) -> Iterator[str]:
     """Every value that a node reads, its subgraphs' nodes among them."""
     yield from filter(None, node.input)
     for graph in subgraphs(node):
         for inner in graph.node:
-            yield from _read(inner)
+            yield from values_read(inner)
         yield from (value.name for value in graph.output)

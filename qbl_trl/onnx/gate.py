@@ -33,13 +33,21 @@ class Gate:
     Args:
         reference: in float32; anything that `qbl_trl.parity.logits_of` takes.
         ids: (B, S); the first row is padded.
+
+    Attributes:
+        reference: logits of the batch, (B, S, V).
+        alone: the same of every row without its padding, which some models count as places (Bart).
     """
 
     def __init__(self, reference: Any, ids: Tensor) -> None:
         self.ids = ids
         self.mask = torch.ones_like(self.ids)
         self.mask[0, : min(_PADDED, ids.shape[1] // 3)] = 0
-        self.reference: Tensor = logits_of(reference)(self.ids, self.mask)
+        logits = logits_of(reference)
+        self.reference: Tensor = logits(self.ids, self.mask)
+        start = int((1 - self.mask[0]).sum())
+        self.alone = self.reference.clone()
+        self.alone[:1, start:] = logits(self.ids[:1, start:], self.mask[:1, start:])
 
     @classmethod
     def on_noise(cls, reference: nn.Module, vocabulary: int, longest: float = _LENGTH) -> Self:
@@ -100,7 +108,10 @@ class Gate:
         return report.max_abs_difference <= allowed
 
     def _right_padded(self, graph: OnnxLogits) -> ParityReport:
-        """A prefix whose padding stands on the right, then token by token over a buffer, as ONNX Runtime GenAI does."""
+        """A prefix whose padding stands on the right, then token by token over a buffer, as ONNX Runtime GenAI does.
+
+        Held against every row alone.
+        """
         length = self.ids.shape[1]
         prefix = min(_PREFIX, length - 2)
         gaps = [int(gap) for gap in (1 - self.mask[:, :prefix]).sum(1)]
@@ -113,7 +124,13 @@ class Gate:
             parts.append(logits)
         found = torch.cat(parts, 1)
         kept = slice(-found.shape[1], None)
-        return compare(self.reference[:, kept], found, self.mask[:, kept])
+        return compare(self.alone[:, kept], found, self.mask[:, kept])
+
+    def _in_a_buffer(self, folder: Path) -> ParityReport:
+        own = folder / GENAI_FILE
+        if own.is_file():
+            return self._right_padded(OnnxLogits(own))
+        return self._over_cache(OnnxLogits(folder), self._buffer)
 
     def _over_cache(self, graph: OnnxLogits, buffer: int = 0) -> ParityReport:
         """A prefix, then token by token; `buffer` as `OnnxLogits.with_cache` has it."""
@@ -129,17 +146,17 @@ class Gate:
         for it (bfloat16).
 
         Args:
-            buffer: over a cache that is longer than its text, too.
+            buffer: over a cache that is longer than its text, too; where there is a graph for ONNX Runtime GenAI, that
+                one.
 
         Raises:
             Unrunnable: if ONNX Runtime does not run it for another reason.
         """
         try:
             with _run_errors():
-                graph = OnnxLogits(folder)
-                reports = [*self.measure(graph)]
+                reports = [*self.measure(OnnxLogits(folder))]
                 if buffer:
-                    reports.append(self._over_cache(graph, self._buffer))
+                    reports.append(self._in_a_buffer(folder))
                 return max(reports, key=lambda report: report.max_abs_difference)
         except (onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented, KeyError):
             return None

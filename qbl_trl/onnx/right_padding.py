@@ -4,7 +4,8 @@ A row's next token then stands at the row's own end, over what was padding, and 
 
     seqlens_k = tokens of the row - 1    query_seqlens = those of them that are new    no attention bias
 
-but for a bias that a model has of its own (alibi), which is made once more for a mask that hides nothing.
+but for a bias that a model has of its own (alibi), which is made once more for a mask that hides nothing. Places of new
+tokens that a graph counts from the length of its cache, for learned positions (Bart), are counted by rows as well.
 
 Nothing ever reads padding, so that windows and places count text alone. Over the same weights as the graph it is made
 from, which is for padding on the left, and without the choices of `grouped.py`: GenAI's cache does not grow.
@@ -18,7 +19,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.onnx_pb import GraphProto, NodeProto
 
 from qbl_trl.onnx import protos
-from qbl_trl.onnx.choices import WHOLE, needed, settled
+from qbl_trl.onnx.choices import WHOLE, needed, settled, values_read
 from qbl_trl.onnx.masks import BIASED
 
 _SEQLENS, _BIAS, _QUERIES = 5, 10, 16  # inputs of GroupQueryAttention
@@ -36,9 +37,9 @@ def write_right_padded(source: Path, target: Path) -> None:
     for node in attentions:
         bias = f"right/{node.input[_BIAS]}" if node.input[_BIAS] in biased else ""
         node.input[_SEQLENS], node.input[_BIAS], node.input[_QUERIES] = "right/seqlens", bias, "right/queries"
-    nodes = [*_counts(graph), *_without_padding(nodes, biased), *nodes]
+    nodes = [*_counts(graph), *_without_padding(nodes, biased), *_placed_by_rows(nodes)]
     nodes = needed(nodes, (value.name for value in graph.output))
-    read = {name for node in nodes for name in node.input}
+    read = {name for node in nodes for name in values_read(node)}
     kept = [weight for weight in graph.initializer if weight.name in read]
     for part in (graph.node, graph.initializer, graph.value_info):
         del part[:]
@@ -64,19 +65,47 @@ def _without_padding(nodes: list[NodeProto], values: set[str]) -> list[NodeProto
     return copies if values else []
 
 
+def _placed_by_rows(nodes: list[NodeProto]) -> list[NodeProto]:
+    """The nodes, with places (B, S) from the mask where they count (S,) from the length of the cache.
+
+    What is made of places keeps its one axis of them, now B * S long, up to the table that it is read from.
+    """
+    placed, made = list[NodeProto](), set[str]()
+    for node in nodes:
+        if node.op_type == "Range" and _reads_cache(needed(placed, node.input)):
+            placed.append(protos.node("Reshape", ["right/places", "right/flat"], node.output[0]))
+            made.add(node.output[0])
+            continue
+        if node.op_type == "Gather" and node.input[1] in made:
+            rows = f"right/{node.output[0]}/rows"
+            placed.append(protos.node("Reshape", [node.input[1], "right/rows"], rows))
+            node.input[1] = rows
+        elif made & set(node.input):
+            made.update(node.output)
+        placed.append(node)
+    return placed
+
+
+def _reads_cache(nodes: list[NodeProto]) -> bool:
+    return any(name.startswith("past_key_values") for node in nodes for name in node.input)
+
+
 def _counts(graph: GraphProto) -> list[NodeProto]:
-    """seqlens_k and query_seqlens from the mask."""
-    for name, value in (("zero", [0]), ("axis", [1]), ("end", [2**62])):
+    """From the mask: seqlens_k and query_seqlens, (B,) int32, and the places of new tokens in their rows, (B, S)."""
+    for name, value in (("zero", [0]), ("one", 1), ("axis", [1]), ("end", [2**62]), ("flat", [-1])):
         protos.constant(graph, f"right/{name}", np.array(value))
-    protos.constant(graph, "right/one", np.array(1, np.int32))
-    new = ["attention_mask", "right/start", "right/end", "right/axis"]
+    new = ["right/start", "right/end", "right/axis"]
     return [
         protos.node("ReduceSum", ["attention_mask", "right/axis"], "right/tokens", keepdims=0),
-        protos.node("Cast", ["right/tokens"], "right/counted", to=TensorProto.INT32),
-        protos.node("Sub", ["right/counted", "right/one"], "right/seqlens"),
+        protos.node("Sub", ["right/tokens", "right/one"], "right/last"),
+        protos.node("Cast", ["right/last"], "right/seqlens", to=TensorProto.INT32),
+        protos.node("Shape", ["input_ids"], "right/rows"),
         protos.node("Shape", ["input_ids"], "right/length", start=1, end=2),
         protos.node("Sub", ["right/zero", "right/length"], "right/start"),
-        protos.node("Slice", new, "right/new"),
+        protos.node("Slice", ["attention_mask", *new], "right/new"),
         protos.node("ReduceSum", ["right/new", "right/axis"], "right/asked", keepdims=0),
         protos.node("Cast", ["right/asked"], "right/queries", to=TensorProto.INT32),
+        protos.node("CumSum", ["attention_mask", "right/one"], "right/counted"),
+        protos.node("Slice", ["right/counted", *new], "right/reached"),
+        protos.node("Sub", ["right/reached", "right/one"], "right/places"),
     ]

@@ -10,13 +10,16 @@ import torch
 from qbl_trl import export_onnx
 from qbl_trl.onnx.gate import Gate
 from qbl_trl.onnx.session import OnnxLogits
-from tests.onnx.architectures import ARCHITECTURES, GATED, build
+from tests.onnx.architectures import ARCHITECTURES, BART, GATED, MOE, TOKENS, build
 from tests.onnx.models import PAD, merged_llama, operators
 from tests.tiny import tiny_tokenizer, tokens
 
-# Bart's decoder counts padding as positions, in torch as in any graph of it.
-FUSED = [name for name, row in ARCHITECTURES.items() if row[2] == "gqa" and row[0] != "Bart"]
-GEMMA = ("Gemma", {**GATED, "head_dim": 16}, "gqa")  # its graph has no position_ids
+FUSED = {name: row for name, row in ARCHITECTURES.items() if row[2] == "gqa"}
+FUSED |= {
+    "gemma without positions": ("Gemma", {**GATED, "head_dim": 16}, "gqa"),
+    "pegasus with positions as sinusoids": ("Pegasus", {**TOKENS, **BART}, "gqa"),
+    "mixtral with a window": ("Mixtral", {**MOE, "num_local_experts": 4, "sliding_window": 6}, "gqa"),
+}
 ROWS, MORE = (tokens(1, 12)[0], tokens(1, 4, seed=1)[0]), tokens(2, 5, seed=2)  # MORE: tokens that follow each row
 FP32 = 1e-5
 
@@ -43,23 +46,27 @@ def one_by_one(model):
     return torch.stack([row[-MORE.shape[1] - 1 :] for row in whole])
 
 
-@pytest.mark.parametrize("case", [*FUSED, "gemma without positions"])
+@pytest.mark.parametrize("case", FUSED)
 @pytest.mark.parametrize("logits", ["all", "last"])
 def test_rows_of_different_lengths_are_read_as_if_alone(tmp_path, case, logits):
-    model = build(*ARCHITECTURES.get(case, GEMMA)[:2])
+    model = build(*FUSED[case][:2])
     export_onnx(model, tmp_path / "out", logits=logits)
     named = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["decoder"]["filename"]
+    assert named == "model_genai.onnx"
     found = in_genais_way(OnnxLogits(tmp_path / "out" / named))
     torch.testing.assert_close(found, one_by_one(model), rtol=0, atol=FP32)
 
 
+@pytest.mark.parametrize("case", ["mistral with a window", "the decoder of bart"])
 @pytest.mark.parametrize("options", [{"kv_cache_dtype": "int8"}, {"accuracy_level": 4, "prompt_accuracy_level": 0}])
-def test_a_cache_of_8_bits_and_levels_keep_the_rows_apart(tmp_path, options):
-    model = build(*ARCHITECTURES["mistral with a window"][:2])
-    export_onnx(model, tmp_path / "out", lowering="factored", **options)
+def test_a_cache_of_8_bits_and_levels_keep_the_rows_apart(tmp_path, case, options):
+    model = build(*ARCHITECTURES[case][:2])
+    report = export_onnx(model, tmp_path / "out", lowering="factored", **options)
     found = in_genais_way(OnnxLogits(tmp_path / "out" / "model_genai.onnx"))
     expected = one_by_one(model)
-    torch.testing.assert_close(found, expected, rtol=0, atol=float(expected.abs().max()) / 20)  # as 8 bits round
+    tolerance = float(expected.abs().max()) / 20  # as 8 bits round
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    assert report.parity_as_written.max_abs_difference < tolerance
 
 
 def test_the_graph_shares_weights_and_holds_nothing_it_does_not_read(tmp_path):
@@ -86,9 +93,11 @@ def test_a_graph_that_reads_padding_is_left_out(tmp_path, monkeypatch):
         assert config["model"]["decoder"]["filename"] == "model.onnx"
 
 
-def test_onnx_runtime_genai_generates_for_a_batch_of_different_lengths(tmp_path):
+@pytest.mark.parametrize("case", ["mistral with a window", "pegasus with positions as sinusoids"])
+def test_onnx_runtime_genai_generates_for_a_batch_of_different_lengths(tmp_path, case):
     genai = pytest.importorskip("onnxruntime_genai")
-    model = build(*ARCHITECTURES["mistral with a window"][:2])
+    model = build(*FUSED[case][:2])
+    model.generation_config.forced_eos_token_id = None  # Bart's, which GenAI does not know
     export_onnx(model, tmp_path / "out", tokenizer=tiny_tokenizer())
     loaded = genai.Model(str(tmp_path / "out"))
     params = genai.GeneratorParams(loaded)
