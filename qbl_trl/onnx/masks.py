@@ -7,6 +7,7 @@ query_lengths   (B,) = S, int32
 step(window)    (B, 1, 1, T): padding for the last query alone, and keys `window` and more before it
 grows_by_one    (1,): one new token over a past that is shorter than the text by that token
 last_token      (B, 1, 1): which of the new tokens is the last that is no padding
+position_ids    (B, S): which token of its text each new one is, from 0; -1 for padding
 last_place      (B, 1) = T - 1: where the last token stands in the cache
 rows            (4,) = B, 1, 1, 1: the shape of one value for every row
 """
@@ -100,6 +101,15 @@ class Masks:
         grows = self._add("Equal", [self._add("Sub", [self._total(), length]), self._steps()])
         return self._add("And", [self._add("Equal", [self._steps(), self.editor.constant([1])]), grows])
 
+    def answer_positions(self) -> None:
+        """Count `position_ids` from the mask where the graph reads that input, which it loses."""
+        asked = self._input("position_ids")
+        if asked is not None:
+            one = self.editor.constant(1)
+            text = self._add("Mul", [self._add("CumSum", [self.mask, one]), self.mask])
+            self.editor.replace(asked, self._of_new(self._add("Sub", [text, one])))
+            self.editor.graph.inputs.remove(asked)
+
     def last_place(self) -> ir.Value:
         """Place of the last token in the cache, for every row, (B, 1)."""
         if "last place" not in self._made:
@@ -122,10 +132,9 @@ class Masks:
         """Which of the new tokens is the last that is no padding, for every row, (B, 1, 1)."""
         if "last token" not in self._made:
             constant, zero, one = self.editor.constant, self.editor.constant(0), self.editor.constant(1)
-            end, axis = constant([torch.iinfo(torch.int64).max]), constant([1])
-            seen = self._add("Slice", [self.mask, self._add("Sub", [constant([0]), self._steps()]), end, axis])
-            places = self._add("Range", [zero, self._add("Squeeze", [self._steps()]), one])
-            last = self._add("ReduceMax", [self._add("Mul", [seen, places]), axis], keepdims=1)
+            seen = self._of_new(self.mask)
+            order = self._add("Range", [zero, self._add("Squeeze", [self._steps()]), one])
+            last = self._add("ReduceMax", [self._add("Mul", [seen, order]), constant([1])], keepdims=1)
             self._made["last token"] = self._add("Unsqueeze", [last, constant([2])])
         return self._made["last token"]
 
@@ -178,6 +187,12 @@ class Masks:
             return value
         factor = editor.weight(f"mask.bias.{bias.scale}", (), editor.dtype, lambda: torch.tensor(bias.scale))
         return self._add("Mul", [value, factor])
+
+    def _of_new(self, value: ir.Value) -> ir.Value:
+        """(B, T) of the whole text -> (B, S) of the new tokens."""
+        end, axis = self.editor.constant([torch.iinfo(torch.int64).max]), self.editor.constant([1])
+        start = self._add("Sub", [self.editor.constant([0]), self._steps()])
+        return self._add("Slice", [value, start, end, axis])
 
     def _total(self) -> ir.Value:
         """T, a scalar."""

@@ -17,12 +17,16 @@ from qbl_trl.onnx.grouped import add_grouped_steps
 from qbl_trl.onnx.last import keep_last
 from qbl_trl.onnx.linears import LinearLowering, LoweredLayer
 from qbl_trl.onnx.markers import TRACE_DOMAIN
+from qbl_trl.onnx.masks import Masks
 from qbl_trl.onnx.norms import RMS_NORM_OPSET, lower_norms
 from qbl_trl.onnx.packing import pack_projections
 from qbl_trl.onnx.rotary import lower_rotary_tables
 from qbl_trl.onnx.shapes import answer_shapes
 from qbl_trl.onnx.skeleton import Skeleton
 from qbl_trl.onnx.unasked import let_unasked_experts_rest
+
+# They count the mask where nobody gives them positions; ORTModelForCausalLM would give places that count padding.
+_COUNTS_MASK = ("biogpt",)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> Rewritten:
     """
     editor = Editor(model, options.dtype)
     answer_shapes(editor, skeleton)
+    if skeleton.model.config.model_type in _COUNTS_MASK:
+        Masks(editor).answer_positions()
     lower_activations(editor)
     attention = "standard", ""
     if options.attention:

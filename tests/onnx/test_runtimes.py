@@ -93,6 +93,18 @@ def test_gpt2_with_its_transposed_weights_is_exact(tmp_path):
     assert torch.equal(expected, found)
 
 
+def test_biogpt_counts_the_mask_where_it_is_given_no_positions(tmp_path):
+    model = build(*ARCHITECTURES["biogpt, which makes its mask by itself"][:2])
+    export_onnx(model, tmp_path / "out")
+    ids, mask = padded_batch()
+    deployed = ort.ORTModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert "position_ids" not in deployed.input_names
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+    found = deployed(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)  # fp32 on both sides
+
+
 @pytest.mark.parametrize("attention", ["attention", "gqa"])
 def test_beams_and_continued_generation_are_right(tmp_path, attention):
     model = merged_llama()
