@@ -2,9 +2,10 @@
 
 An adapter for each row of a batch: an expert sees tokens of all rows. And PEFT 0.21 knows that transformers 5 stacks
 the experts of some models, and turns a LoRA on their layers into one on the stacked tensors, by the kind of model;
-where experts are layers, nothing would answer to it.
+where experts are layers, nothing would answer to it. `load_adapter` of transformers 5 does so with every adapter.
 """
 
+import functools
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,18 +14,22 @@ from torch import Tensor, nn
 from qbl_trl.errors import ConfigError
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.quant.experts import Experts
-from qbl_trl.quant.renaming import name_here
+from qbl_trl.quant.renaming import name_here, without_packed
 
 
 def register() -> None:
-    """Have PEFT leave the configuration and the tensors of such an adapter as they are (once)."""
+    """Have PEFT and transformers leave the configuration and the tensors of such an adapter as they are (once)."""
     if BEFORE_5:
         return
     from peft.utils import transformers_weight_conversion
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.integrations.peft import PeftAdapterMixin
 
     conversion: Any = transformers_weight_conversion
+    loader: Any = PeftAdapterMixin
     convert_config = conversion.convert_peft_config_for_transformers
     convert_state = conversion.convert_peft_adapter_state_dict_for_transformers
+    load = loader.load_adapter
 
     def config_here(peft_config: Any, model: nn.Module, conversions: Any) -> None:
         if not _are_layers(model):
@@ -39,8 +44,16 @@ def register() -> None:
         own = {name.replace(f".{adapter_name}.", ".") for name in model.state_dict()}
         return {name_here(name, own): tensor for name, tensor in adapter_state_dict.items()}
 
+    @functools.wraps(load)
+    def load_here(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _are_layers(self):
+            given = kwargs.get("weight_mapping") or getattr(kwargs.get("load_config"), "weight_mapping", None)
+            kwargs["weight_mapping"] = without_packed(given or get_model_conversion_mapping(self), self)
+        return load(self, *args, **kwargs)
+
     conversion.convert_peft_config_for_transformers = config_here
     conversion.convert_peft_adapter_state_dict_for_transformers = state_here
+    loader.load_adapter = load_here
 
 
 def _are_layers(model: nn.Module) -> bool:

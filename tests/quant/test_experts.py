@@ -198,6 +198,23 @@ def test_experts_without_an_adapter_are_named():
         get_peft_model(mixture("GptOss"), QBLoRAConfig(r=4))
 
 
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "GptOss"])
+@pytest.mark.parametrize("kind", [LoraConfig, QBLoRAConfig])
+def test_transformers_itself_loads_an_adapter_of_experts_that_are_layers(name, kind, tmp_path):
+    mixture(name).save_pretrained(tmp_path / "float")
+    settings = {"quantization_config": GroupQuantConfig()}
+    config = kind(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", **settings)
+    model = get_peft_model(model, config).eval()
+    assert any(".experts.3." in layer for layer, _ in model.named_parameters() if "lora_A" in layer)
+    model.save_pretrained(tmp_path / "adapter")
+    later = AutoModelForCausalLM.from_pretrained(tmp_path / "float", **settings)
+    later.load_adapter(str(tmp_path / "adapter"))
+    at_once = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", **settings)
+    for again in (later, at_once):
+        assert torch.equal(logits(again.eval(), tokens()), logits(model, tokens()))
+
+
 @stacking
 def test_what_is_not_converted_stays_stacked_and_loads_anywhere(tmp_path):
     model = mixture("Qwen3Moe")
