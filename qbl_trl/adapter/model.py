@@ -66,6 +66,14 @@ class QBLoRAModel(LoraModel):
             prepared.in_factor = prepared.in_factor or stored.group_size
         return prepared
 
+    def _add_targets_to_tie(self, peft_config: QBLoRAConfig, tied_weight_keys: list[str]) -> None:
+        """PEFT would move the adapter of a tied head to the embedding, which is no linear layer, and share it."""
+        raise ConfigError(
+            f"ensure_weight_tying: {', '.join(sorted(tied_weight_keys))} and the embedding are one table, and only a "
+            "linear layer can hold a balanced adapter. Leave ensure_weight_tying off: the head is then adapted alone, "
+            "and a merge gives it a weight of its own"
+        )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT's; another adapter for each row of a batch (`adapter_names`) is refused where layers see no rows."""
@@ -133,7 +141,7 @@ class QBLoRAModel(LoraModel):
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
-        progressbar: bool = True,
+        progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:

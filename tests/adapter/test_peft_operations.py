@@ -248,6 +248,24 @@ def test_layers_whose_weight_a_fused_kernel_reads_are_refused():
     assert {name.rpartition(".")[2] for name in layers} == {"in_proj", "x_proj", "dt_proj"}
 
 
+def test_one_adapter_for_a_tied_head_and_its_embedding_is_refused_before_anything_changes():
+    base, adapter = tiny_llama(tie_word_embeddings=True), config(target_modules=["q_proj", "lm_head"])
+    adapter.ensure_weight_tying = True
+    with pytest.raises(ConfigError, match="ensure_weight_tying: lm_head and the embedding are one table"):
+        get_peft_model(base, adapter)
+    adapter.ensure_weight_tying = False
+    layers = adapter_layers(get_peft_model(base, adapter))
+    assert {name.rpartition(".")[2] for name in layers} == {"q_proj", "lm_head"}
+
+
+def test_unloading_draws_no_bar(capfd):
+    get_peft_model(tiny_llama(), config()).unload()
+    get_peft_model(tiny_llama(), config()).merge_and_unload()
+    assert capfd.readouterr().err == ""
+    get_peft_model(tiny_llama(), config()).merge_and_unload(progressbar=True)
+    assert "Unloading and merging model" in capfd.readouterr().err
+
+
 def test_what_is_not_supported_is_refused_in_words(tmp_path):
     model = get_peft_model(tiny_llama(), config())
     with pytest.raises(ConfigError, match=r"embed_tokens: Embedding cannot hold a balanced adapter"):
