@@ -12,6 +12,7 @@ from typing import Any
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.peft_types import register_peft_method
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from qbl_trl.adapter.balance import largest_useful_r, matched_rank
 from qbl_trl.adapter.checkpointing import let_inputs_require_grad
 from qbl_trl.adapter.factors import recorded_factors
 from qbl_trl.adapter.layer import BalancedLinear, record_placed_
+from qbl_trl.adapter.misplaced import check_every_layer_is_here, targeted_in_vain
 from qbl_trl.adapter.recorded import quantization, record_base_, record_layers_
 from qbl_trl.adapter.targets import resolve_all_linear
 from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
@@ -83,8 +85,20 @@ class QBLoRAModel(LoraModel):
             yield
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Place an adapter, and write the factors its layers got into its configuration, as PEFT does with targets."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        """Place an adapter, and write the factors its layers got into its configuration, as PEFT does with targets.
+
+        Raises:
+            ConfigError: if it has no layer to act on because experts are none.
+        """
+        in_vain = targeted_in_vain(self.peft_config[adapter_name], model)  # before PEFT words the targets anew
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            if in_vain is None:
+                raise
+            raise ConfigError(f"{error} Note: {in_vain}") from error
+        if in_vain is not None:
+            warnings.warn(in_vain, stacklevel=2)
         if getattr(model, "is_gradient_checkpointing", False):
             let_inputs_require_grad(model)  # also where no PeftModel is put around it
         layers = record_placed_(model, adapter_name, self.peft_config[adapter_name])
@@ -113,14 +127,13 @@ class QBLoRAModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT's, from the names that modules have in this version of transformers."""
+        """PEFT's, from the names that modules have in this version of transformers; what finds no layer is refused."""
         own = {cls._remove_adapter_name_from_key(name, adapter_name) for name in model.state_dict()}
         own |= {f"base_model.model.{name}" for name in own}
+        named_here = {name_here(name, own): tensor for name, tensor in state_dict.items()}
+        check_every_layer_is_here(model, adapter_name, named_here)
         here: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model=model,
-            config=config,
-            adapter_name=adapter_name,
-            state_dict={name_here(name, own): tensor for name, tensor in state_dict.items()},
+            model=model, config=config, adapter_name=adapter_name, state_dict=named_here
         )
         return here
 

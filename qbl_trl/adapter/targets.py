@@ -1,7 +1,6 @@
 """What target_modules="all-linear" names: PEFT's own choice, and what PEFT cannot know of this method's bases."""
 
 import copy
-import warnings
 from collections.abc import Iterable
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
@@ -10,7 +9,6 @@ from torch import nn
 from qbl_trl.adapter.bases import describe, foreign_kind
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.quant.stacks import stacks_of
 from qbl_trl.quant.targets import routers
 
 _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}  # in PeftModelFor... of PEFT
@@ -28,13 +26,6 @@ def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | Non
     """
     if config.target_modules != "all-linear":
         return None
-    stacked = stacks_of(model)
-    if stacked:
-        warnings.warn(
-            f"no adapter acts on the experts of this model ({stacked[0]} and {len(stacked) - 1} more): they are no "
-            "linear layers, but slices of one tensor. Load the model with a GroupQuantConfig: it makes layers of them",
-            stacklevel=2,
-        )
     plain: set[str] = _maybe_include_all_linear_layers(copy.copy(config), model).target_modules
     foreign = {
         name

@@ -1,0 +1,77 @@
+"""What an adapter is meant for and this model has no layer for: PEFT places and loads the rest without a word."""
+
+import re
+from collections.abc import Iterable, Iterator
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from qbl_trl.adapter.layer import BalancedLinear
+from qbl_trl.config import QBLoRAConfig
+from qbl_trl.errors import ConfigError
+from qbl_trl.generation import BEFORE_5
+from qbl_trl.quant.stacks import _names_in_files, stacks_of
+
+_PREFIX = "base_model.model."  # of names in a PeftModel, and in files
+_WRAPPERS = re.compile(r"_(fsdp|checkpoint)_wrapped_module\.")  # no part of names in files
+_USUAL = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+
+
+def stacked_experts(model: nn.Module) -> str | None:
+    """What is said of experts that no adapter can act on; None if the model has none."""
+    stacked = stacks_of(model)
+    if not stacked:
+        return None
+    elsewhere = "" if BEFORE_5 else ", as transformers 4.57 has them in most mixtures"
+    return (
+        f"no adapter acts on the experts of this model ({stacked[0]} and {len(stacked) - 1} more): they are no linear "
+        f"layers, but slices of one tensor. Load the model with a GroupQuantConfig: it makes layers of them{elsewhere}"
+    )
+
+
+def targeted_in_vain(config: QBLoRAConfig, model: nn.Module) -> str | None:
+    """The same, if target_modules means these experts: "all-linear", or the names that they would have as layers."""
+    targets = config.target_modules
+    meant = targets == "all-linear" or (
+        targets is not None and any(check_target_module_exists(config, name) for name in _as_layers(model))
+    )
+    return stacked_experts(model) if meant else None
+
+
+def check_every_layer_is_here(model: nn.Module, adapter_name: str, names: Iterable[str]) -> None:
+    """Refuse tensors of an adapter that no layer of the model takes: PEFT drops them without a word.
+
+    Args:
+        model: with the adapter in place.
+        names: of tensors as files have them, those of the adapter and others (whole modules, tokens, biases).
+
+    Raises:
+        ConfigError: naming one.
+    """
+    own = {
+        f"{_WRAPPERS.sub('', layer_name)}.{kind}.weight"
+        for layer_name, layer in model.named_modules()
+        if isinstance(layer, BalancedLinear)
+        for kind in layer.adapter_layer_names
+        if adapter_name in getattr(layer, kind)
+    }
+    own |= {_PREFIX + name for name in own}
+    ends = tuple(f".{kind}.weight" for kind in BalancedLinear.adapter_layer_names)
+    lost = [name for name in names if name.endswith(ends) and name not in own]
+    if lost:
+        experts = stacked_experts(model) if any(".experts." in name for name in lost) else None
+        advice = experts or "load the base that it was trained over, or leave these tensors out"
+        raise ConfigError(
+            f"adapter {adapter_name!r}: {len(lost)} tensors for layers that have no adapter ({lost[0]}, ...): "
+            f"adapter_config.json and the file, or the adapter and this base, do not belong together; {advice}"
+        )
+
+
+def _as_layers(model: nn.Module) -> Iterator[str]:
+    """Full names that the parts of stacked experts would have as layers, by whatever name files have them."""
+    stacked = stacks_of(model)
+    told = _names_in_files(model) if stacked and not BEFORE_5 else []
+    parts = {*_USUAL, *(part for _, names in told for part in names)}
+    for path in stacked:
+        count: int = model.get_submodule(path).num_experts  # type: ignore[assignment]
+        yield from (f"{path}.{index}.{part}" for index in range(count) for part in parts)
