@@ -10,10 +10,10 @@ from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.generation import BEFORE_5
-from qbl_trl.quant.stacks import _names_in_files, stacks_of
+from qbl_trl.quant.stacks import names_in_files, stacks_of
 
 _PREFIX = "base_model.model."  # of names in a PeftModel, and in files
-_WRAPPERS = re.compile(r"_(fsdp|checkpoint)_wrapped_module\.")  # no part of names in files
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")  # of sharded, compiled modules
 _USUAL = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
 
@@ -57,7 +57,7 @@ def check_every_layer_is_here(model: nn.Module, adapter_name: str, names: Iterab
     }
     own |= {_PREFIX + name for name in own}
     ends = tuple(f".{kind}.weight" for kind in BalancedLinear.adapter_layer_names)
-    lost = [name for name in names if name.endswith(ends) and name not in own]
+    lost = [name for name in names if name.endswith(ends) and _WRAPPERS.sub("", name) not in own]
     if lost:
         experts = stacked_experts(model) if any(".experts." in name for name in lost) else None
         advice = experts or "load the base that it was trained over, or leave these tensors out"
@@ -70,7 +70,7 @@ def check_every_layer_is_here(model: nn.Module, adapter_name: str, names: Iterab
 def _as_layers(model: nn.Module) -> Iterator[str]:
     """Full names that the parts of stacked experts would have as layers, by whatever name files have them."""
     stacked = stacks_of(model)
-    told = _names_in_files(model) if stacked and not BEFORE_5 else []
+    told = names_in_files(model) if stacked and not BEFORE_5 else []
     parts = {*_USUAL, *(part for _, names in told for part in names)}
     for path in stacked:
         count: int = model.get_submodule(path).num_experts  # type: ignore[assignment]

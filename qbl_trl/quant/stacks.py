@@ -28,7 +28,7 @@ def stacks_of(model: nn.Module) -> list[str]:
 def set_apart(model: nn.Module) -> dict[str, nn.Module]:
     """Separate all experts of a model; returns the modules that held them stacked, by their names."""
     stacked = {path: model.get_submodule(path) for path in stacks_of(model)}
-    named = _names_in_files(model) if stacked and not BEFORE_5 else []
+    named = names_in_files(model) if stacked and not BEFORE_5 else []
     for path, module in stacked.items():
         experts = _separable(module)
         for name in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
@@ -132,7 +132,7 @@ def _separable(module: Any) -> Experts:
     return (_kind(module) or Experts)(module)
 
 
-def _names_in_files(model: Any) -> list[tuple[str, Parts]]:
+def names_in_files(model: Any) -> list[tuple[str, Parts]]:
     """What transformers 5 joins while it loads: the target of a conversion, and the files' names of its parts."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
