@@ -144,7 +144,8 @@ def write_folder(folder: Path, tensors_of, quantization: dict, affine_of, *, sha
         for part in parts:
             save_file({n: tensors[n] for n in names if where[n] == part}, folder / part, metadata={"format": "pt"})
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    config = model.config.to_dict() | {"quantization_config": quantization, "torch_dtype": "float32"}
+    named = {"architectures": [type(model).__name__], "torch_dtype": "float32"}
+    config = model.config.to_dict() | named | {"quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer_config.json").write_text("{}")
     return model, affines

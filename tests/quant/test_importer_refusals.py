@@ -6,12 +6,18 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 import qbl_trl  # noqa: F401  (registers the quantizer)
 from qbl_trl.errors import CheckpointError
+from qbl_trl.quant.checkpoint import read_headers
 from qbl_trl.quant.importers import convert_checkpoint, describe_checkpoint, read_layers
+from qbl_trl.quant.importers.places import check_places
 from tests.quant import foreign
 from tests.quant.foreign import AUTO_ROUND, AWQ, COMPRESSED, GPTQ, HQQ, WEIGHTS, affines, compressed_group, write_layer
+from tests.quant.foreign_gguf import write_gguf
+from tests.tiny import SIZES, tiny_llama
 
 
 def narrow_words(affine):
@@ -97,6 +103,40 @@ def without(part, make):
         (foreign.awq_tensors, HQQ, affines(), r"no tensor is called \*\.W_q"),
         (changed("scales", torch.flatten), GPTQ, affines(), r"no gptq layer by its shapes: .*scales \(\d+,\)"),
         (changed("scales", lambda s: s * torch.nan), GPTQ, affines(), "its scales are not all finite numbers"),
+        (
+            changed("qzeros", lambda z: z[:-1]),
+            GPTQ,
+            affines(),
+            r"in: model\S* is no gptq layer by its shapes: .*qzeros \(",
+        ),
+        (
+            changed("qweight", lambda q: q[:, :-8]),
+            GPTQ,
+            affines(),
+            r"in: model\S* is no gptq layer by its shapes: qwei",
+        ),
+        (changed("g_idx", lambda g: g[:10]), GPTQ, affines(), r"no gptq layer by its shapes: .*g_idx \(10,\)"),
+        (
+            partial(foreign.gptq_tensors, bits=4),
+            GPTQ | {"dynamic": ["up"]},
+            affines(),
+            "in: dynamic of quantization_conf",
+        ),
+        (partial(foreign.gptq_tensors, bits=4), GPTQ | {"dynamic": {"up": 4}}, affines(), "does not name layers with"),
+        (partial(foreign.gptq_tensors, bits=4), GPTQ | {"dynamic": {"+:[": {}}}, affines(), r"in: dynamic holds '\['"),
+        (foreign.awq_tensors, AWQ | {"extra_config": ["up"]}, affines(), "in: extra_config of quantization_config"),
+        (
+            partial(foreign.gptq_tensors, bits=4),
+            AUTO_ROUND | {"packing_format": 3},
+            affines(),
+            "packing_format=3 is no",
+        ),
+        (
+            partial(foreign.compressed_tensors, bits=4, symmetric=False),
+            compressed_group(targets=["re:["]),
+            affines(),
+            r"in: targets holds '\[', no regular expression",
+        ),
     ],
 )
 def test_what_cannot_be_read_exactly_is_refused(tmp_path, tensors, quantization, affine_of, message):
@@ -105,6 +145,86 @@ def test_what_cannot_be_read_exactly_is_refused(tmp_path, tensors, quantization,
         convert_checkpoint(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["in"]  # nothing half-written stays behind
+
+
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+def dropped(*names):
+    return lambda tensors: {key: value for key, value in tensors.items() if not key.startswith(names)}
+
+
+def replaced(name, change):
+    return lambda tensors: tensors | {name: change(tensors[name]).contiguous()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (dropped("model.embed_tokens"), r"no tensor for model\.embed_tokens\.weight, which LlamaForCausalLM"),
+        (dropped("model.norm"), r"no tensor for model\.norm\.weight, which"),
+        (dropped("model.layers.0.self_attn.q_proj.bias"), r"no tensor for model\.layers\.0\.self_attn\.q_proj\.bias,"),
+        (dropped(f"{LAYER}.qweight"), rf"no tensor for {LAYER}\.weight, which"),
+        (dropped(LAYER, "model.norm"), rf"no tensor for {LAYER}\.weight, model\.norm\.weight, which"),
+        (dropped("model.layers.1"), r"layers\.1\.\S+ and 5 more, which .* incomplete"),
+        (replaced("model.norm.weight", lambda w: w[:10]), r"in: model\.norm\.weight is \(10,\), not \(64,\), as Llama"),
+        (replaced(f"{LAYER}.qweight", lambda w: w[:-1]), rf"in: {LAYER}\.weight is \(96, 56\), not \(96, 64\), as"),
+        (replaced("model.layers.0.self_attn.q_proj.bias", lambda b: b[:10]), r"q_proj\.bias is \(10,\), not \(64,\)"),
+    ],
+)
+def test_a_checkpoint_that_is_not_the_whole_model_is_refused_by_the_names_of_what_it_lacks(tmp_path, damage, message):
+    foreign.write_folder(tmp_path / "in", partial(foreign.gptq_tensors, bits=4), GPTQ, affines())
+    file = tmp_path / "in" / "model.safetensors"
+    save_file(damage(load_file(file)), file)
+    with pytest.raises(CheckpointError, match=message):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_columns_that_a_stated_shape_leaves_out_are_missed(tmp_path):
+    make = partial(foreign.compressed_tensors, bits=4, symmetric=False)
+    foreign.write_folder(tmp_path / "in", make, COMPRESSED, affines())
+    file = tmp_path / "in" / "model.safetensors"
+    save_file(load_file(file) | {f"{LAYER}.weight_shape": torch.tensor([96, 60])}, file)
+    with pytest.raises(CheckpointError, match=rf"{LAYER}\.weight is \(96, 60\), not \(96, 64\)"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "make", "changes"),
+    [
+        ("llama", AutoModelForCausalLM, {"tie_word_embeddings": True}),
+        ("llama", AutoModel, {}),
+        ("mixtral", AutoModelForCausalLM, {"num_local_experts": 2}),  # transformers 5 stacks its experts
+        ("t5", AutoModelForSeq2SeqLM, {"d_model": 64, "d_ff": 96, "d_kv": 16, "num_layers": 1}),  # one shared embedding
+        ("bert", AutoModelForMaskedLM, {}),
+    ],
+)
+def test_what_transformers_fills_by_itself_is_not_missed(tmp_path, model_type, make, changes):
+    config = AutoConfig.for_model(model_type, **(SIZES | changes))
+    make.from_config(config).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    others = {name: stored.shape for name, stored in read_headers(tmp_path).items()}
+    check_places(tmp_path, settings, {}, others)
+    if model_type == "llama":  # its names with those of the other class
+        bare = {name.removeprefix("model."): shape for name, shape in others.items()}
+        check_places(tmp_path, settings, {}, bare)
+        check_places(tmp_path, settings, {}, {f"model.{name}": shape for name, shape in bare.items()})
+    lost = next(name for name in others if name.endswith(("norm.weight", "LayerNorm.weight")))
+    with pytest.raises(CheckpointError, match=f"no tensor for {lost}, which"):
+        check_places(tmp_path, settings, {}, {name: shape for name, shape in others.items() if name != lost})
+
+
+@pytest.mark.parametrize("lost", ["model.norm.weight", "model.embed_tokens.weight", f"{LAYER}.weight"])
+def test_a_gguf_file_that_lacks_a_tensor_is_refused(tmp_path, lost):
+    pytest.importorskip("gguf", reason="the GGUF importer needs the package gguf")
+    model = tiny_llama(tie_word_embeddings=False)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != lost}
+    model.state_dict = lambda: state
+    write_gguf(tmp_path / "in.gguf", model, {})
+    with pytest.raises(CheckpointError, match=rf"in\.gguf: no tensor for {lost}, which LlamaForCausalLM"):
+        convert_checkpoint(tmp_path / "in.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_streaming_yields_every_tensor_once(tmp_path):
 def test_a_quantized_output_head_becomes_float_without_a_loss(tmp_path):
     _reference, _ = foreign.write_folder(tmp_path / "in", partial(foreign.gptq_tensors, bits=4), GPTQ, affines())
     tensors = load_file(tmp_path / "in" / "model.safetensors")
-    affine = foreign.random_affine(96, 64, 4, 9)
+    affine = foreign.random_affine(100, 64, 4, 9)
     tensors |= {f"lm_head.{key}": value.contiguous() for key, value in foreign.gptq_tensors(affine, 4).items()}
     foreign.save_file(tensors, tmp_path / "in" / "model.safetensors")
     assert "lm_head" in describe_checkpoint(tmp_path / "in")["modules_to_not_convert"]
@@ -201,13 +201,13 @@ def test_an_output_folder_with_files_is_left_alone(tmp_path):
 def test_the_dtype_of_what_is_not_quantized_can_be_chosen(tmp_path):
     foreign.write_folder(tmp_path / "in", foreign.awq_tensors, AWQ, affines())
     file = tmp_path / "in" / "config.json"
-    inner = {"text_config": {"torch_dtype": "float32"}, "vision_config": {}}
+    inner = {"audio_config": {"torch_dtype": "float32"}, "vision_config": {}}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float16"} | inner))
     convert_checkpoint(tmp_path / "in", tmp_path / "out", dtype=torch.bfloat16)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     assert "torch_dtype" not in config  # write_folder wrote one
-    assert (config["text_config"], config["vision_config"]) == ({"dtype": "bfloat16"}, {})
+    assert (config["audio_config"], config["vision_config"]) == ({"dtype": "bfloat16"}, {})
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert tensors["model.layers.0.self_attn.q_proj.bias"].dtype == torch.bfloat16
@@ -236,7 +236,7 @@ def test_a_layer_has_the_group_size_that_the_file_states_for_it(tmp_path):
 def test_a_quantized_head_is_no_longer_tied(tmp_path):
     foreign.write_folder(tmp_path / "in", partial(foreign.gptq_tensors, bits=4), GPTQ, affines())
     tensors = load_file(tmp_path / "in" / "model.safetensors")
-    affine = foreign.random_affine(96, 64, 4, 9)
+    affine = foreign.random_affine(100, 64, 4, 9)
     tensors |= {f"lm_head.{key}": value.contiguous() for key, value in foreign.gptq_tensors(affine, 4).items()}
     foreign.save_file(tensors, tmp_path / "in" / "model.safetensors")
     config = json.loads((tmp_path / "in" / "config.json").read_text()) | {"tie_word_embeddings": True}

@@ -49,9 +49,9 @@ class AWQReader(FolderReader):
         return int(self.quantization.get("group_size", self.quantization.get("q_group_size", -1)) or -1)
 
     def own(self, name: str) -> dict[str, Any]:
-        return own_settings(self.quantization, name)
+        return own_settings(self.folder, self.quantization, name)
 
-    def geometry(self, name: str) -> tuple[int, int, int]:
+    def geometry(self, name: str) -> tuple[int, int, int, int]:
         bits = self.own(name).get("bits", _BITS)
         if bits != _BITS:
             raise CheckpointError(
@@ -59,9 +59,10 @@ class AWQReader(FolderReader):
             )
         rows, columns = self.shards.shape(f"{name}.qweight")
         if self._version() == "gemm":
-            return _BITS, rows, self.shards.shape(f"{name}.scales")[0]
+            groups, out_features = self.shards.shape(f"{name}.scales")
+            return _BITS, out_features, rows, groups
         in_features = columns * 8
-        return _BITS, in_features, -(-in_features // self.stated_group_size) if self.stated_group_size > 0 else 1
+        return _BITS, rows, in_features, -(-in_features // self.stated_group_size) if self.stated_group_size > 0 else 1
 
     def read_layer(self, name: str) -> GroupQuantLinear:
         bits, own_size, size = self.sizes(name)
@@ -69,7 +70,7 @@ class AWQReader(FolderReader):
         if self._version() == "gemm":
             codes, zeros, scales = _interleaved(words).T, _interleaved(zero_words).T, scales.T
         else:
-            groups = self.geometry(name)[2]
+            groups = self.geometry(name)[3]
             codes = split_words(words, bits, 1)
             zeros, scales = split_words(zero_words, bits, 1)[:, :groups], scales[:, :groups]
         affine = Affine(codes, scales, zeros)

@@ -11,7 +11,6 @@
 Source: compressed-tensors, compressors/pack_quantized.
 """
 
-import re
 from typing import Any
 
 import torch
@@ -19,7 +18,13 @@ import torch
 from qbl_trl.allowed import ALLOWED_BITS
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import Affine
-from qbl_trl.quant.importers.folders import CODES_ARE_KEPT, FolderReader, refuse_activations, refuse_rotations
+from qbl_trl.quant.importers.folders import (
+    CODES_ARE_KEPT,
+    FolderReader,
+    matches,
+    refuse_activations,
+    refuse_rotations,
+)
 from qbl_trl.quant.importers.reader import build, split_words
 from qbl_trl.quant.linear import GroupQuantLinear
 
@@ -64,21 +69,21 @@ class CompressedReader(FolderReader):
         sizes = {(group["weights"].get("group_size") or -1) for group in self.quantization["config_groups"].values()}
         return int(sizes.pop()) if len(sizes) == 1 else -1
 
-    def geometry(self, name: str) -> tuple[int, int, int]:
-        in_features = int(self.part(name, "weight_shape")[1])
+    def geometry(self, name: str) -> tuple[int, int, int, int]:
+        out_features, in_features = self.part(name, "weight_shape").tolist()
         words = self.shards.shape(f"{name}.weight_packed")[1]
         fitting = [bits for bits in ALLOWED_BITS if -(-in_features * bits // 32) == words]
         bits = (fitting or [words * 32 // in_features])[0]
         stated = self.own(name).get("num_bits", bits)
         if stated not in ALLOWED_BITS:  # older files pad 7-bit codes to words, as many as 8-bit codes take
             bits = stated
-        return bits, in_features, self.shards.shape(f"{name}.weight_scale")[1]
+        return bits, out_features, in_features, self.shards.shape(f"{name}.weight_scale")[1]
 
     def own(self, name: str) -> dict[str, Any]:
         """Settings of one layer's weights: of the group that names it, or of the one for all linear layers."""
         groups = list(self.quantization["config_groups"].values())
         targets = [(target, group) for group in groups for target in group.get("targets") or ()]
-        named = [group for target, group in targets if _names(target, name)]
+        named = [group for target, group in targets if self._names(target, name)]
         named += [group for target, group in targets if target == "Linear"]
         return dict((named + groups)[0].get("weights") or {}) if named or len(groups) == 1 else {}
 
@@ -109,7 +114,7 @@ class CompressedReader(FolderReader):
         affine = Affine(codes, scales, zeros)
         return build(affine, bits=bits, own_size=own_size, group_size=size, symmetric=symmetric, bias=self.bias(name))
 
-
-def _names(target: str, name: str) -> bool:
-    """Whether a target of a group is this layer: by name, or by a regular expression behind `re:`."""
-    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+    def _names(self, target: str, name: str) -> bool:
+        """Whether a target of a group is this layer: by name, or by a regular expression behind `re:`."""
+        pattern = target.removeprefix("re:")
+        return target == name or (pattern != target and matches(self.folder, "targets", pattern, name))

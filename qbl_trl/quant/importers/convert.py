@@ -58,7 +58,7 @@ def convert_checkpoint(
     check_free(output_dir, overwrite)
     check_apart(output_dir, source)
     reader, path = open_reader(source), Path(source)
-    check_places(path, reader.config(), reader.formats(), reader.others())
+    check_places(path, reader.config(), reader.inside(), reader.others())
     with new_folder(output_dir, overwrite) as built:
         _write_weights(reader, built, dtype)
         config = reader.config()

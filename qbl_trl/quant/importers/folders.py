@@ -15,9 +15,10 @@ from torch import Tensor
 
 from qbl_trl.allowed import ALLOWED_BITS
 from qbl_trl.config import LayerFormat
-from qbl_trl.errors import CheckpointError
+from qbl_trl.errors import CheckpointError, ConfigError
 from qbl_trl.quant.importers.reader import Reader, dtype_name, stored_group_size
 from qbl_trl.quant.importers.shards import Shards, read_json
+from qbl_trl.quant.linear import GroupQuantLinear
 
 _HEADS = ("lm_head", "embed_out")
 CODES_ARE_KEPT = "Load it with the library that wrote it and quantize the dequantized weights again (lossy)"
@@ -42,6 +43,7 @@ class FolderReader(Reader):
         self.folder, self.quantization = folder, quantization
         self.shards = shards or Shards(folder)
         self._formats: dict[str, LayerFormat] = {}
+        self._shapes: dict[str, tuple[int, int]] = {}
         self._own_sizes: dict[str, int] = {}
         self.check()
         self._check_group_size()
@@ -58,8 +60,8 @@ class FolderReader(Reader):
         """Raise CheckpointError for settings of the format that cannot be read without changing codes."""
 
     @abstractmethod
-    def geometry(self, name: str) -> tuple[int, int, int]:
-        """bits, in_features and number of groups of one layer, from shapes."""
+    def geometry(self, name: str) -> tuple[int, int, int, int]:
+        """bits, out_features, in_features and number of groups of one layer, from shapes."""
 
     @property
     @abstractmethod
@@ -90,12 +92,23 @@ class FolderReader(Reader):
                     part["tie_word_embeddings"] = False
         return config
 
+    def layer(self, name: str) -> GroupQuantLinear:
+        try:
+            return super().layer(name)
+        except (ConfigError, RuntimeError, IndexError) as error:
+            raise self.misshapen(name, f" ({error})") from error
+
+    def inside(self) -> dict[str, tuple[int, ...]]:
+        biases = [name for name in map("{}.bias".format, self.formats()) if name in self.shards]
+        return {f"{name}.weight": self._shapes[name] for name in self.formats()} | {
+            name: self.shards.shape(name) for name in biases
+        }
+
     def others(self) -> dict[str, tuple[int, ...]]:
         own = {f"{name}.{part}" for name in self._formats for part in self.parts}
         own |= {f"{name}.bias" for name in self.formats()}
-        heads = {f"{name}.weight": self._head(name).shape for name in self._formats if _is_head(name)}
-        rest = {name: self.shards.shape(name) for name in self.shards.names() if name not in own}
-        return rest | {name: tuple(shape) for name, shape in heads.items()}
+        heads = {f"{name}.weight": self._shapes[name] for name in self._formats if _is_head(name)}
+        return {name: self.shards.shape(name) for name in self.shards.names() if name not in own} | heads
 
     def tensor(self, name: str) -> Tensor:
         module = name.removesuffix(".weight")
@@ -113,6 +126,11 @@ class FolderReader(Reader):
         """bits, the file's group size and the stored one."""
         stored = self._formats[name]
         return stored.bits, self._own_sizes[name], stored.group_size
+
+    def misshapen(self, name: str, why: str = "") -> CheckpointError:
+        """The error for a layer whose tensors do not fit each other."""
+        shapes = [f"{p} {self.shards.shape(f'{name}.{p}')}" for p in self.parts if f"{name}.{p}" in self.shards]
+        return CheckpointError(f"{self.folder}: {name} is no {self.kind} layer by its shapes: {', '.join(shapes)}{why}")
 
     def _check_group_size(self) -> None:
         try:
@@ -142,19 +160,17 @@ class FolderReader(Reader):
                 f"{self.folder}: {name}.{self.marker} holds {words}; {self.kind} packs into {allowed}"
             )
         try:
-            bits, in_features, groups = self.geometry(name)
+            bits, out_features, in_features, groups = self.geometry(name)
         except CheckpointError:
             raise
         except (ValueError, IndexError, ZeroDivisionError):
-            shapes = ", ".join(
-                f"{p} {self.shards.shape(f'{name}.{p}')}" for p in self.parts if f"{name}.{p}" in self.shards
-            )
-            raise CheckpointError(f"{self.folder}: {name} is no {self.kind} layer by its shapes: {shapes}") from None
+            raise self.misshapen(name) from None
         if bits not in ALLOWED_BITS:
             raise CheckpointError(
                 f"{self.folder}: {name} has {bits}-bit codes; this package stores 2, 4 or 8 bits. {CODES_ARE_KEPT}"
             )
         where = f"{self.folder}: {name}"
+        self._shapes[name] = (out_features, in_features)
         self._own_sizes[name], size = stored_group_size(where, in_features, groups, self.group_size_of(name))
         scale_dtype = dtype_name(f"{where}.{self.scales}", self.shards.dtype(f"{name}.{self.scales}"))
         return LayerFormat(bits, size, self.zeros_kind(name), scale_dtype)
@@ -196,13 +212,43 @@ def refuse_run_time(folder: Path, settings: Mapping[str, Any]) -> None:
     refuse_activations(folder, bool(settings.get("static_kv_dtype") or settings.get("activation")))
 
 
-def own_settings(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What AutoRound's `extra_config` says of one layer, by its name or a regular expression."""
-    stated = settings.get("extra_config") or {}
-    return next((dict(own) for pattern, own in stated.items() if name == pattern or _matches(pattern, name)), {})
+def by_pattern(folder: Path, settings: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    """What a configuration says of single layers under a key: names or regular expressions -> settings.
+
+    Raises:
+        CheckpointError: if it is anything else.
+    """
+    stated = settings.get(key) or {}
+    if not isinstance(stated, dict) or not all(isinstance(own or {}, dict) for own in stated.values()):
+        raise CheckpointError(
+            f"{folder}: {key} of quantization_config does not name layers with their settings; the file is damaged"
+        )
+    return {pattern: own or {} for pattern, own in stated.items()}
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(folder: Path, key: str, pattern: str, name: str) -> bool:
+    """Whether the name of a layer begins with a regular expression that is stated under a key.
+
+    Raises:
+        CheckpointError: if it is no regular expression.
+    """
+    try:
+        return re.match(pattern, name) is not None
+    except re.error as error:
+        raise CheckpointError(f"{folder}: {key} holds {pattern!r}, no regular expression ({error})") from error
+
+
+def own_settings(folder: Path, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What AutoRound's `extra_config` says of one layer, by its name or a regular expression.
+
+    Raises:
+        CheckpointError: if it names no layers.
+    """
+    stated = by_pattern(folder, settings, "extra_config").items()
+    return next((own for pattern, own in stated if name == pattern or _fits(pattern, name)), {})
+
+
+def _fits(pattern: str, name: str) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error:

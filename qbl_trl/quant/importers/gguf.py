@@ -66,7 +66,7 @@ class GGUFReader(Reader):
                 "are separate linear layers (GPTQ, AWQ or compressed-tensors)"
             )
         model = self._skeleton()
-        self._model_config = model.config.to_dict()
+        self._model_config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         self._sources = self._names(model)
         self._formats = {
             module: FORMATS[kind]
@@ -89,9 +89,14 @@ class GGUFReader(Reader):
     def formats(self) -> dict[str, LayerFormat]:
         return dict(self._formats)
 
+    def inside(self) -> dict[str, tuple[int, ...]]:
+        weights = {f"{name}.weight": self._stored_shape(f"{name}.weight") for name in self._formats}
+        biases = [f"{name}.bias" for name in self._formats if f"{name}.bias" in self._sources]
+        return weights | {name: self._shape(name) for name in biases}
+
     def others(self) -> dict[str, tuple[int, ...]]:
         own = {f"{name}.{part}" for name in self._formats for part in ("weight", "bias")}
-        return {name: tuple(map(int, self.raw(name).shape[::-1])) for name in self._sources if name not in own}
+        return {name: self._shape(name) for name in self._sources if name not in own}
 
     def tensor(self, name: str) -> Tensor:
         raw = self.raw(name)
@@ -201,6 +206,14 @@ class GGUFReader(Reader):
 
     def _type(self, name: str) -> str | None:
         return self.raw(name).tensor_type.name if name in self._sources else None  # type: ignore[no-any-return]
+
+    def _stored_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(map(int, self.raw(name).shape[::-1]))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor as it is read (transposed, say), from numbers that take no memory; Mamba takes log(-x)."""
+        numbers = np.broadcast_to(np.float16(-1), self._stored_shape(name))
+        return tuple(self._processed(numbers, self._sources[name]).shape)
 
     def _processed(self, values: Any, source: str) -> Any:
         parameters: dict[str, Any] = {"tensors": {}}

@@ -14,7 +14,6 @@ such a file is refused.
 Source: GPTQModel, gptqmodel/utils/model.py (convert_gptq_v1_to_v2_format), its TorchLinear, and dynamic_get.
 """
 
-import re
 from typing import Any
 
 import torch
@@ -24,6 +23,8 @@ from qbl_trl.quant.affine import Affine
 from qbl_trl.quant.importers.folders import (
     CODES_ARE_KEPT,
     FolderReader,
+    by_pattern,
+    matches,
     own_settings,
     refuse_activations,
     refuse_run_time,
@@ -55,10 +56,10 @@ class GPTQReader(FolderReader):
     def stated_group_size(self) -> int:
         return int(self.quantization.get("group_size") or -1)
 
-    def geometry(self, name: str) -> tuple[int, int, int]:
+    def geometry(self, name: str) -> tuple[int, int, int, int]:
         groups, out_features = self.shards.shape(f"{name}.scales")
         bits = self.shards.shape(f"{name}.qzeros")[1] * 32 // out_features
-        return bits, self.shards.shape(f"{name}.qweight")[0] * 32 // max(bits, 1), groups
+        return bits, out_features, self.shards.shape(f"{name}.qweight")[0] * 32 // max(bits, 1), groups
 
     def zeros_kind(self, name: str) -> str:
         if self._layout() == "gptq" and self._differs(name):
@@ -94,6 +95,8 @@ class GPTQReader(FolderReader):
                 )
             return
         index = self.part(name, "g_idx").long()
+        if index.shape != (in_features,):
+            raise self.misshapen(name)
         if not torch.equal(index, torch.arange(in_features) // own_size):
             raise CheckpointError(
                 f"{self.folder}: {name} was quantized with desc_act=true (act order): its groups are scattered over "
@@ -116,6 +119,10 @@ class GPTQReader(FolderReader):
 
     def _layout(self) -> str:
         packing = self.quantization.get("packing_format")
+        if packing is not None and not isinstance(packing, str):
+            raise CheckpointError(
+                f"{self.folder}: packing_format={packing!r} is no name of a packing, such as auto_gptq"
+            )
         if packing is not None:  # AutoRound: only its auto_gptq packing subtracts one
             return "gptq" if "auto_gptq" in packing else "gptq_v2"
         return str(self.quantization.get("checkpoint_format") or "gptq")
@@ -125,10 +132,10 @@ class GPTQReader(FolderReader):
 
     def own(self, name: str) -> dict[str, Any]:
         """Settings of one layer: of the first of GPTQModel's `dynamic` patterns that its name begins with."""
-        for pattern, own in (self.quantization.get("dynamic") or {}).items():
-            if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
-                return dict(own)
-        return own_settings(self.quantization, name)
+        for pattern, own in by_pattern(self.folder, self.quantization, "dynamic").items():
+            if not pattern.startswith("-:") and matches(self.folder, "dynamic", pattern.removeprefix("+:"), name):
+                return own
+        return own_settings(self.folder, self.quantization, name)
 
 
 def _ones_word(bits: int) -> int:

@@ -47,7 +47,7 @@ class HQQReader(FolderReader):
     def group_size_of(self, name: str) -> int:
         return int(self._setting(name, "group_size") or -1)
 
-    def geometry(self, name: str) -> tuple[int, int, int]:
+    def geometry(self, name: str) -> tuple[int, int, int, int]:
         where = f"{self.folder}: {name}"
         if self._setting(name, "axis") != 1:
             raise CheckpointError(f"{where}: HQQ with axis=0 groups along the outputs. {CODES_ARE_KEPT}, or use axis=1")
@@ -64,7 +64,7 @@ class HQQReader(FolderReader):
             raise CheckpointError(
                 f"{where}: groups of {size} weights go on from row to row of {columns}. {CODES_ARE_KEPT}"
             )
-        return bits, columns, self.shards.shape(f"{name}.scale")[0] // rows
+        return bits, rows, columns, self.shards.shape(f"{name}.scale")[0] // rows
 
     def zeros_kind(self, name: str) -> str:
         return dtype_name(f"{self.folder}: {name}.zero", self.shards.dtype(f"{name}.zero"))

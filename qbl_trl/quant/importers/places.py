@@ -1,12 +1,14 @@
-"""Whether the layers of a checkpoint have a place in the model that will load them.
+"""Whether a checkpoint is the model that will be loaded from it: every tensor of the model is there, in its shape.
 
 Some libraries split or join layers before they quantize them (a fused gate and up projection, say). Their codes can be
-read one by one, and the folder could still not be loaded.
+read one by one, and the folder could still not be loaded. What a file lacks, transformers would fill with random
+numbers.
 """
 
 import copy
 import logging
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +20,73 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.errors import CheckpointError
-from qbl_trl.quant.renaming import names_in_model
+from qbl_trl.quant.renaming import makes, names_in_model
 
 logger = logging.getLogger(__name__)
 
+Shapes = Mapping[str, tuple[int, ...]]
+_SHOWN = 8
 
-def check_places(source: Path, config: dict[str, Any], packed: Iterable[str], others: Iterable[str]) -> None:
-    """Compare names with those of the model that config.json describes, without a weight in memory.
 
-    Layers that the model never asks for may be there (transformers ignores them); experts that the running version
-    of transformers holds in one tensor are left to the loader, which says so.
+def check_places(source: Path, config: dict[str, Any], packed: Shapes, others: Shapes) -> None:
+    """Compare names and shapes with those of the model that config.json describes, without a weight in memory.
+
+    Tensors that the model never asks for may be there (transformers ignores them). Those that transformers fills by
+    itself may be missing: tied weights, what it converts from other tensors of the checkpoint, what the class says
+    need not be stored. Experts that the running version of transformers holds in one tensor are left to the loader,
+    which says so.
 
     Args:
-        packed: names of quantized layers.
-        others: names of the remaining tensors.
+        packed: shapes of the weights, (N, K), and biases that the quantized layers stand for.
+        others: shapes of the remaining tensors.
 
     Raises:
-        CheckpointError: if a quantized layer is none of the model's while one of the model's has no weight.
+        CheckpointError: if a quantized layer is none of the model's while one of the model's has no weight; if a
+            tensor has another shape than the model's; if one of the model's is missing.
     """
     model = _empty_model(config)
     if model is None:
-        logger.info("%s: config.json names no model of transformers; names of layers are not compared with it", source)
+        logger.info("%s: config.json names no model of transformers; tensors are not compared with it", source)
         return
-    weights = [f"{name}.weight" for name in packed if ".experts." not in name]
-    places = names_in_model(model, [*weights, *others])
-    state, head = model.state_dict(), model.get_output_embeddings()
-    homeless = [name for name in weights if places[name] not in state]
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    stored = {**packed, **others}
+    places = names_in_model(model, stored)
+    model.tie_weights()
+    state, kind = model.state_dict(keep_vars=True), type(model).__name__
+    linear = _linear_layers(model)
+    homeless = [name for name in packed if name.endswith(".weight") and places.get(name) not in state]
+    split = [name.removesuffix(".weight") for name in homeless if ".experts." not in name]
     empty = [name for name in linear if f"{name}.weight" not in places.values() and ".experts." not in name]
-    if homeless and empty:
+    if split and empty:
         raise CheckpointError(
-            f"{source}: {homeless[0].removesuffix('.weight')} is no layer of {type(model).__name__}, and its "
-            f"{empty[0]} has no weight: layers were split or joined before they were quantized, so the converted "
-            "folder could not be loaded. Quantize the model with a library that keeps its layers, or here"
+            f"{source}: {split[0]} is no layer of {kind}, and its {empty[0]} has no weight: layers were split or "
+            "joined before they were quantized, so the converted folder could not be loaded. Quantize the model with a "
+            "library that keeps its layers, or here"
+        )
+    made = _converted(model, places.values()) + [".experts"] * any(".experts." in name for name in homeless)
+    compared = {name: tensor for name, tensor in state.items() if not any(makes(target, name) for target in made)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in compared.items()}
+    turned = {f"{name}.weight" for name, layer in linear.items() if isinstance(layer, Conv1D)}
+    wrong = [
+        f"{name} is {shape}, not {expected}"
+        for name, shape in stored.items()
+        if (place := places.get(name)) in shapes
+        and shape != (expected := shapes[place][:: -1 if name in packed and place in turned else 1])
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{source}: {_listed(wrong, '; ')}, as {kind} with this config.json has it; the two do not belong together"
+        )
+    unasked = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    filled = {id(state[place]) for place in places.values() if place in state}  # tied weights are one tensor
+    missing = [
+        name
+        for name, tensor in compared.items()
+        if id(tensor) not in filled and not any(pattern.search(name) for pattern in unasked)
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{source}: no tensor for {_listed(missing, ', ')}, which {kind} with this config.json has; the "
+            "checkpoint is incomplete"
         )
 
 
@@ -63,3 +99,24 @@ def _empty_model(config: dict[str, Any]) -> PreTrainedModel | None:
     settings = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(config))
     with init_empty_weights():
         return kind(settings)  # type: ignore[no-any-return]
+
+
+def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    head = model.get_output_embeddings()
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+
+
+def _converted(model: Any, names: Iterable[str]) -> list[str]:
+    """What transformers 5 makes of these tensors by joining or splitting them, as patterns of names."""
+    if hasattr(model, "_get_key_renaming_mapping"):  # transformers 4
+        return []
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    steps = [step for step in get_model_conversion_mapping(model) if hasattr(step, "operations")]
+    used = [step for step in steps if any(step.rename_source_key(name)[1] is not None for name in names)]
+    return [target for step in used for target in step.target_patterns]
+
+
+def _listed(names: list[str], between: str) -> str:
+    more = len(names) - _SHOWN
+    return between.join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -54,6 +54,10 @@ class Reader(ABC):
         """What `layer` returns, unchecked."""
 
     @abstractmethod
+    def inside(self) -> dict[str, tuple[int, ...]]:
+        """Weights and biases that the quantized layers stand for: full name -> shape, (N, K) or (N,)."""
+
+    @abstractmethod
     def others(self) -> dict[str, tuple[int, ...]]:
         """Tensors that belong to no quantized layer: full name -> shape."""
 
