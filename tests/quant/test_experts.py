@@ -1,7 +1,6 @@
 """Experts of a mixture, which transformers 5 stacks in one tensor: separated, packed, and saved as 4.57 saves them."""
 
 import json
-import warnings
 
 import pytest
 import torch
@@ -197,49 +196,6 @@ def test_experts_without_an_adapter_are_named():
         UserWarning, match=r"no adapter acts on the experts of this model \(model.layers.0.mlp.experts and 1"
     ):
         get_peft_model(mixture("GptOss"), QBLoRAConfig(r=4))
-
-
-EXPERTS = {  # targets that mean experts: by the names of the files, by a part of a name, by a regular expression
-    "Mixtral": (
-        ["q_proj", "w2"],
-        [f"model.layers.1.mlp.experts.2.{part}" for part in ("w1", "w3")],
-        r".*(q_proj|\.w\d)",
-    ),
-    "Qwen3Moe": (["q_proj", "up_proj"], ["experts.3.down_proj"], r".*experts\.\d+\.gate_proj|.*v_proj"),
-    "GptOss": (["q_proj", "gate_up_proj"], ["down_proj"], r".*(o|down)_proj"),
-}
-
-
-@pytest.mark.parametrize(("name", "targets"), [(n, t) for n in EXPERTS if n in STACKED for t in EXPERTS[n]])
-def test_experts_that_targets_name_are_said_to_get_no_adapter(name, targets):
-    config, said = QBLoRAConfig(r=4, target_modules=targets), "no adapter acts on the experts of this model"
-    if isinstance(targets, str) or "q_proj" in targets:
-        with pytest.warns(UserWarning, match=said):
-            get_peft_model(mixture(name), config)
-    else:  # no other layer is left
-        with pytest.raises(ConfigError, match=f"not found in the base model.* Note: {said}.*with a GroupQuantConfig"):
-            get_peft_model(mixture(name), config)
-
-
-@pytest.mark.parametrize("targets", [["q_proj", "o_proj"], r".*self_attn.*_proj", None])
-def test_experts_that_no_target_names_are_not_spoken_of(targets):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="no adapter acts on the experts")
-        get_peft_model(mixture("Mixtral" if targets is None else "GptOss"), QBLoRAConfig(r=4, target_modules=targets))
-        packed = quantize_model_(mixture("GptOss"), GroupQuantConfig())
-        get_peft_model(packed, QBLoRAConfig(r=4, target_modules=["down_proj"]))
-
-
-@stacking
-def test_an_adapter_of_experts_that_were_layers_is_refused_where_they_are_stacked(tmp_path):
-    over_layers = quantize_model_(mixture("Mixtral"), GroupQuantConfig())
-    targets = ["w1", "w2", "w3", "q_proj"]
-    get_peft_model(over_layers, QBLoRAConfig(r=4, target_modules=targets)).save_pretrained(tmp_path)
-    message = r"48 tensors for layers that have no adapter \(.*experts\.0\.w1\.lora_A.*with a GroupQuantConfig"
-    with pytest.raises(ConfigError, match=message), pytest.warns(UserWarning, match="trained over a base with"):
-        PeftModel.from_pretrained(mixture("Mixtral"), tmp_path)
-    with pytest.warns(UserWarning, match="no adapter acts on the experts"):
-        mixture("Mixtral").load_adapter(str(tmp_path))  # of transformers, which reports what it did not expect
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "GptOss"])
