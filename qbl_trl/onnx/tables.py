@@ -9,9 +9,9 @@ what it reads are far larger than the rest. So a head, and an embedding that is 
     min over codes of  tr((W - Wq) (H + m I) (W - Wq)^T),    H = mean of x x^T over what the head reads, see
                                                              `quant.gptq.head_hessian` for m
 
-Tokens without meaning are text enough. SmolLM2 at 4 bits, KL per token on news: 0.155 rounded
-to nearest in groups of 32, 0.05 to 0.08 so, and 0.06 to 0.08 in groups of 64, whose scales take half the bytes: every
-step reads them. The rows of an embedding that is no head are looked up one by one, and keep groups of 32.
+Tokens without meaning are text enough. SmolLM2 at 4 bits, KL per token on news: 0.155 rounded to nearest in groups of
+32, 0.05 to 0.08 so, and 0.06 to 0.08 in groups of 64, whose scales take half the bytes: every step reads them. The rows
+of an embedding that is no head are looked up one by one, and keep groups of 32.
 """
 
 import copy
