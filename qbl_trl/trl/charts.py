@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT = 720.0, 280.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 132.0, 14.0, 36.0
+_LEFT, _TOP, _BOTTOM = 52.0, 14.0, 36.0
+_LETTER = 8.0  # of a bold text of 13 pixels: room is left for a text without measuring it
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ def line_chart(
     drawn = [(line, points) for line, points in drawn if points]
     if not drawn:
         return '<p class="empty">Nothing was logged.</p>'
+    names = [f"{line.label} {points[-1][1]:.3g}" for line, points in drawn]
+    right = max(132.0, 10 + _LETTER * max(map(len, names)))
     xs = [x for _, points in drawn for x, _ in points]
     ys = [y for _, points in drawn for _, y in points] + ([0.0] if from_zero else [])
     x_ticks, y_ticks = ticks(min(xs), max(xs), 8), ticks(min(ys), max(ys), 5)
@@ -43,21 +46,21 @@ def line_chart(
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - low_x) / ((high_x - low_x) or 1.0)
         up = (y - low_y) / ((high_y - low_y) or 1.0)
-        return _LEFT + across * (width - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM)
+        return _LEFT + across * (width - _LEFT - right), _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM)
 
     parts = [f'<svg class="chart" viewBox="0 0 {width:g} {_HEIGHT:g}" role="img" aria-label="{escape(y_label)}">']
     for tick in y_ticks:
         _, y = place(low_x, tick)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
     for tick in x_ticks:
         x, y = place(tick, low_y)
         parts.append(f'<text class="tick" x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle">{number(tick)}</text>')
     parts.append(
-        f'<text class="tick" x="{width - _RIGHT:.1f}" y="{_HEIGHT - 2:.1f}" text-anchor="end">{escape(x_label)}</text>'
+        f'<text class="tick" x="{width - right:.1f}" y="{_HEIGHT - 2:.1f}" text-anchor="end">{escape(x_label)}</text>'
     )
     ends = []
-    for line, points in drawn:
+    for (line, points), name in zip(drawn, names, strict=True):
         placed = [place(x, y) for x, y in points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         dash = " dashed" if line.dashed else ""
@@ -68,11 +71,11 @@ def line_chart(
                     f'<circle class="mark" style="fill:var({line.colour})" cx="{x:.1f}" cy="{y:.1f}" r="3.5">'
                     f"<title>{escape(line.label)}, step {number(step)}: {value:.4g}</title></circle>"
                 )
-        ends.append((placed[-1][1], line, points[-1][1]))
-    for y, line, value in _spread(ends):
+        ends.append((placed[-1][1], line.colour, name))
+    for y, colour, name in _spread(ends):
         parts.append(
-            f'<text class="name" style="fill:var({line.colour})" x="{width - _RIGHT + 10}" y="{y + 4:.1f}">'
-            f"{escape(line.label)} {value:.3g}</text>"
+            f'<text class="name" style="fill:var({colour})" x="{width - right + 10}" y="{y + 4:.1f}">'
+            f"{escape(name)}</text>"
         )
     return "".join(parts) + "</svg>"
 
@@ -91,9 +94,12 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], values: dict[tuple[str
     top = max(finite) or 1.0
     side, left, head = max(14.0, min(44.0, 600.0 / len(columns))), 96.0, 20.0
     tall = 24.0
-    width, height = left + side * len(columns) + 4, head + tall * len(rows) + 34
+    steps, most = 24, f"{top:.3g} {unit}"
+    width = max(left + side * len(columns) + 4, left + steps * 6 + 8 + _LETTER * len(most))
+    height = head + tall * len(rows) + 34
     every = max(1, round(28 / side))
-    parts = [f'<svg class="heat" viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width:.0f}px" role="img">']
+    fixed = f"min-width:{width:.0f}px;max-width:{width:.0f}px"
+    parts = [f'<svg class="heat" viewBox="0 0 {width:.0f} {height:.0f}" style="{fixed}" role="img">']
     for index, column in enumerate(columns):
         if index % every == 0:
             x = left + side * (index + 0.5)
@@ -112,7 +118,6 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], values: dict[tuple[str
                 f"{value:.3g} {escape(unit)}</title></rect>"
             )
     y = head + tall * len(rows) + 12
-    steps = 24
     for index in range(steps):
         strength = 0.06 + 0.94 * (index + 0.5) / steps
         parts.append(
@@ -120,14 +125,15 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], values: dict[tuple[str
             f'fill-opacity="{strength:.3f}"/>'
         )
     parts.append(f'<text class="tick" x="{left - 10}" y="{y + 8}" text-anchor="end">0</text>')
-    parts.append(f'<text class="tick" x="{left + steps * 6 + 8}" y="{y + 8}">{top:.3g} {escape(unit)}</text>')
+    parts.append(f'<text class="tick" x="{left + steps * 6 + 8}" y="{y + 8}">{escape(most)}</text>')
     return "".join(parts) + "</svg>"
 
 
 def bars(items: Sequence[tuple[str, float, str, str]]) -> str:
     """Horizontal bars: (label, value, text beside it, CSS colour variable)."""
     top = max((value for _, value, _, _ in items), default=0.0) or 1.0
-    left, room, tall = 150.0, 420.0, 34.0
+    left, tall = 150.0, 34.0
+    room = _WIDTH - left - 10 - _LETTER * max((len(text) for _, _, text, _ in items), default=0)
     parts = [f'<svg class="chart" viewBox="0 0 {_WIDTH:g} {tall * len(items) + 4:g}" role="img">']
     for index, (label, value, text, colour) in enumerate(items):
         y, width = tall * index + 4, max(room * value / top, 2.0)
@@ -183,11 +189,11 @@ def number(value: float) -> str:
     return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _spread(ends: list[tuple[float, Line, float]]) -> list[tuple[float, Line, float]]:
+def _spread(ends: list[tuple[float, str, str]]) -> list[tuple[float, str, str]]:
     """Move labels apart that would lie on each other."""
-    moved: list[tuple[float, Line, float]] = []
-    for y, line, value in sorted(ends, key=lambda end: end[0]):
-        moved.append((max(y, moved[-1][0] + 17) if moved else y, line, value))
+    moved: list[tuple[float, str, str]] = []
+    for y, colour, name in sorted(ends, key=lambda end: end[0]):
+        moved.append((max(y, moved[-1][0] + 17) if moved else y, colour, name))
     return moved
 
 

@@ -26,7 +26,7 @@ def parity(record: dict[str, Any], history: Any) -> str:
         return section("Parity", note, badge("not merged", "neutral"), f"<p>{escape(merge['reason'])}</p>")
     rows, chart = [], ""
     if "parity" in merge:
-        chart = charts.decades(merge["parity"]["max_abs_difference"], merge["parity"]["tolerance"])
+        chart = scroll(charts.decades(merge["parity"]["max_abs_difference"], merge["parity"]["tolerance"]))
         rows.append(_compared("merged model", merge["parity"]))
     else:
         chart = badge("by layers", "neutral") + f"<p>{escape(merge['not_compared'])}</p>"
@@ -49,19 +49,20 @@ def sizes(record: dict[str, Any], history: Any) -> str:
     if "merged" not in found:
         return ""
     half = found["float16"]
+    saved = half / found["merged"]
     items = [
         ("16-bit model", float(half), size(half), "--neutral"),
         (
             "merged, 4-bit",
             float(found["merged"]),
-            f"{size(found['merged'])}, {half / found['merged']:.1f} times smaller",
+            size(found["merged"]) + (f", {saved:.1f} times smaller" if saved >= 1.05 else ""),
             "--train",
         ),
     ]
     if export:
         items.append(("ONNX folder", float(export["bytes"]), size(export["bytes"]), "--eval"))
     items.append(("adapter alone", float(found["adapter"]), size(found["adapter"]), "--merged"))
-    return section("Size", "Tensors in memory, and the exported folder on disk.", charts.bars(items))
+    return section("Size", "Tensors in memory, and the exported folder on disk.", scroll(charts.bars(items)))
 
 
 def export(record: dict[str, Any], history: Any) -> str:

@@ -22,7 +22,7 @@ h2 { font-size:17px; margin:0 0 2px; }
 .note { font-size:13.5px; margin-bottom:14px; max-width:74ch; } .scroll + .note { margin:12px 0 0; }
 section { background:var(--card); border:1px solid var(--rule); border-radius:12px; padding:22px 24px;
   margin-top:18px; }
-.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(190px,1fr)); gap:12px; margin-top:22px; }
+.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:12px; margin-top:22px; }
 .fact { background:var(--card); border:1px solid var(--rule); border-radius:12px; padding:14px 16px; }
 .fact b { display:block; font-size:21px; font-weight:650; letter-spacing:-.01em; font-variant-numeric:tabular-nums; }
 .fact span { color:var(--soft); font-size:13px; }
@@ -36,11 +36,12 @@ svg { display:block; width:100%; height:auto; } svg text { font-family:inherit; 
 .mark { stroke:var(--card); stroke-width:1.5; } .track { fill:var(--rule); }
 .tick { fill:var(--soft); font-size:12px; } .row { fill:var(--ink); font-size:13px; }
 .name { font-size:12.5px; font-weight:600; } .value { fill:var(--ink); font-size:13px; font-weight:600; }
-.two { display:grid; grid-template-columns:repeat(auto-fit,minmax(380px,1fr)); gap:0 28px; }
+.two { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr)); gap:0 28px; }
 table { border-collapse:collapse; width:100%; font-size:13.5px; font-variant-numeric:tabular-nums; }
 th { text-align:left; color:var(--soft); font-weight:500; }
 td, th { padding:5px 14px 5px 0; border-bottom:1px solid var(--rule); }
 td.n, th.n { text-align:right; } tr:last-child td { border-bottom:0; }
+.scroll td { white-space:nowrap; }
 details summary { cursor:pointer; color:var(--soft); font-size:14px; } details[open] summary { margin-bottom:10px; }
 .empty { color:var(--soft); font-style:italic; margin:8px 0; }
 @media print { body { background:#fff; } section, .fact { break-inside:avoid; } }

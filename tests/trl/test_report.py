@@ -8,7 +8,7 @@ import pytest
 
 from qbl_trl.errors import ConfigError
 from qbl_trl.trl.callback import QBLoRACallback
-from qbl_trl.trl.charts import Line, decades, heat_map, line_chart, ticks
+from qbl_trl.trl.charts import Line, bars, decades, heat_map, line_chart, ticks
 from qbl_trl.trl.report import PAGE, render, shared_start, write_report
 from tests.trl import data
 from tests.trl.runs import Exported, adapter, sft
@@ -196,6 +196,30 @@ def test_a_curve_of_one_point_and_one_of_none_are_drawn():
     assert len(charts_of(chart)) == 1
     assert "none" not in chart
     assert "Nothing was logged" in line_chart([], x_label="step", y_label="y")
+
+
+LONG = "self_attention.query_key_value"
+
+
+@pytest.mark.parametrize(
+    "chart",
+    [
+        line_chart([Line(LONG, "--k0", [(1, 2.0), (2, 1.5e-4)])], x_label="step", y_label="y", width=460),
+        heat_map(["q_proj"], ["0"], {("q_proj", "0"): 214.0}, "weight units"),
+        bars([("merged, 4-bit", 1e9, "1.0 GB, 3.5 times smaller", "--train"), ("adapter", 1.0, "1 B", "--merged")]),
+    ],
+)
+def test_no_text_leaves_its_chart(chart):
+    (svg,) = charts_of(chart)
+    width = float(svg.get("viewBox").split()[2])
+    for text in svg.iter("text"):
+        if text.get("text-anchor") is None:
+            assert float(text.get("x")) + 7.5 * len(text.text) <= width, text.text  # a bold letter of 13 pixels
+
+
+def test_a_merged_model_that_is_not_smaller_is_not_called_so(record):
+    sizes = {**record["sizes"], "float16": record["sizes"]["merged"] // 2}
+    assert "times smaller" not in render({**record, "sizes": sizes})
 
 
 def test_a_difference_of_zero_and_one_beyond_the_limit_can_be_drawn():
