@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig
-from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.peft_types import register_peft_method
@@ -18,9 +17,9 @@ from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from torch import Tensor, nn
 
 from qbl_trl.adapter import checkpointing, experts, hotswap, mixed, others
-from qbl_trl.adapter.balance import largest_useful_r, matched_rank
+from qbl_trl.adapter.balance import largest_useful_r
 from qbl_trl.adapter.checkpointing import let_inputs_require_grad
-from qbl_trl.adapter.factors import recorded_factors
+from qbl_trl.adapter.combining import CombiningModel
 from qbl_trl.adapter.layer import BalancedLinear, record_placed_
 from qbl_trl.adapter.misplaced import check_every_layer_is_here, targeted_in_vain
 from qbl_trl.adapter.recorded import quantization, record_base_, record_layers_
@@ -34,7 +33,7 @@ from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.renaming import name_here
 
 
-class QBLoRAModel(LoraModel):
+class QBLoRAModel(CombiningModel):
     """Balanced low-rank adapters over the linear layers of a model; see QBLoRAConfig."""
 
     tuner_layer_cls = BalancedLinear
@@ -193,92 +192,6 @@ class QBLoRAModel(LoraModel):
         for layer in self.modules():
             if isinstance(layer, BalancedLinear):
                 set_apart_(self.model, layer.get_base_layer())
-
-    def _check_add_weighted_adapter(
-        self, adapters: list[str], combination_type: str, svd_rank: int | None
-    ) -> tuple[str, int, Any]:
-        checked = super()._check_add_weighted_adapter(adapters, combination_type, svd_rank)
-        first = self.peft_config[adapters[0]]  # whose configuration the sum will have
-        others: dict[str, tuple[int, int]] = {}  # factors of layers that it is not on
-        for layer_name, layer in self.model.named_modules():
-            if isinstance(layer, BalancedLinear):
-                held = [name for name in adapters if name in layer.rank]
-                if not held:
-                    continue
-                p, e = layer.in_factor[held[0]], layer.out_factor[held[0]]
-                if adapters[0] not in held:
-                    others[layer_name] = p, e
-                shapes = {(p, e, first.pooling), *(self._block_shape(layer, name) for name in held)}
-                if len(shapes) > 1:
-                    raise ConfigError(
-                        f"add_weighted_adapter: {', '.join(adapters)} differ in (in_factor, out_factor, pooling) at "
-                        f"{layer_name}: {sorted(map(str, shapes))}; only adapters of one compressed shape can be "
-                        "combined. Give them the same in_factor and out_factor when they are made"
-                    )
-        if any(self.peft_config[name].adapter == "block" for name in adapters):
-            raise ConfigError("add_weighted_adapter combines low-rank factors; an adapter='block' has none")
-        for layer_name, (p, e) in others.items():
-            if recorded_factors(first, layer_name) != (p, e):
-                first.in_factor_pattern[layer_name], first.out_factor_pattern[layer_name] = p, e
-        kind, rank, targets = checked
-        if kind == "cat":
-            rank += max(self._missing_rows(adapters, rank), default=0)
-        return kind, rank, targets
-
-    def _missing_rows(self, adapters: list[str], r: int) -> Iterator[int]:
-        """By how much the matched rank of the nominal sum falls short of the sum of matched ranks (rounding)."""
-        for layer in self.modules():
-            if isinstance(layer, BalancedLinear):
-                held = [name for name in adapters if name in layer.rank]
-                if held:
-                    p, e = layer.in_factor[held[0]], layer.out_factor[held[0]]
-                    matched = matched_rank(r, layer.base.in_features, layer.base.out_features, p, e)
-                    yield max(0, sum(layer.rank[name] for name in held) - matched)
-
-    def _block_shape(self, layer: BalancedLinear, name: str) -> tuple[int, int, str]:
-        return layer.in_factor[name], layer.out_factor[name], self.peft_config[name].pooling
-
-    def _svd_generalized_task_arithmetic_weighted_adapter(
-        self,
-        combination_type: str,
-        adapters: list[str],
-        weights: list[float],
-        new_rank: int,
-        target: BalancedLinear,
-        target_lora_A: Tensor,
-        target_lora_B: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """The singular value decomposition of the combined block delta, in the compressed space."""
-        rank = target_lora_A.shape[0]
-        possible = min(rank, target_lora_B.shape[0], target_lora_A.shape[1])
-        first, second = super()._svd_generalized_task_arithmetic_weighted_adapter(
-            combination_type,
-            adapters,
-            weights,
-            possible,
-            _BlockView(target),
-            target_lora_A,
-            target_lora_B,
-            *args,
-            **{**kwargs, "full_matrices": False},
-        )
-        if possible < rank:  # the block space has fewer dimensions than the rank
-            first = nn.functional.pad(first, (0, 0, 0, rank - possible))
-            second = nn.functional.pad(second, (0, rank - possible))
-        pooling_scale = next(scale for name, scale in target.pooling_scale.items() if name in adapters)  # all the same
-        return first.to(target_lora_A.dtype), (second / pooling_scale).to(target_lora_B.dtype)
-
-
-class _BlockView:
-    """A layer as PEFT's weighted combination reads it, with block deltas in place of full ones."""
-
-    fan_in_fan_out = False
-
-    def __init__(self, layer: BalancedLinear) -> None:
-        self.lora_A, self.lora_embedding_A = layer.lora_A, layer.lora_embedding_A
-        self.get_delta_weight = layer.block_delta
 
 
 def _refuse_packed(config: QBLoRAConfig, model: nn.Module) -> None:

@@ -1,0 +1,106 @@
+"""Adapters summed into one: PEFT's `add_weighted_adapter` over the compressed matrices of balanced adapters.
+
+Only adapters of one block shape (in_factor, out_factor, pooling) can be combined; what PEFT does with a full weight
+change is done with the block matrix, which is smaller by in_factor * out_factor.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.lora import LoraModel
+from torch import Tensor, nn
+
+from qbl_trl.adapter.balance import matched_rank
+from qbl_trl.adapter.factors import recorded_factors
+from qbl_trl.adapter.layer import BalancedLinear
+from qbl_trl.errors import ConfigError
+
+
+class CombiningModel(LoraModel):
+    """The part of QBLoRAModel that combines adapters."""
+
+    def _check_add_weighted_adapter(
+        self, adapters: list[str], combination_type: str, svd_rank: int | None
+    ) -> tuple[str, int, Any]:
+        checked = super()._check_add_weighted_adapter(adapters, combination_type, svd_rank)
+        first = self.peft_config[adapters[0]]  # whose configuration the sum will have
+        others: dict[str, tuple[int, int]] = {}  # factors of layers that it is not on
+        for layer_name, layer in self.model.named_modules():
+            if isinstance(layer, BalancedLinear):
+                held = [name for name in adapters if name in layer.rank]
+                if not held:
+                    continue
+                p, e = layer.in_factor[held[0]], layer.out_factor[held[0]]
+                if adapters[0] not in held:
+                    others[layer_name] = p, e
+                shapes = {(p, e, first.pooling), *(self._block_shape(layer, name) for name in held)}
+                if len(shapes) > 1:
+                    raise ConfigError(
+                        f"add_weighted_adapter: {', '.join(adapters)} differ in (in_factor, out_factor, pooling) at "
+                        f"{layer_name}: {sorted(map(str, shapes))}; only adapters of one compressed shape can be "
+                        "combined. Give them the same in_factor and out_factor when they are made"
+                    )
+        if any(self.peft_config[name].adapter == "block" for name in adapters):
+            raise ConfigError("add_weighted_adapter combines low-rank factors; an adapter='block' has none")
+        for layer_name, (p, e) in others.items():
+            if recorded_factors(first, layer_name) != (p, e):
+                first.in_factor_pattern[layer_name], first.out_factor_pattern[layer_name] = p, e
+        kind, rank, targets = checked
+        if kind == "cat":
+            rank += max(self._missing_rows(adapters, rank), default=0)
+        return kind, rank, targets
+
+    def _missing_rows(self, adapters: list[str], r: int) -> Iterator[int]:
+        """By how much the matched rank of the nominal sum falls short of the sum of matched ranks (rounding)."""
+        for layer in self.modules():
+            if isinstance(layer, BalancedLinear):
+                held = [name for name in adapters if name in layer.rank]
+                if held:
+                    p, e = layer.in_factor[held[0]], layer.out_factor[held[0]]
+                    matched = matched_rank(r, layer.base.in_features, layer.base.out_features, p, e)
+                    yield max(0, sum(layer.rank[name] for name in held) - matched)
+
+    def _block_shape(self, layer: BalancedLinear, name: str) -> tuple[int, int, str]:
+        return layer.in_factor[name], layer.out_factor[name], self.peft_config[name].pooling
+
+    def _svd_generalized_task_arithmetic_weighted_adapter(
+        self,
+        combination_type: str,
+        adapters: list[str],
+        weights: list[float],
+        new_rank: int,
+        target: BalancedLinear,
+        target_lora_A: Tensor,
+        target_lora_B: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """The singular value decomposition of the combined block delta, in the compressed space."""
+        rank = target_lora_A.shape[0]
+        possible = min(rank, target_lora_B.shape[0], target_lora_A.shape[1])
+        first, second = super()._svd_generalized_task_arithmetic_weighted_adapter(
+            combination_type,
+            adapters,
+            weights,
+            possible,
+            _BlockView(target),
+            target_lora_A,
+            target_lora_B,
+            *args,
+            **{**kwargs, "full_matrices": False},
+        )
+        if possible < rank:  # the block space has fewer dimensions than the rank
+            first = nn.functional.pad(first, (0, 0, 0, rank - possible))
+            second = nn.functional.pad(second, (0, rank - possible))
+        pooling_scale = next(scale for name, scale in target.pooling_scale.items() if name in adapters)  # all the same
+        return first.to(target_lora_A.dtype), (second / pooling_scale).to(target_lora_B.dtype)
+
+
+class _BlockView:
+    """A layer as PEFT's weighted combination reads it, with block deltas in place of full ones."""
+
+    fan_in_fan_out = False
+
+    def __init__(self, layer: BalancedLinear) -> None:
+        self.lora_A, self.lora_embedding_A = layer.lora_A, layer.lora_embedding_A
+        self.get_delta_weight = layer.block_delta
