@@ -50,6 +50,7 @@ class GroupQuantizer(HfQuantizer):
     targets: Sequence[str] = ()
     failure: QblError | None = None
     _bar: Any = None
+    _arriving: nn.Module | None = None
 
     def update_tp_plan(self, config: Any) -> Any:
         """The first sight of the configuration in transformers 4.57: the files are checked before any is opened."""
@@ -86,6 +87,7 @@ class GroupQuantizer(HfQuantizer):
         return max_memory if counted else room_for_codes(max_memory, self.quantization_config)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        self._arriving = model
         if not self.pre_quantized:
             self.quantization_config = requested(model, self.quantization_config)
             stacked = self.choose_(model)
@@ -130,10 +132,11 @@ class GroupQuantizer(HfQuantizer):
         self.stacks = keep_apart(model, stacked, self.targets, held)
         return stacked
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        """What is packed is neither joined nor split (transformers 5)."""
-        conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
-        return without_packed(conversions, model)
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
+        """What is packed is neither joined nor split (transformers 5, which says of which model from 5.21 on)."""
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
+        arriving = model[0] if model else self._arriving
+        return conversions if arriving is None else without_packed(conversions, arriving)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """transformers 4.57 would hand over memory that nothing was loaded into: such layers are drawn instead.
@@ -187,7 +190,8 @@ class GroupQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self._bar is not None:
             self._bar.close()
-            self._bar = None  # the model keeps its quantizer, and is copied with it
+            self._bar = None
+        self._arriving = None  # the model keeps its quantizer, and is copied with it
         if self.failure is not None:
             raise self.failure
         if self.pre_quantized:
