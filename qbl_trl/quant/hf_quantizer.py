@@ -71,10 +71,10 @@ class GroupQuantizer(HfQuantizer):
         """Called with the map that was asked for, and again with the one that "auto" became."""
         refuse_disk(device_map)
 
-    @property
-    def quantized_element_size(self) -> float:
-        """Bytes of a weight that is quantized as it arrives, for device_map="auto" (transformers 5)."""
-        return bytes_per_weight(self.quantization_config)
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Bytes of a weight, for device_map="auto" (transformers 5): of what it will be if it is quantized on arrival."""
+        quantized = self.param_needs_quantization(model, param_name)
+        return bytes_per_weight(self.quantization_config) if quantized else param.element_size()
 
     def get_special_dtypes_update(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
         """The same in transformers 4.57, which counts codes only; their scales have room by `adjust_max_memory`."""
