@@ -147,7 +147,6 @@ def _merge_layer_(
     try:
         module.take_over_base()
         base = module.get_base_layer()
-        set_apart_(model, base)
         for part, parameter in module.named_parameters():
             if part.startswith("lora_"):  # the copy's: values that were rounded once are not rounded again
                 parameter.data = parameter.data.float()
@@ -155,6 +154,7 @@ def _merge_layer_(
             active = [*module.merged_adapters, *(name for name in active if name not in module.merged_adapters)]
             module.unmerge()
             module._active_adapter = active  # type: ignore[assignment]  # PEFT holds a name or a list of them
+        set_apart_(model, base)
         probe = _probe(module)
         module.merge(safe_merge=True, adapter_names=[a for a in active if a not in module.merged_adapters])
         _check_layer(base, probe)

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -292,6 +293,27 @@ def test_a_tied_head_merged_in_place_leaves_the_embedding_alone():
     torch.testing.assert_close(logits(model, IDS), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_tied_head_that_was_merged_in_place_is_one_table_with_the_embedding_again(packed, tmp_path):
+    base = tied_groups(quantize_embeddings=True) if packed else lambda: tiny_llama(tie_word_embeddings=True)
+    model = adapted(base, target_modules=["lm_head"], in_factor=32, out_factor=1)
+    table, head = model.get_input_embeddings(), model.base_model.model.lm_head
+    before = {name: tensor.clone() for name, tensor in table.state_dict().items()}
+    expected = logits(model, IDS)
+    model.merge_adapter()
+    assert head.get_base_layer().weight is not table.weight
+    with model.disable_adapter():  # takes it out, too
+        logits(model, IDS)
+    assert head.get_base_layer().weight is table.weight
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert head.get_base_layer().weight is table.weight
+    assert all(torch.equal(tensor, before[name]) for name, tensor in table.state_dict().items())
+    assert torch.equal(logits(model, IDS), expected)
+    model.unload().save_pretrained(tmp_path)
+    assert not any("lm_head" in name for name in load_file(tmp_path / "model.safetensors"))
+
+
 def test_a_model_that_ties_more_than_head_and_embedding_is_refused():
     torch.manual_seed(0)
     config = T5Config(d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, vocab_size=100, decoder_start_token_id=0)
@@ -309,19 +331,23 @@ def test_a_folder_is_no_model_to_merge():
         merge("run")
 
 
-def test_adapters_that_are_merged_in_part_merge_whole():
-    model = get_peft_model(quantize_model_(tiny_llama(), GroupQuantConfig()), two_targets(), "a")
-    model.add_adapter("b", two_targets())
+@pytest.mark.parametrize("target", ["o_proj", "lm_head"])
+def test_adapters_that_are_merged_in_part_merge_whole(target, tmp_path):
+    base = tied_groups(quantize_embeddings=True)()
+    model = get_peft_model(base, two_targets(target), "a")
+    model.add_adapter("b", two_targets(target))
     model.base_model.set_adapter(["a", "b"])
     expected = logits(model.eval(), tokens())
     model.merge_adapter(["b"])
     before = logits(model, tokens())
-    torch.testing.assert_close(logits(merge(model), tokens()), expected, rtol=0, atol=1e-5)
+    merge(model).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded, tokens()), expected, rtol=0, atol=1e-5)
     assert torch.equal(logits(model, tokens()), before)
 
 
-def two_targets():
-    return QBLoRAConfig(r=4, target_modules=["q_proj", "o_proj"], quantization_aware=True, init_lora_weights=False)
+def two_targets(second):
+    return QBLoRAConfig(r=4, target_modules=["q_proj", second], quantization_aware=True, init_lora_weights=False)
 
 
 def test_a_merged_mixture_generates_though_its_loss_wanted_the_routers():

@@ -93,6 +93,7 @@ class BalancedLinear(nn.Module, MergesIntoBase):
         self.out_factor: dict[str, int] = {}
         self.rank: dict[str, int] = {}
         self.pooling_scale: dict[str, float] = {}
+        self.apart_from = ()
         self._before_merge: list[tuple[Tensor | None, int | None, int | None]] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, target_name=target_name)

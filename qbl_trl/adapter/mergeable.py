@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qbl_trl.adapter.bases import Base, describe
 from qbl_trl.adapter.fold import add_deltas
 from qbl_trl.errors import CheckpointError, MergeError
+from qbl_trl.quant.head import put_together_
 from qbl_trl.quant.importers.modules import take_over
 from qbl_trl.quant.linear import GroupQuantLinear
 
@@ -26,12 +27,14 @@ class MergesIntoBase(LoraLayer):
     Attributes:
         base: what the base layer is.
         in_factor, out_factor, rank: by adapter name.
+        apart_from: the embedding that a tied head was set apart from to be merged; in a tuple, for it is no part of it.
     """
 
     base: Base
     in_factor: dict[str, int]
     out_factor: dict[str, int]
     rank: dict[str, int]
+    apart_from: tuple[nn.Module, ...]
     _before_merge: list[tuple[Tensor | None, int | None, int | None]]
 
     def block_delta(self, adapter_name: str) -> Tensor:
@@ -124,7 +127,7 @@ class MergesIntoBase(LoraLayer):
         layer.set_delta(delta.to(layer.weight.device), *factors)
 
     def unmerge(self) -> None:
-        """Take every merged adapter out again; over 4-bit groups the base comes back bit for bit."""
+        """Take every merged adapter out again; groups and tied heads come back bit for bit."""
         if not self.merged:
             warnings.warn("nothing is merged into this layer, so there is nothing to take out", stacklevel=2)
         layer = self.get_base_layer()
@@ -136,3 +139,6 @@ class MergesIntoBase(LoraLayer):
                 layer.set_delta(*self._before_merge.pop())
             else:
                 layer.weight.data -= self.get_delta_weight(name).to(layer.weight.dtype)  # type: ignore[operator, union-attr]
+        for table in self.apart_from:
+            put_together_(table, layer)
+        self.apart_from = ()

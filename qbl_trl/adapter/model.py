@@ -173,7 +173,7 @@ class QBLoRAModel(CombiningModel):
         return plain
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """PEFT's merge in place; a tied head that is adapted gets a weight of its own first."""
+        """PEFT's merge in place; a tied head that is adapted has a weight of its own until it is unmerged."""
         self._check_every_layer(adapter_names, safe_merge)
         self._set_heads_apart()
         super().merge_adapter(adapter_names, safe_merge)
@@ -191,7 +191,9 @@ class QBLoRAModel(CombiningModel):
     def _set_heads_apart(self) -> None:
         for layer in self.modules():
             if isinstance(layer, BalancedLinear):
-                set_apart_(self.model, layer.get_base_layer())
+                table = set_apart_(self.model, layer.get_base_layer())
+                if table is not None:
+                    layer.apart_from = (table,)
 
 
 def _refuse_packed(config: QBLoRAConfig, model: nn.Module) -> None:

@@ -140,11 +140,15 @@ def tie_again_(model: nn.Module) -> None:
         table.as_head_(head)
 
 
-def set_apart_(model: nn.Module, layer: nn.Module) -> None:
-    """Before a tied head alone is changed: give it tensors of its own. Any other layer stays as it is."""
+def set_apart_(model: nn.Module, layer: nn.Module) -> nn.Module | None:
+    """Before a tied head alone is changed: give it tensors of its own. Any other layer stays as it is.
+
+    Returns:
+        The embedding, if the layer shared its tensors; `put_together_` undoes it.
+    """
     table = input_table(model)
     if table is None or layer is table or getattr(layer, "weight", None) is not table.weight:
-        return
+        return None
     if isinstance(layer, GroupQuantLinear):
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
         for name in BESIDE_CODES:  # a tied head's are not saved
@@ -152,6 +156,15 @@ def set_apart_(model: nn.Module, layer: nn.Module) -> None:
             layer.register_buffer(name, None if value is None else value.clone(), persistent=True)
     else:
         layer.weight = nn.Parameter(table.weight.detach(), requires_grad=False)
+    return table
+
+
+def put_together_(table: nn.Module, head: nn.Module) -> None:
+    """A head that was set apart is one table with its embedding again."""
+    if isinstance(table, GroupQuantEmbedding) and isinstance(head, GroupQuantLinear):
+        table.as_head_(head)
+    else:
+        head.weight = table.weight
 
 
 def untie_changed_head_(model: nn.Module) -> None:
