@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from qbl_trl import GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError
@@ -37,6 +37,16 @@ def test_a_file_cut_short_is_named(folder):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cut short"):
         load(folder)
+
+
+@pytest.mark.parametrize("kind", ["packed", "float", "shards"])
+def test_a_file_cut_short_is_named_to_a_class_that_loads_it_by_itself(folder, kind):
+    if kind == "shards":
+        load(folder.parent / "float").save_pretrained(folder.parent / "shards", max_shard_size="50KB")
+    file = sorted((folder.parent / kind).glob("*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=rf"{kind}.{file.name}: cut short"):
+        LlamaForCausalLM.from_pretrained(file.parent, quantization_config=GroupQuantConfig())
 
 
 def test_a_flipped_byte_in_the_header_is_named(folder):
