@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.config import SCALE_DTYPES, GroupQuantConfig
-from qbl_trl.errors import CheckpointError, ConfigError
+from qbl_trl.errors import ConfigError
 from qbl_trl.quant.algorithms import quantize
 from qbl_trl.quant.head import quantize_embeddings_
 from qbl_trl.quant.linear import GroupQuantLinear
@@ -26,15 +26,9 @@ def quantize_layer_(model: nn.Module, name: str, weight: Tensor, config: GroupQu
     """Replace the float layer `name` by its quantized form; `weight` is stored as that layer stores it.
 
     Raises:
-        CheckpointError: if it has another shape.
         ConfigError: if it cannot be quantized, as `quantize`.
     """
     old: Any = model.get_submodule(name)
-    if weight.shape != old.weight.shape:
-        raise CheckpointError(
-            f"{name}: the file holds a weight of {tuple(weight.shape)}, and config.json describes one of "
-            f"{tuple(old.weight.shape)}; a layer that is quantized while it loads cannot be drawn anew instead"
-        )
     matrix = weight.T if isinstance(old, Conv1D) else weight
     try:
         affine = quantize(

@@ -23,6 +23,7 @@ from qbl_trl.generation import BEFORE_5
 from qbl_trl.older_names import restore_settings_
 from qbl_trl.progress import progress
 from qbl_trl.quant.apply import finish_, quantize_layer_
+from qbl_trl.quant.arriving import check_arrived, nothing_loaded_
 from qbl_trl.quant.checkpoint import Stored, check_tensors, read_headers
 from qbl_trl.quant.dequantizing import dequantize_model_
 from qbl_trl.quant.head import empty_embeddings_, tie_again_
@@ -55,18 +56,13 @@ class GroupQuantizer(HfQuantizer):
 
     def update_tp_plan(self, config: Any) -> Any:
         """The first sight of the configuration in transformers 4.57: the files are checked before any is opened."""
-        return self._check_files(config)
-
-    def update_attn_implementation(self, config: Any) -> Any:
-        """The same in transformers 5."""
-        return self._check_files(config)
-
-    def _check_files(self, config: Any) -> Any:
         restore_settings_(config)
         folder = folder_of(config) if self.pre_quantized else None
         if folder is not None:
             read_headers(folder)
         return config
+
+    update_attn_implementation = update_tp_plan  # the same in transformers 5
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Called with the map that was asked for, and again with the one that "auto" became."""
@@ -93,6 +89,7 @@ class GroupQuantizer(HfQuantizer):
             self.quantization_config = requested(model, self.quantization_config)
             stacked = self.choose_(model)
             keep_apart(model, stacked, ())  # the tensors of the files arrive stacked
+            nothing_loaded_(model)
             return model
         folder, found = files_of(folder_of(model.config), kwargs.get("checkpoint_files"))
         self.choose_(model, folder, found)
@@ -173,6 +170,7 @@ class GroupQuantizer(HfQuantizer):
 
     def quantize_arrived_(self, model: nn.Module, name: str, weight: Tensor) -> int:
         """Quantize the weight of one layer, or of all experts that it stacks; returns the number of layers."""
+        check_arrived(model, name, weight)
         stacked = name in self.stacks
         layers = separate_(model, name, weight, self.stacks[name]) if stacked else [name.rpartition(".")[0]]
         chosen = [layer for layer in layers if layer in self.chosen]

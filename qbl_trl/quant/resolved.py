@@ -21,9 +21,9 @@ def check_chosen_files() -> None:
 
     @functools.wraps(choose)
     def choose_and_check(*args: Any, **kwargs: Any) -> Any:
-        files, *rest = found = choose(*args, **kwargs)
+        found = choose(*args, **kwargs)
         if (kwargs.get("user_agent") or {}).get("quant") == QUANT_METHOD:
-            read_files(Path(file) for file in files or () if str(file).endswith(".safetensors"))
+            read_files(Path(file) for file in found[0] or () if str(file).endswith(".safetensors"))
         return found
 
     module._get_resolved_checkpoint_files = choose_and_check

@@ -20,6 +20,7 @@ from qbl_trl.errors import CheckpointError, ConfigError
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
+from tests.quant.test_experts import mixture
 from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
 
 
@@ -177,6 +178,21 @@ def test_a_weight_of_another_shape_than_the_configuration_says_is_not_quantized(
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"proj: the file holds a weight of .*96.*, and config.json .*128"):
         load(tmp_path, quantization_config=GroupQuantConfig(), intermediate_size=128)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_weight_of_another_shape_that_is_to_be_ignored_is_drawn_in_float_alone(tmp_path, stacked):
+    """transformers 4.57 would have memory quantized that nothing was loaded into."""
+    model = mixture("GptOss") if stacked else tiny_llama()
+    model.save_pretrained(tmp_path)
+    settings = {"ignore_mismatched_sizes": True, "intermediate_size": 128}
+    with pytest.raises(CheckpointError, match=r"(down|up)_proj: the file holds .*; .* modules_to_not_convert"):
+        load(tmp_path, quantization_config=GroupQuantConfig(), **settings)
+    kept = GroupQuantConfig(modules_to_not_convert=["experts" if stacked else "mlp"])
+    drawn = load(tmp_path, quantization_config=kept, **settings).model.layers[1].mlp
+    down = drawn.experts.down_proj if stacked else drawn.down_proj.weight
+    assert 128 in down.shape
+    assert 0.01 < down.std() < 0.03
 
 
 def test_a_classifier_without_a_base_model_keeps_its_head_in_float():
