@@ -22,6 +22,7 @@ _READ_WEIGHTS = frozenset(
     ]
 )
 _READ_WEIGHTS_IN_LORA = ("use_dora", "use_bdlora", "kasa_config")
+_STARTS_OF_LORA = ("pissa", "corda", "olora", "mica", "loftq", "orthogonal")  # beginnings of init_lora_weights
 # ... and from its shape alone, which is that of the layer where a code fills a byte.
 _READ_SHAPES = frozenset({"DEFT", "LOHA", "LOKR"})
 
@@ -61,6 +62,9 @@ def refuse_placement(tuner: Any, config: Any, model: nn.Module) -> None:
     """
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     variant = next((name for name in _READ_WEIGHTS_IN_LORA if kind == "LORA" and getattr(config, name)), None)
+    start = getattr(config, "init_lora_weights", None) if kind == "LORA" else None
+    if str(start).lower().startswith(_STARTS_OF_LORA):
+        variant = f"init_lora_weights={start!r}"
     if variant is None and kind not in _READ_WEIGHTS | _READ_SHAPES:
         return
     for name, layer in model.named_modules():
@@ -69,8 +73,9 @@ def refuse_placement(tuner: Any, config: Any, model: nn.Module) -> None:
         if tuner._check_target_module_exists(config, name.removesuffix(".base_layer")):
             raise ConfigError(
                 f"{name}: {kind if variant is None else f'{kind} with {variant}'} reads the weight of its layer, "
-                "which is packed codes here. Train QBLoRAConfig or LoraConfig over packed layers, or keep this one in "
-                "float with GroupQuantConfig(modules_to_not_convert=[...])"
+                "which is packed codes here. Train QBLoRAConfig over packed layers, or LoraConfig with "
+                'init_lora_weights=True or "gaussian", or keep this one in float with '
+                "GroupQuantConfig(modules_to_not_convert=[...])"
             )
 
 

@@ -94,6 +94,16 @@ def test_the_variants_of_lora_that_read_it_are_refused(settings):
     get_peft_model(base, LoraConfig(target_modules=["lm_head"], **settings))
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora", "orthogonal", "corda", "mica"])
+def test_starts_of_lora_that_read_it_are_refused_with_those_that_do_not(start):
+    settings = {"target_modules": TARGETS, "r": 4}
+    message = rf"q_proj: LORA with init_lora_weights='{start}' reads .*=True or \"gaussian\""
+    with pytest.raises(ConfigError, match=message):
+        get_peft_model(groups(), LoraConfig(init_lora_weights=start, **settings))
+    for works in (True, "gaussian"):
+        get_peft_model(groups(), LoraConfig(init_lora_weights=works, **settings))(IDS, labels=IDS).loss.backward()
+
+
 @pytest.mark.parametrize(("method", "bits"), [("lora", 4), ("lora", 8), ("ia3", 4), ("ia3", 8), ("loha", 8)])
 def test_it_trains_and_its_merge_is_refused_before_a_code_is_touched(method, bits):
     model = get_peft_model(groups(bits), METHODS[method])
