@@ -33,6 +33,7 @@ from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.placing import bytes_per_weight, counted_types, refuse_disk, room_for_codes
 from qbl_trl.quant.renaming import keep_packed_names_, name_here, names_in_model, without_packed
 from qbl_trl.quant.requested import requested, warn_of_unknown
+from qbl_trl.quant.resizing import refuse_resizing
 from qbl_trl.quant.resolved import check_chosen_files
 from qbl_trl.quant.stacks import keep_apart, separate_, set_apart, take_apart_
 from qbl_trl.quant.stored import empty_layer, expected_tensors, files_of, folder_of, packed_in, stored_layers
@@ -292,6 +293,7 @@ def register() -> None:
         register_quantization_config(QUANT_METHOD)(GroupQuantConfig)
         register_quantizer(QUANT_METHOD)(GroupQuantizer)
         check_chosen_files()
+        refuse_resizing()
     if BEFORE_5:
         keep_stored_dtypes()
 

@@ -118,3 +118,18 @@ def test_a_model_without_an_embedding_is_told_so():
     model = Wav2Vec2ForCTC(Wav2Vec2Config(**sizes, **convolutions, num_conv_pos_embedding_groups=2, vocab_size=20))
     with pytest.raises(ConfigError, match="Wav2Vec2ForCTC has NoneType"):
         quantize_model_(model, GroupQuantConfig(quantize_embeddings=True))
+
+
+@pytest.mark.parametrize(("tied", "kept"), [(True, None), (False, None), (False, ["embed_tokens"])])
+def test_resizing_a_packed_table_is_refused_before_anything_changes_with_what_works(tied, kept):
+    settings = GroupQuantConfig(quantize_embeddings=True, modules_to_not_convert=kept)
+    model = quantize_model_(tiny_llama(tie_word_embeddings=tied), settings)
+    expected = logits(model, IDS)
+    for asked in ({"new_num_tokens": 120}, {"new_num_tokens": 90}, {"pad_to_multiple_of": 64}):
+        with pytest.raises(ConfigError, match=r"is packed .* keeps its 100 tokens\. .*model\.dequantize\(\)"):
+            model.resize_token_embeddings(**asked)
+    assert model.resize_token_embeddings(100, pad_to_multiple_of=4) is model.get_input_embeddings()
+    assert torch.equal(logits(model, IDS), expected)
+    larger = model.dequantize()
+    larger.resize_token_embeddings(120)
+    assert logits(quantize_model_(larger, settings), IDS).shape[-1] == 120
