@@ -1,5 +1,6 @@
 """The weights of a float model as they arrive from its files, to be quantized one by one."""
 
+import torch
 from torch import Tensor, nn
 
 from qbl_trl.errors import CheckpointError
@@ -12,8 +13,19 @@ def nothing_loaded_(model: nn.Module) -> None:
         vars(parameter).pop("_is_hf_initialized", None)
 
 
-def check_arrived(model: nn.Module, name: str, weight: Tensor) -> None:
-    """Refuse a weight of another shape than the model's.
+def float8_in(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights of eight bits, by name: torch computes nothing with them."""
+    return {name: p for name, p in model.named_parameters() if p.is_floating_point() and p.element_size() == 1}
+
+
+def widen_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give float8 weights the type of the model they were loaded into, as transformers 5 does while it loads."""
+    for parameter in float8_in(model).values():
+        parameter.data = parameter.data.to(dtype)
+
+
+def arrived(model: nn.Module, name: str, weight: Tensor) -> Tensor:
+    """A weight to quantize, in the type of the model where files have it in float8; of another shape it is refused.
 
     Told to ignore such weights, transformers 5 hands them over all the same, and 4.57 memory in the model's shape that
     nothing was loaded into: before the first weight is loaded, it has marked those that will be.
@@ -30,3 +42,4 @@ def check_arrived(model: nn.Module, name: str, weight: Tensor) -> None:
             f"{tuple(wanted.shape)}; a layer that is quantized while it loads cannot be drawn anew instead. To have it "
             "drawn (ignore_mismatched_sizes), keep it in float with modules_to_not_convert"
         )
+    return weight.to(wanted.dtype) if weight.element_size() == 1 else weight

@@ -23,7 +23,7 @@ from qbl_trl.generation import BEFORE_5
 from qbl_trl.older_names import restore_settings_
 from qbl_trl.progress import progress
 from qbl_trl.quant.apply import finish_, quantize_layer_
-from qbl_trl.quant.arriving import check_arrived, nothing_loaded_
+from qbl_trl.quant.arriving import arrived, nothing_loaded_, widen_
 from qbl_trl.quant.checkpoint import Stored, check_tensors, read_headers
 from qbl_trl.quant.dequantizing import dequantize_model_
 from qbl_trl.quant.head import empty_embeddings_, tie_again_
@@ -52,6 +52,7 @@ class GroupQuantizer(HfQuantizer):
     missing: frozenset[str] = frozenset()
     targets: Sequence[str] = ()
     failure: QblError | None = None
+    loads_as: Any = None
     _bar: Any = None
     _arriving: nn.Module | None = None
 
@@ -87,7 +88,7 @@ class GroupQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self._arriving = model
         if not self.pre_quantized:
-            self.quantization_config = requested(model, self.quantization_config)
+            self.quantization_config, self.loads_as = requested(model, self.quantization_config), model.dtype
             stacked = self.choose_(model)
             keep_apart(model, stacked, ())  # the tensors of the files arrive stacked
             nothing_loaded_(model)
@@ -171,7 +172,7 @@ class GroupQuantizer(HfQuantizer):
 
     def quantize_arrived_(self, model: nn.Module, name: str, weight: Tensor) -> int:
         """Quantize the weight of one layer, or of all experts that it stacks; returns the number of layers."""
-        check_arrived(model, name, weight)
+        weight = arrived(model, name, weight)
         stacked = name in self.stacks
         layers = separate_(model, name, weight, self.stacks[name]) if stacked else [name.rpartition(".")[0]]
         chosen = [layer for layer in layers if layer in self.chosen]
@@ -197,6 +198,7 @@ class GroupQuantizer(HfQuantizer):
         if self.pre_quantized:
             tie_again_(model)
         else:
+            widen_(model, self.loads_as)
             if self.quantization_config.algorithm == "gptq":
                 self.choose_(model)
             finish_(model, self.quantization_config, self.targets)

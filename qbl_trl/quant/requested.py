@@ -12,6 +12,7 @@ from torch import nn
 
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import ConfigError
+from qbl_trl.quant.arriving import float8_in
 from qbl_trl.quant.calibration import calibration_batches
 from qbl_trl.quant.head import check_embeddings
 from qbl_trl.quant.targets import naming_nothing
@@ -25,9 +26,16 @@ def requested(model: nn.Module, config: GroupQuantConfig) -> GroupQuantConfig:
     """The settings that a float model is quantized by: without what is only stored, with calibration that was checked.
 
     Raises:
-        ConfigError: if single layers are to have another format, calibration data are missing or no token ids, or the
-            embedding cannot be packed.
+        ConfigError: if single layers are to have another format, calibration data are missing or no token ids, the
+            embedding cannot be packed, or weights are in float8.
     """
+    narrow = next(iter(float8_in(model)), None)
+    if narrow is not None:
+        raise ConfigError(
+            f"{narrow} is in float8, which torch does not compute with: quantize a model in float32, bfloat16 or "
+            "float16. model.to(torch.bfloat16) makes one, or, where layers keep scales beside such weights, the "
+            "library they come from (model.dequantize())"
+        )
     mixed = next((name for name, stored in config.layers.items() if set(stored) & set(_CHOSEN)), None)
     if mixed is not None:
         raise ConfigError(

@@ -195,6 +195,32 @@ def test_a_weight_of_another_shape_that_is_to_be_ignored_is_drawn_in_float_alone
     assert 0.01 < down.std() < 0.03
 
 
+def in_float8(model, part):
+    for name, parameter in model.named_parameters():
+        if part in name:
+            parameter.data = parameter.data.to(torch.float8_e4m3fn)
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"quantize_embeddings": True}, {"algorithm": "gptq", "calibration": tokens()}]
+)
+@pytest.mark.parametrize("part", ["proj", ""])
+def test_a_file_in_float8_is_quantized_in_the_type_of_the_model_and_a_model_in_memory_is_refused(
+    tmp_path, part, settings
+):
+    narrow = in_float8(tiny_llama(), part)
+    narrow.save_pretrained(tmp_path / "narrow")
+    with pytest.raises(ConfigError, match=r"\.weight is in float8, .*model\.to\(torch\.bfloat16\)"):
+        quantize_model_(narrow, GroupQuantConfig(**settings))
+    narrow.to(torch.float32).save_pretrained(tmp_path / "wide")
+    found, expected = (
+        load(tmp_path / kind, dtype=torch.float32, quantization_config=GroupQuantConfig(**settings)).state_dict()
+        for kind in ("narrow", "wide")
+    )
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_a_classifier_without_a_base_model_keeps_its_head_in_float():
     sizes = {
         "d_model": 64,
