@@ -181,6 +181,22 @@ def test_a_checkpoint_that_is_not_the_whole_model_is_refused_by_the_names_of_wha
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_a_checkpoint_that_names_no_class_is_compared_with_the_one_that_opens_it(tmp_path):
+    foreign.write_folder(tmp_path / "in", partial(foreign.gptq_tensors, bits=4), GPTQ, affines())
+    settings, file = tmp_path / "in" / "config.json", tmp_path / "in" / "model.safetensors"
+    config = json.loads(settings.read_text())
+    del config["architectures"]
+    settings.write_text(json.dumps(config))
+    convert_checkpoint(tmp_path / "in", tmp_path / "whole")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    save_file(dropped("model.norm")(load_file(file)), file)
+    with pytest.raises(CheckpointError, match=r"no tensor for model\.norm\.weight, which LlamaForCausalLM \(what its"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    settings.write_text(json.dumps(config | {"model_type": "t5"}))
+    with pytest.raises(CheckpointError, match="names no architectures, and a t5 is no causal language model; add"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out")
+
+
 def test_columns_that_a_stated_shape_leaves_out_are_missed(tmp_path):
     make = partial(foreign.compressed_tensors, bits=4, symmetric=False)
     foreign.write_folder(tmp_path / "in", make, COMPRESSED, affines())

@@ -17,6 +17,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.errors import CheckpointError
@@ -42,9 +43,10 @@ def check_places(source: Path, config: dict[str, Any], packed: Shapes, others: S
 
     Raises:
         CheckpointError: if a quantized layer is none of the model's while one of the model's has no weight; if a
-            tensor has another shape than the model's; if one of the model's is missing.
+            tensor has another shape than the model's; if one of the model's is missing; if no class is named and
+            none goes by the model_type.
     """
-    model = _empty_model(config)
+    model = _empty_model(source, config)
     if model is None:
         logger.info("%s: config.json names no model of transformers; tensors are not compared with it", source)
         return
@@ -52,6 +54,8 @@ def check_places(source: Path, config: dict[str, Any], packed: Shapes, others: S
     places = names_in_model(model, stored)
     model.tie_weights()
     state, kind = model.state_dict(keep_vars=True), type(model).__name__
+    if not config.get("architectures"):
+        kind += " (what its model_type is opened as)"
     linear = _linear_layers(model)
     homeless = [name for name in packed if name.endswith(".weight") and places.get(name) not in state]
     split = [name.removesuffix(".weight") for name in homeless if ".experts." not in name]
@@ -90,11 +94,19 @@ def check_places(source: Path, config: dict[str, Any], packed: Shapes, others: S
         )
 
 
-def _empty_model(config: dict[str, Any]) -> PreTrainedModel | None:
+def _empty_model(source: Path, config: dict[str, Any]) -> PreTrainedModel | None:
     """The model of a config.json on no device; None where its class is not part of transformers."""
-    kinds, model_type = config.get("architectures") or [""], config.get("model_type")
-    kind = getattr(transformers, kinds[0], None) if kinds[0] else None
-    if kind is None or model_type not in CONFIG_MAPPING or "auto_map" in config:
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING or "auto_map" in config:
+        return None
+    named = (config.get("architectures") or [None])[0] or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if named is None:
+        raise CheckpointError(
+            f"{source}: config.json names no architectures, and a {model_type} is no causal language model; add the "
+            'class that it was saved from, as "architectures": ["..."]'
+        )
+    kind = getattr(transformers, named, None)
+    if kind is None:
         return None
     settings = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(config))
     with init_empty_weights():
