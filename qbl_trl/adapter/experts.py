@@ -2,7 +2,8 @@
 
 An adapter for each row of a batch: an expert sees tokens of all rows. And PEFT 0.21 knows that transformers 5 stacks
 the experts of some models, and turns a LoRA on their layers into one on the stacked tensors, by the kind of model;
-where experts are layers, nothing would answer to it. `load_adapter` of transformers 5 does so with every adapter.
+where experts are layers, nothing would answer to it. `load_adapter` of transformers 5 does so with every adapter, and
+only reports the tensors that find no layer.
 """
 
 import functools
@@ -11,6 +12,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from qbl_trl.adapter.misplaced import check_loaded
 from qbl_trl.errors import ConfigError
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.quant.experts import Experts
@@ -49,7 +51,10 @@ def register() -> None:
         if _are_layers(self):
             given = kwargs.get("weight_mapping") or getattr(kwargs.get("load_config"), "weight_mapping", None)
             kwargs["weight_mapping"] = without_packed(given or get_model_conversion_mapping(self), self)
-        return load(self, *args, **kwargs)
+        already = set(getattr(self, "peft_config", ()))
+        report = load(self, *args, **kwargs)
+        check_loaded(self, already, report)
+        return report
 
     conversion.convert_peft_config_for_transformers = config_here
     conversion.convert_peft_adapter_state_dict_for_transformers = state_here

@@ -1,7 +1,8 @@
 """What an adapter is meant for and this model has no layer for: PEFT places and loads the rest without a word."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -58,6 +59,28 @@ def check_every_layer_is_here(model: nn.Module, adapter_name: str, names: Iterab
     own |= {_PREFIX + name for name in own}
     ends = tuple(f".{kind}.weight" for kind in BalancedLinear.adapter_layer_names)
     lost = [name for name in names if name.endswith(ends) and _WRAPPERS.sub("", name) not in own]
+    _refuse_lost(model, adapter_name, lost)
+
+
+def check_loaded(model: Any, already: Container[str], report: Any) -> None:
+    """The same, once transformers 5 has loaded an adapter by itself and reports what it did not expect.
+
+    Args:
+        model: with the adapter, which is taken out again if it is refused.
+        already: names of the adapters that it had before.
+
+    Raises:
+        ConfigError: naming one.
+    """
+    parts = tuple(f".{kind}." for kind in BalancedLinear.adapter_layer_names)
+    lost = sorted(name for name in report.unexpected_keys if any(part in name for part in parts))
+    for adapter_name in [name for name in model.peft_config if name not in already]:
+        if lost and isinstance(model.peft_config[adapter_name], QBLoRAConfig):
+            model.delete_adapter(adapter_name)
+            _refuse_lost(model, adapter_name, lost)
+
+
+def _refuse_lost(model: nn.Module, adapter_name: str, lost: Sequence[str]) -> None:
     if lost:
         experts = stacked_experts(model) if any(".experts." in name for name in lost) else None
         advice = experts or "load the base that it was trained over, or leave these tensors out"
