@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,7 +159,11 @@ class QBLoRAConfig(LoraConfig):
                     f"QBLoRAConfig: {name}={getattr(self, name)!r} must be a dictionary of layer names (or regular "
                     "expressions) and numbers"
                 )
-        everywhere = self.target_modules == "all-linear"
+            for key in getattr(self, name):
+                _regular_expression(name, key)
+        if not isinstance(self.quantization_aware, bool):
+            raise ConfigError(f"QBLoRAConfig: quantization_aware={self.quantization_aware!r} must be true or false")
+        everywhere = str(self.target_modules).lower() == "all-linear"
         if everywhere:  # PEFT takes it for a regular expression, which does not go with layers_to_transform
             self.target_modules = None
         super().__post_init__()
@@ -193,7 +198,10 @@ class QBLoRAConfig(LoraConfig):
     def _check_names(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             given = getattr(self, name)
-            if given is None or (isinstance(given, str) and name != "modules_to_save"):
+            if isinstance(given, str) and name != "modules_to_save":
+                _regular_expression(name, given)
+                continue
+            if given is None:
                 continue
             if not isinstance(given, list | tuple | set) or not all(isinstance(part, str) for part in given):
                 instead = "" if name == "modules_to_save" else ", or one regular expression"
@@ -273,8 +281,9 @@ class GroupQuantConfig(QuantizationConfigMixin):
                 f"GroupQuantConfig: layers={self.layers!r} must be a dictionary of layer names and their formats"
             )
         kept = self.modules_to_not_convert
-        if isinstance(kept, str) or not all(isinstance(name, str) for name in kept or ()):
+        if not isinstance(kept, list | tuple | set | None) or not all(isinstance(name, str) for name in kept or ()):
             raise ConfigError(f"GroupQuantConfig: modules_to_not_convert={kept!r} must be a list of names")
+        self.modules_to_not_convert = sorted(kept) if isinstance(kept, set) else kept  # files have lists alone
         self.layer_format("")  # checks bits, group_size, zeros and the factors
         for name in self.layers:
             self.layer_format(name)
@@ -336,6 +345,13 @@ def holds_merged(recorded: dict[str, Any]) -> bool:
 def _whole_number(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"QBLoRAConfig: {name}={value!r} must be a whole number of at least 1")
+
+
+def _regular_expression(name: str, value: Any) -> None:
+    try:
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        raise ConfigError(f"QBLoRAConfig: {name}: {value!r} is no name and no regular expression ({error})") from error
 
 
 def _one_of(owner: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:

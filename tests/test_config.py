@@ -1,5 +1,6 @@
 """QBLoRAConfig checks itself and survives a file."""
 
+import json
 import warnings
 
 import pytest
@@ -35,6 +36,14 @@ def test_defaults_are_those_of_the_documentation():
         ({"target_modules": 5}, r"target_modules=5 must be a list of module names, or one regular expression"),
         ({"exclude_modules": [5]}, r"exclude_modules=\[5\] must be a list of module names, or one regular"),
         ({"modules_to_save": "lm_head"}, r"modules_to_save='lm_head' must be a list of module names$"),
+        (
+            {"target_modules": "(q_proj"},
+            r"target_modules: '\(q_proj' is no name and no regular expression \(missing \)",
+        ),
+        ({"exclude_modules": "*.q_proj"}, r"exclude_modules: '\*\.q_proj' is no name and no regular expression"),
+        ({"in_factor_pattern": {"q_proj[": 2}}, r"in_factor_pattern: 'q_proj\[' is no name and no regular expression"),
+        ({"rank_pattern": {3: 2}}, r"rank_pattern: 3 is no name and no regular expression"),
+        ({"quantization_aware": "no"}, r"quantization_aware='no' must be true or false"),
         ({"use_dora": True}, r"use_dora has no balanced form"),
         ({"lora_bias": True, "bias": "none"}, r"lora_bias has no balanced form"),
         ({"target_parameters": ["w"]}, r"target_parameters has no balanced form"),
@@ -71,6 +80,8 @@ def test_it_is_a_lora_configuration_of_its_own_type_and_reads_back_equal(tmp_pat
     ("name", "value"),
     [
         ("modules_to_not_convert", "q_proj"),
+        ("modules_to_not_convert", 3),
+        ("modules_to_not_convert", {"q_proj": True}),
         ("quantize_embeddings", "false"),
         ("bits", 4.0),
         ("group_size", 32.0),
@@ -81,6 +92,16 @@ def test_it_is_a_lora_configuration_of_its_own_type_and_reads_back_equal(tmp_pat
 def test_settings_of_another_type_are_refused(name, value):
     with pytest.raises(ConfigError, match=f"{name}="):
         GroupQuantConfig(**{name: value})
+
+
+def test_names_in_a_set_are_saved_as_a_list():
+    assert json.loads(GroupQuantConfig(modules_to_not_convert={"b", "a"}).to_json_string())[
+        "modules_to_not_convert"
+    ] == ["a", "b"]
+
+
+def test_all_linear_is_read_as_peft_reads_it():
+    assert QBLoRAConfig(target_modules="All-Linear").target_modules == "all-linear"
 
 
 def test_symmetric_codes_are_not_left_to_an_algorithm_that_chooses_zero_points():
