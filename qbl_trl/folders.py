@@ -19,9 +19,11 @@ def check_free(folder: str | os.PathLike[str], overwrite: bool = False, error: t
     """The folder as a Path, if something may be written there. What killed processes left beside it is removed.
 
     Raises:
-        ConfigError (or the `error` given): if it is a file, holds files and `overwrite` is false, or nothing can be
-            written where it would lie.
+        ConfigError (or the `error` given): if it is no path, is a file, holds files and `overwrite` is false, or
+            nothing can be written where it would lie.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise error(f"{folder!r} is no path of a folder to write into")
     path = Path(folder)
     if path.exists() and not path.is_dir():  # a file, a device, a pipe
         raise error(f"{path} is {'a file' if path.is_file() else 'no folder'}; name a folder to write into")

@@ -30,6 +30,12 @@ def test_after_an_error_the_old_folder_is_as_it_was_and_nothing_else_is_left(tmp
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("folder", [None, 3])
+def test_what_is_no_path_is_refused(folder):
+    with pytest.raises(ConfigError, match=f"{folder} is no path of a folder"), new_folder(folder):
+        pass
+
+
 def test_overwriting_replaces_the_whole_folder(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "stale").touch()

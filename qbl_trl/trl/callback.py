@@ -93,6 +93,13 @@ class QBLoRACallback(TrainerCallback):
     ) -> None:
         if config is not None and not isinstance(config, QBLoRAConfig):
             raise ConfigError(f"QBLoRACallback: config is a {type(config).__name__}, it must be a QBLoRAConfig or None")
+        for name, given in (("merged_output_dir", merged_output_dir), ("onnx_output_dir", onnx_output_dir)):
+            if not isinstance(given, str | os.PathLike | None):
+                raise ConfigError(f"QBLoRACallback: {name}={given!r} must be a path, or None")
+        if not isinstance(onnx_options, Mapping | None):
+            raise ConfigError(
+                f"QBLoRACallback: onnx_options={onnx_options!r} must be arguments of export_onnx, by name"
+            )
         self.config = config
         self.outputs = Outputs(
             merged=None if merged_output_dir is None else Path(merged_output_dir),

@@ -224,6 +224,9 @@ def test_a_callback_outside_a_trainer_names_the_line_to_write(tmp_path):
 
 
 def test_arguments_that_make_no_sense_are_refused():
+    for name in ("merged_output_dir", "onnx_output_dir", "onnx_options"):
+        with pytest.raises(ConfigError, match=rf"QBLoRACallback: {name}=3 must be"):
+            QBLoRACallback(**{name: 3})
     with pytest.raises(ConfigError, match="must be a QBLoRAConfig"):
         QBLoRACallback(peft.LoraConfig())
     with pytest.raises(ConfigError, match="set merged_output_dir as well"):
