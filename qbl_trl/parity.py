@@ -97,17 +97,24 @@ def verify(reference: Any, candidate: Any, input_ids: Tensor, attention_mask: Te
 
 def _tokens(input_ids: Any, attention_mask: Any) -> tuple[Tensor, Tensor]:
     """Ids and mask, (B, S) int64: what every model and graph takes."""
-    ids = torch.as_tensor(input_ids)
+    ids = _tensor("input_ids", input_ids)
     ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
     if ids.dim() != 2 or not ids.numel() or ids.is_floating_point() or ids.dtype == torch.bool or bool((ids < 0).any()):
         raise ConfigError(
             f"verify: input_ids of {tuple(ids.shape)} {ids.dtype}; give token ids of (batch, tokens), at least one"
         )
-    mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask)
+    mask = torch.ones_like(ids) if attention_mask is None else _tensor("attention_mask", attention_mask)
     mask = mask.unsqueeze(0) if mask.dim() == 1 else mask
     if mask.shape != ids.shape:
         raise ConfigError(f"verify: an attention_mask of {tuple(mask.shape)} does not cover ids of {tuple(ids.shape)}")
     return ids.long(), mask.long()
+
+
+def _tensor(name: str, given: Any) -> Tensor:
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"verify: {name} is {given!r:.40}; give a tensor of (batch, tokens) integers") from error
 
 
 def _last(logits: Tensor, mask: Tensor) -> Tensor:
@@ -216,9 +223,12 @@ def _torch_logits(model: nn.Module) -> Logits:
     unwrap: Any = getattr(model, "get_base_model", lambda: model)
     inner = unwrap()
     with_positions = "position_ids" in inspect.signature(inner.forward).parameters
+    vocabulary = getattr(inner.config, "vocab_size", None)
     run = _model_logits(model, with_positions, bool(getattr(inner.config, "is_encoder_decoder", False)))
 
     def logits(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if vocabulary is not None and int(input_ids.max()) >= vocabulary:
+            raise ConfigError(f"token {int(input_ids.max())} is beyond the vocabulary of {vocabulary} tokens")
         device = next(model.parameters()).device
         mixed = any("_original_forward" in vars(part) for part in (model, inner))  # Accelerate's mixed precision
         own = unpatched_forward(inner) if mixed else nullcontext()

@@ -151,6 +151,11 @@ def test_ids_and_masks_of_any_integer_type_are_read(kind):
         (torch.zeros(1, 0, dtype=torch.long), None, "at least one"),
         (torch.tensor([[-1, 2]]), None, "give token ids"),
         (torch.zeros(1, 2, 3, dtype=torch.long), None, r"of \(batch, tokens\)"),
+        ("text", None, r"input_ids is 'text'; give a tensor of \(batch, tokens\) integers"),
+        (None, None, "input_ids is None; give a tensor"),
+        ([[1, 2], [3]], None, r"input_ids is \[\[1, 2\], \[3\]\]; give a tensor"),
+        ([[1, 2]], "all", "attention_mask is 'all'; give a tensor"),
+        ([[1, 100]], None, "token 100 is beyond the vocabulary of 100 tokens"),
         (torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 5), r"an attention_mask of \(2, 5\) does not cover ids"),
     ],
 )
