@@ -1,7 +1,8 @@
 """Balanced adapters beside other methods in a PeftMixedModel.
 
 PEFT's mixed model asks a closed list of types and takes a QBLoRAConfig, a LoraConfig by birth, for plain LoRA; so the
-type is put on its list, and its two steps that place a layer are told which layer to build.
+type is put on its list, and its two steps that place a layer are told which layer to build. Its merge is ours in what
+it says of tied heads and of packed layers.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ from peft.tuners.mixed import model as mixed_model
 from torch import nn
 
 from qbl_trl.adapter.layer import BalancedLinear, record_placed_, two_kinds
+from qbl_trl.adapter.merged import describe_merged_, set_heads_apart_
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.peft_type import QBLORA
 
@@ -43,6 +45,21 @@ def register() -> None:
         if isinstance(self.peft_config[adapter_name], QBLoRAConfig):
             record_placed_(model, adapter_name, self.peft_config[adapter_name])
 
+    merge_in_place, unload = cls.merge_adapter, cls._unload_and_optionally_merge
+
+    def merge_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
+        set_heads_apart_(self.model)
+        merge_in_place(self, *args, **kwargs)
+
+    def unload_and_optionally_merge(self: Any, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if merge:
+            set_heads_apart_(self.model)
+        plain = unload(self, merge, *args, **kwargs)
+        if merge:
+            describe_merged_(plain)
+        return plain
+
+    cls.merge_adapter, cls._unload_and_optionally_merge = merge_adapter, unload_and_optionally_merge
     cls.inject_adapter = inject_adapter
     cls._create_new_module = staticmethod(create_new_module)
     cls._create_and_replace = create_and_replace

@@ -21,14 +21,13 @@ from qbl_trl.adapter.balance import largest_useful_r
 from qbl_trl.adapter.checkpointing import let_inputs_require_grad
 from qbl_trl.adapter.combining import CombiningModel
 from qbl_trl.adapter.layer import BalancedLinear, record_placed_
+from qbl_trl.adapter.merged import describe_merged_, set_heads_apart_
 from qbl_trl.adapter.misplaced import check_every_layer_is_here, targeted_in_vain
 from qbl_trl.adapter.recorded import quantization, record_base_, record_layers_
 from qbl_trl.adapter.targets import resolve_all_linear
 from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.errors import ConfigError, MergeError
 from qbl_trl.peft_type import NAME, QBLORA
-from qbl_trl.quant.head import set_apart_, untie_changed_head_
-from qbl_trl.quant.hf_quantizer import describe_stored_
 from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.renaming import name_here
 
@@ -160,22 +159,16 @@ class QBLoRAModel(CombiningModel):
         """PEFT's merge and unload, after which the model says what it holds: it saves and loads as it computes."""
         if merge:
             self._check_every_layer(adapter_names, safe_merge)
-            self._set_heads_apart()
+            set_heads_apart_(self.model)
         plain: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        stored = quantization(plain)
-        if merge and isinstance(stored, GroupQuantConfig):
-            describe_stored_(plain, stored)
-        if merge and hasattr(plain, "config"):
-            try:
-                untie_changed_head_(plain)
-            except MergeError as error:  # the layers are merged by now; in memory all is well
-                warnings.warn(f"the merged model computes as trained but does not save so: {error}", stacklevel=2)
+        if merge:
+            describe_merged_(plain)
         return plain
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's merge in place; a tied head that is adapted has a weight of its own until it is unmerged."""
         self._check_every_layer(adapter_names, safe_merge)
-        self._set_heads_apart()
+        set_heads_apart_(self.model)
         super().merge_adapter(adapter_names, safe_merge)
 
     def _check_every_layer(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -188,12 +181,6 @@ class QBLoRAModel(CombiningModel):
                 except MergeError as error:
                     raise MergeError(f"{layer_name}: {error}") from error
 
-    def _set_heads_apart(self) -> None:
-        for layer in self.modules():
-            if isinstance(layer, BalancedLinear):
-                table = set_apart_(self.model, layer.get_base_layer())
-                if table is not None:
-                    layer.apart_from = (table,)
 
 
 def _refuse_packed(config: QBLoRAConfig, model: nn.Module) -> None:

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
-from qbl_trl import QBLoRAConfig, merge
+from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
 from qbl_trl.adapter.factors import recorded_factors
 from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.errors import ConfigError, MergeError
+from qbl_trl.quant.hf_quantizer import quantize_model_
 from tests.onnx.models import quantize
 from tests.tiny import logits, tiny_llama, tokens
 
@@ -30,6 +32,21 @@ def test_two_methods_on_one_layer_add_up_switch_and_merge(first, second):
     merged = model.merge_and_unload()
     # float32 rounding of sums of at most 96 products
     torch.testing.assert_close(logits(merged, IDS), outputs["first", "second"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_mixed_model_that_is_merged_saves_what_it_computes_tied_heads_too(packed, tmp_path):
+    base = tiny_llama(tie_word_embeddings=True)
+    base = quantize_model_(base, GroupQuantConfig(quantize_embeddings=True)) if packed else base
+    targets = {"target_modules": ["q_proj", "lm_head"], "in_factor": 32, "out_factor": 1}
+    model = get_peft_model(base, QBLoRAConfig(r=2, init_lora_weights=False, **targets), mixed=True).eval()
+    expected = logits(model, IDS)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, IDS), expected, rtol=0, atol=1e-5)  # float32 rounding
+    model.unmerge_adapter()
+    model.merge_and_unload().save_pretrained(tmp_path)
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path), IDS)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 LORA = LoraConfig(target_modules=TARGETS)

@@ -1,0 +1,33 @@
+"""What goes with a merge of PEFT's, before and after: tied heads come apart, and the model says what it holds."""
+
+import warnings
+
+from torch import nn
+
+from qbl_trl.adapter.mergeable import MergesIntoBase
+from qbl_trl.adapter.recorded import quantization
+from qbl_trl.config import GroupQuantConfig
+from qbl_trl.errors import MergeError
+from qbl_trl.quant.head import set_apart_, untie_changed_head_
+from qbl_trl.quant.hf_quantizer import describe_stored_
+
+
+def set_heads_apart_(model: nn.Module) -> None:
+    """Before a merge: a tied head that is adapted gets a weight of its own, until it is unmerged."""
+    for layer in model.modules():
+        if isinstance(layer, MergesIntoBase):
+            table = set_apart_(model, layer.get_base_layer())  # type: ignore[no-untyped-call]
+            if table is not None:
+                layer.apart_from = (table,)
+
+
+def describe_merged_(plain: nn.Module) -> None:
+    """After a merge: the configuration says what the model holds, so that it saves and loads as it computes."""
+    stored = quantization(plain)
+    if isinstance(stored, GroupQuantConfig):
+        describe_stored_(plain, stored)
+    if hasattr(plain, "config"):
+        try:
+            untie_changed_head_(plain)
+        except MergeError as error:  # the layers are merged by now; in memory all is well
+            warnings.warn(f"the merged model computes as trained but does not save so: {error}", stacklevel=2)
