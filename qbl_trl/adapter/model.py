@@ -182,7 +182,6 @@ class QBLoRAModel(CombiningModel):
                     raise MergeError(f"{layer_name}: {error}") from error
 
 
-
 def _refuse_packed(config: QBLoRAConfig, model: nn.Module) -> None:
     """Codes have no gradient: what is packed cannot be trained whole, nor row by row.
 

@@ -71,7 +71,7 @@ class GroupQuantizer(HfQuantizer):
         refuse_disk(device_map)
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
-        """Bytes of a weight, for device_map="auto" (transformers 5): of what it will be if it is quantized on arrival."""
+        """Bytes of a weight as it will be, for device_map="auto" (transformers 5)."""
         quantized = self.param_needs_quantization(model, param_name)
         return bytes_per_weight(self.quantization_config) if quantized else param.element_size()
 
