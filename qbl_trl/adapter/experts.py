@@ -24,14 +24,13 @@ def register() -> None:
     if BEFORE_5:
         return
     from peft.utils import transformers_weight_conversion
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.integrations.peft import PeftAdapterMixin
+    from transformers.integrations import peft as integration
 
     conversion: Any = transformers_weight_conversion
-    loader: Any = PeftAdapterMixin
+    loader: Any = integration
     convert_config = conversion.convert_peft_config_for_transformers
     convert_state = conversion.convert_peft_adapter_state_dict_for_transformers
-    load = loader.load_adapter
+    steps, load = loader.get_model_conversion_mapping, loader.PeftAdapterMixin.load_adapter
 
     def config_here(peft_config: Any, model: nn.Module, conversions: Any) -> None:
         if not _are_layers(model):
@@ -46,11 +45,15 @@ def register() -> None:
         own = {name.replace(f".{adapter_name}.", ".") for name in model.state_dict()}
         return {name_here(name, own): tensor for name, tensor in adapter_state_dict.items()}
 
+    def steps_here(model: nn.Module, *args: Any, **kwargs: Any) -> list[Any]:
+        known: list[Any] = steps(model, *args, **kwargs)
+        return without_packed(known, model) if _are_layers(model) else known
+
     @functools.wraps(load)
     def load_here(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _are_layers(self):
-            given = kwargs.get("weight_mapping") or getattr(kwargs.get("load_config"), "weight_mapping", None)
-            kwargs["weight_mapping"] = without_packed(given or get_model_conversion_mapping(self), self)
+        given = kwargs.get("weight_mapping") or getattr(kwargs.get("load_config"), "weight_mapping", None)
+        if given and _are_layers(self):
+            kwargs["weight_mapping"] = without_packed(given, self)
         already = set(getattr(self, "peft_config", ()))
         report = load(self, *args, **kwargs)
         check_loaded(self, already, report)
@@ -58,7 +61,8 @@ def register() -> None:
 
     conversion.convert_peft_config_for_transformers = config_here
     conversion.convert_peft_adapter_state_dict_for_transformers = state_here
-    loader.load_adapter = load_here
+    loader.get_model_conversion_mapping = steps_here
+    loader.PeftAdapterMixin.load_adapter = load_here
 
 
 def _are_layers(model: nn.Module) -> bool:
