@@ -44,7 +44,7 @@ def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
     prefix = "" if inner is model else same_module_name(model, inner) + "."
 
     def is_skipped(name: str) -> bool:
-        return any(is_named(name, key) for key in skipped)
+        return not skipped.isdisjoint(keys_of(name))
 
     return [
         name
@@ -55,14 +55,19 @@ def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
 
 def naming_nothing(model: nn.Module, config: GroupQuantConfig) -> list[str]:
     """Entries of modules_to_not_convert that no module of the model answers to."""
-    names = [name for name, _ in model.named_modules()]
-    keys = config.modules_to_not_convert or []
-    return [key for key in keys if not any(is_named(name, key) for name in names)]
+    known = set[str]().union(*(keys_of(name) for name, _ in model.named_modules()))
+    return [key for key in config.modules_to_not_convert or [] if key not in known]
 
 
 def is_named(name: str, key: str) -> bool:
     """Whether a key is a module's name, its last parts, or names a module around it."""
     return name == key or name.endswith("." + key) or f".{key}." in f".{name}."
+
+
+def keys_of(name: str) -> set[str]:
+    """Every key by which `is_named` knows a module: a mixture has too many experts to try each key on each name."""
+    parts = name.split(".")
+    return {".".join(parts[start:end]) for end in range(1, len(parts) + 1) for start in range(end)}
 
 
 def is_linear(module: nn.Module) -> bool:

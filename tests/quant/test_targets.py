@@ -10,7 +10,7 @@ from qbl_trl.errors import ConfigError
 from qbl_trl.quant.affine import min_max
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.quant.targets import is_linear, target_layers
+from qbl_trl.quant.targets import is_linear, is_named, keys_of, target_layers
 from tests.tiny import tiny_llama
 
 BERT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -37,6 +37,16 @@ def test_a_subclass_of_linear_counts_if_it_computes_what_a_linear_layer_computes
     assert is_linear(Spelled(4, 6, bias=False).to("meta"))
     assert not is_linear(Router(4, 6))
     assert not is_linear(Scaled(4, 6))
+
+
+def test_the_keys_of_a_module_are_those_that_name_it():
+    name = "model.layers.12.mlp.experts.2.down_proj"
+    named = {name, "layers.12", "experts.2", "2.down_proj", "down_proj", "model", "mlp.experts", "12", "2"}
+    other = {"layers.1", "experts.2.down", "proj", "layers.2", "", ".down_proj", "model.", "experts.12", "down.proj"}
+    assert named <= keys_of(name)
+    assert other.isdisjoint(keys_of(name))
+    assert all(is_named(name, key) for key in keys_of(name))
+    assert not any(is_named(name, key) for key in other)
 
 
 def test_a_weight_that_torchs_own_attention_reads_stays_in_float():
