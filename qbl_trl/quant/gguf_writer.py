@@ -4,10 +4,12 @@
 
 Metadata, tokenizer, tensor names and the order of q and k rows come from the template, a GGUF file of the same model
 in any type. Tensors that are not packed are copied byte for byte where the model still holds the same values, and
-written as float32 where it does not (trained norms or embeddings).
+written as float32 where it does not (trained norms or embeddings). Experts of a mixture, which are layers of their own
+here, are stacked as the template stacks them.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.importers.gguf import GGUFReader
 from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.renaming import name_here
+from qbl_trl.quant.stacks import slices_of
 from qbl_trl.quant.writers import folded, packed_layers
 
 _GROUP = 32
@@ -66,33 +70,67 @@ def write_gguf(model: nn.Module, path: Path, template: Path) -> tuple[int, float
     import gguf
 
     layers, source = packed_layers(model), GGUFReader(template)
-    places = source.sources()
+    state = model.state_dict() | slices_of(model)
+    places = {name_here(name, state): name for name in source.sources()}
     homeless = sorted(name for name in layers if f"{name}.weight" not in places)
     if homeless:
         raise ConfigError(f"write_checkpoint: {template} has no tensor for {homeless[0]}; it is another model's file")
-    _check_shapes(model, layers, source, template)
+    _check_shapes(model, state, layers, source, places)
+    held = _held(source, places)
+    _check_stacks(layers, held)
     _check_query_scale(model, source, template)
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        largest = _write(model, layers, source, gguf.GGUFWriter(partial, source.architecture))
+        largest = _write(state, layers, source, held, gguf.GGUFWriter(partial, source.architecture))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return len(layers), largest
 
 
-def _check_shapes(model: nn.Module, layers: dict[str, GroupQuantLinear], source: GGUFReader, template: Path) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+def _check_shapes(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    layers: dict[str, GroupQuantLinear],
+    source: GGUFReader,
+    places: dict[str, str],
+) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     transposed = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)]
     shapes |= {name: shapes[name][::-1] for name in transposed}
     shapes |= {f"{name}.weight": (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    for name, place in source.sources().items():
-        theirs = tuple(int(size) for size in reversed(source.raw(name).shape))
-        if name in shapes and shapes[name] != theirs:
+    for name, known in places.items():
+        theirs = tuple(int(size) for size in reversed(source.raw(known).shape))
+        if name in shapes and _long(shapes[name]) != _long(theirs):
             raise ConfigError(
-                f"write_checkpoint: {template} holds {place} of {theirs}, and {name} is {shapes[name]}; it is another "
-                "model's file"
+                f"write_checkpoint: {source.path} holds {source.raw(known).name} of {theirs}, and {name} is "
+                f"{shapes[name]}; it is another model's file"
+            )
+
+
+def _long(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the dimensions of one, which files leave out."""
+    return tuple(size for size in shape if size != 1)
+
+
+def _held(source: GGUFReader, places: dict[str, str]) -> dict[str, list[tuple[str, str]]]:
+    """Tensor of the file -> what it holds, as names in this model and in files; of a stack each expert in order."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    tensors = source.sources()
+    for name, known in places.items():
+        found.setdefault(tensors[known], []).append((name, known))
+    return found
+
+
+def _check_stacks(layers: dict[str, GroupQuantLinear], held: dict[str, list[tuple[str, str]]]) -> None:
+    for place, names in held.items():
+        packed = [name.removesuffix(".weight") for name, _ in names if name.removesuffix(".weight") in layers]
+        if packed and len(packed) < len(names):
+            plain = next(name for name, _ in names if name.removesuffix(".weight") not in packed)
+            raise ConfigError(
+                f"write_checkpoint: GGUF holds all experts of a layer in one tensor of one type ({place}), and "
+                f"{packed[0]} is packed while {plain.removesuffix('.weight')} is in float; quantize all of them or none"
             )
 
 
@@ -107,23 +145,31 @@ def _check_query_scale(model: Any, source: GGUFReader, template: Path) -> None:
         )
 
 
-def _write(model: nn.Module, layers: dict[str, GroupQuantLinear], source: GGUFReader, writer: Any) -> float:
+def _write(
+    state: Mapping[str, Tensor],
+    layers: dict[str, GroupQuantLinear],
+    source: GGUFReader,
+    held: dict[str, list[tuple[str, str]]],
+    writer: Any,
+) -> float:
     """The file, and the largest rounding of an offset."""
     import gguf
 
-    places = source.sources()
     _copy_metadata(writer, source, gguf)
-    state, largest = model.state_dict(), 0.0
-    for name, place in places.items():
-        module = name.removesuffix(".weight")
-        raw = source.raw(name)
-        if module in layers:
-            blocks, rounding = q4_1_blocks(layers[module], module)
-            data = blocks[source.row_order(name, len(blocks)).argsort()].numpy()
-            writer.add_tensor(place, data, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
-            largest = max(largest, rounding)
-        elif name in state and not torch.equal(state[name].float().cpu(), source.tensor(name)):
-            writer.add_tensor(place, source.as_stored(name, state[name].detach().float().cpu()).numpy())
+    largest = 0.0
+    for place, names in held.items():
+        raw = source.whole(place)
+        if names[0][0].removesuffix(".weight") in layers:
+            parts = []
+            for name, known in names:
+                module = name.removesuffix(".weight")
+                blocks, rounding = q4_1_blocks(layers[module], module)
+                parts.append(blocks[source.row_order(known, len(blocks)).argsort()].numpy())
+                largest = max(largest, rounding)
+            writer.add_tensor(place, _joined(parts, raw), raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+        elif any(_differs(state.get(name), source, known) for name, known in names):
+            values = [source.as_stored(known, state[name].detach().float().cpu()).numpy() for name, known in names]
+            writer.add_tensor(place, _joined(values, raw))
         else:
             writer.add_tensor(place, np.array(raw.data), raw_dtype=raw.tensor_type)
     factors = source.rope_factors()
@@ -134,6 +180,15 @@ def _write(model: nn.Module, layers: dict[str, GroupQuantLinear], source: GGUFRe
     writer.write_tensors_to_file()
     writer.close()
     return largest
+
+
+def _joined(parts: list[Any], raw: Any) -> Any:
+    """The experts of a stack as one array; any other tensor as it is."""
+    return np.stack(parts) if len(raw.shape) > parts[0].ndim else parts[0]
+
+
+def _differs(value: Tensor | None, source: GGUFReader, known: str) -> bool:
+    return value is not None and not torch.equal(value.float().cpu(), source.tensor(known))
 
 
 def _copy_metadata(writer: Any, source: GGUFReader, gguf: Any) -> None:

@@ -31,12 +31,37 @@ def set_apart(model: nn.Module) -> dict[str, nn.Module]:
     named = names_in_files(model) if stacked and not BEFORE_5 else []
     for path, module in stacked.items():
         experts = _separable(module)
-        for name in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
-            halves = ("gate_proj", "up_proj") if name == "gate_up_proj" and experts.is_concatenated else (name,)
-            told = next((parts for target, parts in named if makes(target, f"{path}.{name}")), halves)
-            experts.fill(name, getattr(module, name).data, told if len(told) == len(halves) else halves)
+        for name, parts in _parts_of(experts, path, named).items():
+            experts.fill(name, getattr(module, name).data, parts)
         replace(model, path, experts)
     return stacked
+
+
+def slices_of(model: nn.Module) -> dict[str, Tensor]:
+    """The float weights of experts that a model holds stacked, (rows, columns) each, by their names in the files."""
+    held = [(path, module) for path, module in model.named_modules() if isinstance(module, Experts) or _kind(module)]
+    named = names_in_files(model) if held and not BEFORE_5 else []
+    found: dict[str, Tensor] = {}
+    for path, module in held:
+        experts = module if isinstance(module, Experts) else _separable(module)
+        for name, parts in _parts_of(experts, path, named).items():
+            weight = experts._parameters.get(name)
+            if weight is None:  # it was separated
+                continue
+            for index, matrix in enumerate(weight.data.transpose(1, 2) if experts.is_transposed else weight.data):
+                pieces = zip(parts, matrix.chunk(len(parts)), strict=True)
+                found |= {f"{path}.{index}.{part}.weight": rows for part, rows in pieces}
+    return found
+
+
+def _parts_of(experts: Experts, path: str, named: list[tuple[str, Parts]]) -> dict[str, Parts]:
+    """Names of the layers of an expert, by the names of the stacked tensors they are parts of."""
+    found: dict[str, Parts] = {}
+    for name in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
+        halves = ("gate_proj", "up_proj") if name == "gate_up_proj" and experts.is_concatenated else (name,)
+        told = next((parts for target, parts in named if makes(target, f"{path}.{name}")), halves)
+        found[name] = told if len(told) == len(halves) else halves
+    return found
 
 
 def keep_apart(

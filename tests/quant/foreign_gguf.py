@@ -46,21 +46,49 @@ def write_gguf(
     names = gguf.get_tensor_name_map(
         next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), config.num_hidden_layers
     )
-    for name, value in model.state_dict().items():
+    stacks = {f"model.layers.{i}.mlp.experts.{part}.weight": values for i, part, values in stacks_of(model)}
+    plain = {name: value.float().numpy() for name, value in model.state_dict().items() if ".experts." not in name}
+    for name, value in (plain | stacks).items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        values = laid_out(architecture, name, value.float().numpy(), config)
-        place = names.get_name(name.removeprefix("transformer.") if architecture == "bloom" else name, SUFFIXES)
-        kind = next((kind for part, kind in types.items() if part in name), default if values.ndim == 2 else "F32")
+        values = laid_out(architecture, name, value, config)
+        known = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        place = names.get_name(known.removeprefix("transformer.") if architecture == "bloom" else known, SUFFIXES)
+        usual = default if values.ndim >= 2 and not name.endswith(".gate.weight") else "F32"  # routers stay in float
+        kind = next((kind for part, kind in types.items() if part in name), usual)
         if kind == "F32":
             writer.add_tensor(place, values)
         else:
             qtype = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor(place, gguf.quants.quantize(values, qtype), raw_dtype=qtype)
+            blocks = q4_k_blocks(values.shape) if kind == "Q4_K" else gguf.quants.quantize(values, qtype)
+            writer.add_tensor(place, blocks, raw_dtype=qtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def stacks_of(model) -> list[tuple[int, str, np.ndarray]]:
+    """(layer, gate_proj, up_proj or down_proj, (experts, rows, columns)), whichever way transformers holds experts."""
+    found = []
+    for index, layer in enumerate(getattr(getattr(model, "model", None), "layers", ())):
+        block = getattr(layer, "block_sparse_moe", None) or layer.mlp
+        experts = getattr(block, "experts", None)
+        if isinstance(experts, torch.nn.ModuleList):
+            for part, other in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+                layers = [getattr(expert, part, None) or getattr(expert, other) for expert in experts]
+                found.append((index, part, torch.stack([layer.weight for layer in layers])))
+        elif experts is not None:
+            gate, up = experts.gate_up_proj.chunk(2, dim=1)
+            found += [(index, "gate_proj", gate), (index, "up_proj", up), (index, "down_proj", experts.down_proj)]
+    return [(index, part, values.detach().float().contiguous().numpy()) for index, part, values in found]
+
+
+def q4_k_blocks(shape: tuple[int, ...]) -> np.ndarray:
+    """Random Q4_K bytes for a tensor of this shape, which the package gguf reads and does not write."""
+    blocks = np.random.default_rng(0).integers(0, 256, (*shape[:-1], shape[-1] // 256, 144), dtype=np.uint8)
+    blocks[..., :4] = np.array([1e-3, 2e-3], np.float16).view(np.uint8)  # scales of the scales and of the minima
+    return blocks.reshape(*shape[:-1], -1)
 
 
 def usual_fields(config) -> dict[str, int | float]:
@@ -86,6 +114,8 @@ def laid_out(architecture: str, name: str, values: np.ndarray, config) -> np.nda
     heads = config.num_attention_heads
     if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
         return permuted(values, heads if "q_proj" in name else config.num_key_value_heads)
+    if name.endswith("shared_expert_gate.weight"):
+        return values[0]
     if architecture == "gpt2" and values.ndim == 2 and ".h." in name:
         return np.ascontiguousarray(values.T)
     if architecture == "bloom" and "query_key_value" in name:
@@ -99,10 +129,10 @@ def put_on_grid_(model, seed: int = 0) -> None:
     """Matrices that Q8_0 holds without a loss (multiples of 2**-10, 127 of them in every group), norms that differ."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2:
+        if parameter.ndim >= 2:
             codes = torch.randint(-127, 128, (*parameter.shape,), generator=generator).float()
-            codes[::32, :] = 127  # of rows and of columns: some architectures store the transpose
-            codes[:, ::32] = 127
+            codes[..., ::32, :] = 127  # of rows and of columns: some architectures store the transpose
+            codes[..., ::32] = 127
             parameter.data = codes * 2.0**-10
         else:
             parameter.data += torch.randn(parameter.shape, generator=generator) * (0.3 if "norm" in name else 0.1)

@@ -2,7 +2,8 @@
 
 transformers names the tensors and knows which architectures permute the rows of q and k: its tensor processors are
 applied to row *numbers* here, so codes move with their rows and are never recomputed. Matrices of other types (K
-quants, i-quants), embeddings and output heads are dequantized to float32, which is exact, and stay float.
+quants, i-quants), embeddings and output heads are dequantized to float32, which is exact, and stay float. So do routers
+of a mixture; its experts, which files stack, are read one by one.
 
 Source: transformers, modeling_gguf_pytorch_utils.py.
 """
@@ -22,10 +23,13 @@ from qbl_trl.config import LayerFormat
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import Affine
 from qbl_trl.quant.importers.gguf_blocks import FORMATS, split_blocks
-from qbl_trl.quant.importers.gguf_config import portable, rope_scaling, stated_settings
+from qbl_trl.quant.importers.gguf_config import mixture_settings, portable, rope_scaling, stated_settings
+from qbl_trl.quant.importers.gguf_experts import Place, mixture_of, places_of, refuse_stacks, slice_of
 from qbl_trl.quant.importers.reader import Reader
 from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.stacks import set_apart
 from qbl_trl.quant.stored import with_dtype
+from qbl_trl.quant.targets import routers
 
 ROPE_FACTORS = "rope_freqs.weight"  # no tensor of the model: its configuration says the same
 
@@ -47,30 +51,35 @@ class GGUFReader(Reader):
             raise CheckpointError(f"{path} cannot be read as GGUF: {error}") from error
         _refuse_shard(path, self._file)
         try:
+            self.architecture: str = self._file.fields["general.architecture"].contents()
+            self._mixture = mixture_of(path, self.architecture, self._field)
             parsed = hf_gguf.load_gguf_checkpoint(str(path), return_tensors=False)
+        except CheckpointError:
+            raise
         except (ValueError, OSError, IndexError, KeyError) as error:
             raise CheckpointError(f"{path} cannot be read as GGUF: {error}") from error
         self._config = parsed["config"]
-        self.architecture: str = self._file.fields["general.architecture"].contents()
         self._tensors = {tensor.name: tensor for tensor in self._file.tensors}
         self._config |= stated_settings(self.architecture, self._field)
+        if self._mixture:
+            self._config |= mixture_settings(self._mixture.model_type, self._field)
         scaling = rope_scaling(path, self._field, self._rope_factors())
         if scaling:
             self._config["rope_scaling"] = scaling
         kind = hf_gguf.TENSOR_PROCESSORS.get(self.architecture, hf_gguf.TensorProcessor)
         self._processor = kind(config=self._config)
-        fused = [name for name in self._tensors if "_exps." in name]
-        if fused:
-            raise CheckpointError(
-                f"{path}: experts fused into one tensor ({fused[0]}) are not read; import a checkpoint whose experts "
-                "are separate linear layers (GPTQ, AWQ or compressed-tensors)"
-            )
         model = self._skeleton()
+        set_apart(model)
         self._model_config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-        self._sources = self._names(model)
+        layers = {self._in_files(name): shape for name, shape in _linear_layers(model).items()}
+        self._experts = places_of(path, self._mixture, layers, self._tensors) if self._mixture else dict[str, Place]()
+        _forget_experts_(model)  # transformers would look each of their names up in all names of the architecture
+        sources = self._names(model) | {name: place.tensor for name, place in self._experts.items()}
+        order = {tensor: number for number, tensor in enumerate(self._tensors)}
+        self._sources = dict(sorted(sources.items(), key=lambda source: order[source[1]]))
         self._formats = {
             module: FORMATS[kind]
-            for module, kind in ((name, self._type(f"{name}.weight")) for name in _linear_layers(model))
+            for module, kind in ((name, self._type(f"{name}.weight")) for name in layers)
             if kind in FORMATS
         }
 
@@ -118,12 +127,17 @@ class GGUFReader(Reader):
         )
 
     def sources(self) -> dict[str, str]:
-        """Name in transformers -> name in the file, for every tensor that is imported."""
+        """Name in transformers -> name in the file, for every tensor that is imported; stacked experts share one."""
         return dict(self._sources)
 
     def raw(self, name: str) -> Any:
-        """A tensor as the file holds it (gguf.ReaderTensor), by its name in transformers."""
-        return self._tensors[self._sources[name]]
+        """A tensor as the file holds it (gguf.ReaderTensor), or an expert's part of it, by its name in transformers."""
+        place = self._experts.get(name)
+        return slice_of(self._tensors[place.tensor], place.expert) if place else self._tensors[self._sources[name]]
+
+    def whole(self, tensor: str) -> Any:
+        """A tensor as the file holds it (gguf.ReaderTensor), by its name there."""
+        return self._tensors[tensor]
 
     def rope_factors(self) -> Any:
         """The tensor of rotary factors as the file holds it; None where it has none."""
@@ -152,14 +166,16 @@ class GGUFReader(Reader):
         Raises:
             CheckpointError: if reading them back would give anything else.
         """
-        rows = np.arange(len(values), dtype=np.float64)
+        shape = self._stored_shape(name)
+        stored = values.reshape(shape) if len(shape) < values.ndim else values
+        rows = np.arange(len(stored), dtype=np.float64)
         shift = self._as_read(name, np.zeros_like(rows))[0]
         place = np.argsort(self._as_read(name, rows))
-        stored = (values.numpy() - np.float32(shift))[place]
-        again = self._processed(stored, self._sources[name])
+        moved = (stored.numpy() - np.float32(shift))[place]
+        again = self._processed(moved, self._sources[name])
         if again.shape != tuple(values.shape) or not np.allclose(again, values.numpy(), rtol=1e-6, atol=1e-6):
             raise self._not_by_rows(name)
-        return torch.from_numpy(stored)
+        return torch.from_numpy(moved)
 
     def _as_read(self, name: str, column: Any) -> Any:
         """(rows,) numbers, one for each row of a tensor in the file -> what transformers reads from them."""
@@ -189,20 +205,25 @@ class GGUFReader(Reader):
             return AutoModelForCausalLM.from_config(config)
 
     def _names(self, model: nn.Module) -> dict[str, str]:
-        """Name in transformers -> name in the file, for every tensor of the file."""
+        """Name in transformers -> name in the file, for every tensor of the file but the experts."""
         mapping = hf_gguf.get_gguf_hf_weights_map
-        if "processor" in inspect.signature(mapping).parameters:  # transformers 5
-            names = mapping(model, self._processor)
-        else:
-            names = mapping(model)
+        newer = "processor" in inspect.signature(mapping).parameters  # transformers 5
+        kind = {"model_type": self.architecture} if self._mixture else {}  # "llama" for Mixtral
+        names = mapping(model, self._processor, **kind) if newer else mapping(model, **kind)
         if self._config.get("tie_word_embeddings"):
             names.pop("output.weight", None)
         elif "output.weight" in self._tensors:
             names.setdefault("output.weight", "lm_head.weight")
-        unknown = sorted(set(self._tensors) - set(names) - {ROPE_FACTORS})
+        stacks = {place.tensor for place in self._experts.values()}
+        names = {name: self._in_files(place) for name, place in names.items()}
+        unknown = sorted(set(self._tensors) - set(names) - {ROPE_FACTORS} - stacks)
         if unknown:
+            refuse_stacks(self.path, unknown)
             raise CheckpointError(f"{self.path}: transformers has no place for {', '.join(unknown[:4])}")
         return {names[name]: name for name in self._tensors if name in names}
+
+    def _in_files(self, name: str) -> str:
+        return self._mixture.in_files(name) if self._mixture else name
 
     def _type(self, name: str) -> str | None:
         return self.raw(name).tensor_type.name if name in self._sources else None  # type: ignore[no-any-return]
@@ -236,7 +257,17 @@ def _refuse_shard(path: Path, file: Any) -> None:
         )
 
 
-def _linear_layers(model: nn.Module) -> list[str]:
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    modules = model.named_modules()
-    return [name for name, module in modules if isinstance(module, nn.Linear | Conv1D) and module is not head]
+def _forget_experts_(model: nn.Module) -> None:
+    for name, module in list(model.named_modules()):
+        if "experts" in module._modules:
+            model.get_submodule(name).register_module("experts", nn.Identity())
+
+
+def _linear_layers(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights that may stay packed: those of linear layers but for the head, and for routers."""
+    head, chosen = model.get_output_embeddings(), set(routers(model))  # type: ignore[operator]
+    return {
+        name: tuple(module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and name not in chosen
+    }

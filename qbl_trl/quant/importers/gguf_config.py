@@ -7,8 +7,11 @@
 | size of a head | `attention.key_length`, or hidden size over heads: Qwen 3, Gemma 2 and 3 |
 | scale of the queries | no key: Gemma 2 and 3 have one for a head, and their 27B for hidden size over heads |
 | windows, rotary bases, caps of logits, positions | the keys in `_KEYS` |
+| sizes of experts, their number; of Qwen2-MoE everything (4.57) | `expert_*`, the keys in `_MIXTURE` |
+| whether the weights of the experts chosen sum to 1 | no key: in Qwen3-MoE, not in Qwen2-MoE |
 
-Source: llama.cpp, conversion/*.py (what is written), src/models/gemma2.cpp and gemma3.cpp (the scale of the queries).
+Source: llama.cpp, conversion/*.py (what is written), src/models/gemma2.cpp and gemma3.cpp (the scale of the queries),
+qwen2moe.cpp and qwen3moe.cpp (sizes that are not stated, the weights of experts).
 """
 
 import math
@@ -35,6 +38,17 @@ _KEYS = {
     "stablelm": {"rope.freq_base": "rope_theta"},
     "starcoder2": {"rope.freq_base": "rope_theta", "attention.sliding_window": "sliding_window"},
 }
+_MIXTURE = {
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "expert_used_count": "num_experts_per_tok",
+    "feed_forward_length": "intermediate_size",
+    "rope.freq_base": "rope_theta",
+}
 _PARTIAL = ("nemotron", "phi3", "stablelm")
 _OWN_HEADS = ("gemma2", "gemma3", "qwen3", "qwen3moe")
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
@@ -57,6 +71,21 @@ def stated_settings(architecture: str, field: Field) -> dict[str, Any]:
         if architecture in _LAYERS_OF_27B:
             large = field("block_count") == _LAYERS_OF_27B[architecture]
             settings["query_pre_attn_scalar"] = even if large else size
+    return settings
+
+
+def mixture_settings(model_type: str, field: Field) -> dict[str, Any]:
+    """Settings of a mixture of experts, by the names that both versions of transformers read."""
+    found = {ours: field(key) for key, ours in _MIXTURE.items()}
+    settings = {name: value for name, value in found.items() if value is not None} | {"model_type": model_type}
+    qwen = model_type in ("qwen2_moe", "qwen3_moe")
+    settings["num_experts" if qwen else "num_local_experts"] = field("expert_count")
+    if qwen:
+        inner, used = int(field("feed_forward_length") or 0), int(field("expert_used_count") or 1)
+        settings["moe_intermediate_size"] = field("expert_feed_forward_length") or inner // used
+        settings["norm_topk_prob"] = model_type == "qwen3_moe"
+    if model_type == "qwen2_moe":
+        settings["shared_expert_intermediate_size"] = field("expert_shared_feed_forward_length") or inner
     return settings
 
 
