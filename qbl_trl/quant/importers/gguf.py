@@ -50,22 +50,8 @@ class GGUFReader(Reader):
         except (ValueError, OSError, IndexError, KeyError) as error:
             raise CheckpointError(f"{path} cannot be read as GGUF: {error}") from error
         _refuse_shard(path, self._file)
-        try:
-            self.architecture: str = self._file.fields["general.architecture"].contents()
-            self._mixture = mixture_of(path, self.architecture, self._field)
-            parsed = hf_gguf.load_gguf_checkpoint(str(path), return_tensors=False)
-        except CheckpointError:
-            raise
-        except (ValueError, OSError, IndexError, KeyError) as error:
-            raise CheckpointError(f"{path} cannot be read as GGUF: {error}") from error
-        self._config = parsed["config"]
         self._tensors = {tensor.name: tensor for tensor in self._file.tensors}
-        self._config |= stated_settings(self.architecture, self._field)
-        if self._mixture:
-            self._config |= mixture_settings(self._mixture.model_type, self._field)
-        scaling = rope_scaling(path, self._field, self._rope_factors())
-        if scaling:
-            self._config["rope_scaling"] = scaling
+        self._config = self._settings(path)
         kind = hf_gguf.TENSOR_PROCESSORS.get(self.architecture, hf_gguf.TensorProcessor)
         self._processor = kind(config=self._config)
         model = self._skeleton()
@@ -188,6 +174,26 @@ class GGUFReader(Reader):
         return CheckpointError(
             f"{self.path}: {name} is stored with more than its rows permuted or moved; it cannot be kept"
         )
+
+    def _settings(self, path: Path) -> dict[str, Any]:
+        """Settings of the model's configuration; what kind of model it is stays noted.
+
+        Raises:
+            CheckpointError: if the file states none, or those of a model that is not read.
+        """
+        try:
+            self.architecture: str = self._file.fields["general.architecture"].contents()
+            self._mixture = mixture_of(path, self.architecture, self._field)
+            found: dict[str, Any] = hf_gguf.load_gguf_checkpoint(str(path), return_tensors=False)["config"]
+        except CheckpointError:
+            raise
+        except (ValueError, OSError, IndexError, KeyError) as error:
+            raise CheckpointError(f"{path} cannot be read as GGUF: {error}") from error
+        found |= stated_settings(self.architecture, self._field)
+        if self._mixture:
+            found |= mixture_settings(self._mixture.model_type, self._field)
+        scaling = rope_scaling(path, self._field, self._rope_factors())
+        return found | {"rope_scaling": scaling} if scaling else found
 
     def _rope_factors(self) -> Tensor | None:
         found = self.rope_factors()
