@@ -1,7 +1,8 @@
-"""The tokenizer beside a model: opened, and written so that transformers 4.57 and 5 both open it.
+"""The tokenizer or processor beside a model: opened, and written so that transformers 4.57 and 5 both open it.
 
 transformers 5 writes the name of a class that 4.57 does not know, and special tokens under another name. What they
-stand for is the same file, `tokenizer.json`, and the older names are known to both.
+stand for is the same file, `tokenizer.json`, and the older names are known to both. What prepares images, videos and
+sound is one file in 5 and one for each kind in 4.57; both read the latter.
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 from qbl_trl.generation import BEFORE_5
 
@@ -18,8 +20,16 @@ _NEWER, _KNOWN = "TokenizersBackend", "PreTrainedTokenizerFast"
 _CONFIG = "tokenizer_config.json"
 _FILES = (
     *("tokenizer.json", _CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.json", "tekken.json"),
 )
+_PROCESSOR = "processor_config.json"
+_PARTS = {  # of a processor, and the files that they have of their own; an image processor's settings come last
+    "feature_extractor": "preprocessor_config.json",
+    "image_processor": "preprocessor_config.json",
+    "video_processor": "video_preprocessor_config.json",
+}
+_NAMED = ("processor_class",)  # repeated in each of these files
+_PROCESSOR_FILES = (_PROCESSOR, *dict.fromkeys(_PARTS.values()))
 
 
 def open_tokenizer(source: str | PathLike[str]) -> Any:
@@ -36,7 +46,7 @@ def open_tokenizer(source: str | PathLike[str]) -> Any:
 
 
 def save_tokenizer(source: Any, folder: Path) -> None:
-    """Write a tokenizer, or what belongs to one in a folder, beside a model.
+    """Write a tokenizer or processor, or what belongs to one in a folder, beside a model.
 
     Args:
         source: a tokenizer or processor, a folder whose files (there may be none) are copied, or a model id.
@@ -45,15 +55,20 @@ def save_tokenizer(source: Any, folder: Path) -> None:
     if hasattr(source, "save_pretrained"):
         source.save_pretrained(folder)
     elif Path(source).is_dir():
-        for name in _FILES:
+        for name in (*_FILES, *_PROCESSOR_FILES):
             if Path(source, name).is_file():
                 shutil.copyfile(Path(source, name), folder / name)
     else:
         open_tokenizer(source).save_pretrained(folder)
+        for name in (*_PROCESSOR_FILES, "chat_template.json", "chat_template.jinja"):
+            found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+            if found is not None:
+                shutil.copyfile(found, folder / name)
     stored = _settings(folder / _CONFIG)
     settings = _known_to_both(stored)
     if settings != stored:
-        (folder / _CONFIG).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write(folder / _CONFIG, settings)
+    _set_parts_apart(folder)
 
 
 def _settings(file: Path) -> dict[str, Any]:
@@ -61,15 +76,42 @@ def _settings(file: Path) -> dict[str, Any]:
     return found
 
 
+def _write(file: Path, settings: dict[str, Any]) -> None:
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _set_parts_apart(folder: Path) -> None:
+    """Give the parts of a processor files of their own."""
+    stored = _settings(folder / _PROCESSOR)
+    whole = {name: value for name, value in stored.items() if name not in _PARTS or not isinstance(value, dict)}
+    if whole == stored:
+        return
+    files: dict[str, dict[str, Any]] = {}
+    for name, file in _PARTS.items():
+        if name in stored and name not in whole:
+            files.setdefault(file, {}).update(stored[name], **{key: whole[key] for key in _NAMED if key in whole})
+    for name, settings in {**files, _PROCESSOR: whole}.items():
+        _write(folder / name, settings)
+
+
 def _known_to_both(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a tokenizer, in the words that both generations know."""
     known = dict(settings)
     if known.get("tokenizer_class") == _NEWER:
         known["tokenizer_class"] = _KNOWN
+    named = known.get("model_specific_special_tokens") or _named_tokens(known)
     if isinstance(known.get("extra_special_tokens"), list):  # a dictionary of named ones in 4.57
         known["additional_special_tokens"] = known.pop("extra_special_tokens")
-        known["extra_special_tokens"] = {}
+        known["extra_special_tokens"] = named
+    elif settings.get("tokenizer_class") == _NEWER and named:
+        known.setdefault("extra_special_tokens", named)
     return known
+
+
+def _named_tokens(settings: dict[str, Any]) -> dict[str, str]:
+    """Tokens that a model names beyond the usual ones: image_token, say."""
+    names = (name for name, value in settings.items() if name.endswith("_token") and isinstance(value, str))
+    return {name: settings[name] for name in names if name not in PreTrainedTokenizerFast.SPECIAL_TOKENS_ATTRIBUTES}
 
 
 __all__ = ["open_tokenizer", "save_tokenizer"]
