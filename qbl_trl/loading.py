@@ -51,15 +51,28 @@ def open_model(
             config.num_labels = num_labels
     elif num_labels is not None:
         options["num_labels"] = num_labels
+    if made_for is transformers.AutoModelForCausalLM and type(config) not in made_for._model_mapping:
+        made_for = None  # models of images or sound write text too, and are of no such class
     return (made_for or _class_saved(config)).from_pretrained(source, revision=revision, **options)
 
 
 def _class_saved(config: Any) -> Any:
-    """The class a checkpoint was saved from, as its configuration says; a causal language model where it says none."""
+    """The class a checkpoint was saved from, as its configuration says; else the one that writes text, if there is one.
+
+    Qwen2-VL's configuration passes what it is asked on to that of its text, in transformers 4.57: there the name is
+    saved with the text's settings, where transformers 5 has it beside them.
+    """
     import transformers
 
-    named = (getattr(transformers, name, None) for name in config.architectures or ())
-    return next((found for found in named if found is not None), transformers.AutoModelForCausalLM)
+    parts = [config, *(part for part in vars(config).values() if isinstance(part, transformers.PretrainedConfig))]
+    names = [name for part in parts for name in vars(part).get("architectures") or ()]
+    classes = [found for name in names if (found := getattr(transformers, name, None)) is not None]
+    own = [found for found in classes if type(config) is getattr(found, "config_class", None)]
+    if own or (classes and vars(config).get("architectures")):
+        return (own or classes)[0]
+    kinds = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM")
+    known = (kind for kind in (getattr(transformers, name) for name in kinds) if type(config) in kind._model_mapping)
+    return next(known, transformers.AutoModelForCausalLM)
 
 
 def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any:

@@ -1,6 +1,7 @@
 """What target_modules="all-linear" names: PEFT's own choice, and what PEFT cannot know of this method's bases."""
 
 import copy
+import warnings
 from collections.abc import Iterable
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
@@ -18,7 +19,8 @@ def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | Non
     """Full names of the layers; None where PEFT's own choice is right (or another target_modules was given).
 
     - PEFT counts subclasses of nn.Linear: layers of HQQ, GPTQ and AWQ are added.
-    - quantization_aware: only layers over affine groups, where there are any; a merge has to be exact.
+    - quantization_aware: only layers over affine groups, where there are any; a merge has to be exact. Layers whose
+      inputs are no whole groups have no factor that fits, and are left out with a warning: vision towers have some.
     - Routers keep choosing the experts that the model was trained with; transformers 5 has no linear layer there.
     - What trains whole needs no adapter, and PEFT cannot wrap a layer that has one: modules_to_save, and the heads that
       PEFT adds to it for some tasks once the adapter is placed.
@@ -39,7 +41,7 @@ def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | Non
     chosen = {name for name in plain | foreign if not _trains_whole(name, whole)}.difference(routers(model))
     if config.quantization_aware:
         grouped = {name for name in chosen if _has_groups(_base(model, name))}
-        chosen = grouped or chosen
+        chosen = _of_whole_groups(grouped, model) or grouped or chosen
     if config.layers_to_transform is not None:
         by_part = copy.copy(config)
         by_part.target_modules = [name.rpartition(".")[2] for name in chosen]
@@ -57,6 +59,21 @@ def _trains_whole(name: str, keys: Iterable[str]) -> bool:
 def _has_groups(layer: nn.Module) -> bool:
     known = isinstance(layer, GroupQuantLinear) or foreign_kind(layer) is not None
     return known and describe(layer).group_size is not None
+
+
+def _of_whole_groups(names: set[str], model: nn.Module) -> set[str]:
+    """The layers whose inputs fill their last group; the others are warned of."""
+    described = {name: describe(_base(model, name)) for name in names}
+    whole = {name for name, base in described.items() if base.in_features % (base.group_size or 1) == 0}
+    others = sorted(names - whole)
+    if whole and others:
+        base = described[others[0]]
+        warnings.warn(
+            f"{len(others)} layers get no adapter ({others[0]}, ...): their inputs ({base.in_features}) are no whole "
+            f"quantization groups of {base.group_size}. They stay as they are; name target_modules to choose yourself",
+            stacklevel=2,
+        )
+    return whole
 
 
 def _base(model: nn.Module, name: str) -> nn.Module:

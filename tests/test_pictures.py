@@ -1,0 +1,107 @@
+"""Models that read images or sound: quantized, adapted, merged, saved and loaded as those of text alone."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from peft import get_peft_model
+
+from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
+from qbl_trl.adapter.layer import adapter_layers
+from qbl_trl.cli import main
+from qbl_trl.loading import load_adapter, open_model
+from qbl_trl.quant.hf_quantizer import quantize_model_
+from qbl_trl.quant.linear import GroupQuantLinear
+from tests.pictures import KINDS, answers, tiny
+
+ADAPTER = {"r": 2, "quantization_aware": True, "init_lora_weights": False}
+pytestmark = [  # more rank than these towers have room for, and a layer that has none
+    pytest.mark.filterwarnings("ignore:adapter 'default'. on"),
+    pytest.mark.filterwarnings("ignore:2 layers get no adapter"),
+]
+
+
+def adapted(model, **changes):
+    """A model with a balanced adapter that changes its answers."""
+    return get_peft_model(model, QBLoRAConfig(**{**ADAPTER, **changes})).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_model_answers_images_and_sound_as_it_was_trained_to(kind, tmp_path):
+    base = tiny(kind)
+    base.save_pretrained(tmp_path / "float")
+    model = adapted(open_model(tmp_path / "float", quantization_config=GroupQuantConfig()))
+    trained = answers(model, kind)
+    assert (trained - answers(base, kind)).abs().max() > 1e-2
+    merged = merge(model)
+    # float32 rounding through a tower and a text model, whose normal weights give logits of about 4
+    torch.testing.assert_close(answers(merged, kind), trained, rtol=0, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(answers(open_model(tmp_path / "merged"), kind), answers(merged, kind))
+
+
+@pytest.mark.parametrize("where", ["beside the settings of its text", "among them"])
+def test_a_model_opens_in_its_class_wherever_its_configuration_says_it(where, tmp_path):
+    model = tiny("qwen2_vl")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    settings = json.loads(file.read_text())
+    for part in (settings, settings["text_config"]):
+        part.pop("architectures", None)
+    inner = settings["text_config"] if where == "among them" else settings
+    inner["architectures"] = ["Qwen2VLForConditionalGeneration"]
+    file.write_text(json.dumps(settings))
+    assert torch.equal(answers(open_model(tmp_path), "qwen2_vl"), answers(model, "qwen2_vl"))
+
+
+def test_a_configuration_that_names_no_class_opens_as_what_writes_text_about_images(tmp_path):
+    model = tiny("llava")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "architectures": None}))
+    assert type(open_model(tmp_path)) is transformers.LlavaForConditionalGeneration
+
+
+def test_an_adapter_for_causal_language_models_goes_back_on_the_model_that_saw(tmp_path):
+    tiny("llava").save_pretrained(tmp_path / "float")
+    base = open_model(tmp_path / "float", quantization_config=GroupQuantConfig())
+    model = adapted(base, task_type="CAUSAL_LM")
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(answers(load_adapter(tmp_path / "adapter"), "llava"), answers(model, "llava"))
+
+
+def test_layers_whose_inputs_are_no_whole_groups_get_no_adapter_and_stay_quantized():
+    base = quantize_model_(tiny("qwen2_5_vl"), GroupQuantConfig())
+    with pytest.warns(UserWarning, match=r"2 layers get no adapter \(model\.visual\.blocks\.0\.mlp\.down_proj, ...\)"):
+        model = adapted(base)
+    others = {
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, GroupQuantLinear)
+        and f"base_model.model.{name.removesuffix('.base_layer')}" not in adapter_layers(model)
+    }
+    assert others == {f"model.visual.blocks.{index}.mlp.down_proj" for index in (0, 1)}
+    trained = answers(model, "qwen2_5_vl")
+    torch.testing.assert_close(answers(merge(model), "qwen2_5_vl"), trained, rtol=0, atol=1e-4)
+
+
+def test_a_tower_named_in_modules_to_not_convert_stays_in_float_and_gets_no_adapter():
+    base = quantize_model_(tiny("llava"), GroupQuantConfig(modules_to_not_convert=["vision_tower"]))
+    packed = [name for name, module in base.named_modules() if isinstance(module, GroupQuantLinear)]
+    assert packed
+    assert not [name for name in packed if "vision_tower" in name]
+    assert not [name for name in adapter_layers(adapted(base)) if "vision_tower" in name]
+
+
+def test_the_command_line_keeps_a_processor_beside_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny("qwen2_vl").save_pretrained("float")
+    (tmp_path / "float" / "preprocessor_config.json").write_text('{"image_processor_type": "Qwen2VLImageProcessor"}')
+    assert main(["quantize", "float", "packed"]) == 0
+    adapted(open_model("packed")).save_pretrained("adapter")
+    (tmp_path / "adapter" / "preprocessor_config.json").write_text('{"image_processor_type": "Qwen2VLImageProcessor"}')
+    assert main(["merge", "adapter", "merged"]) == 0
+    for folder in ("packed", "merged"):
+        assert (tmp_path / folder / "preprocessor_config.json").is_file()
+    assert type(open_model("merged")) is transformers.Qwen2VLForConditionalGeneration
