@@ -13,6 +13,7 @@ from typing import Any
 from qbl_trl.config import QUANT_METHOD, GroupQuantConfig, QBLoRAConfig, holds_merged
 from qbl_trl.errors import CheckpointError, ConfigError
 from qbl_trl.older_names import restore_settings_
+from qbl_trl.quant.module_names import name_here
 
 logger = logging.getLogger(__name__)
 
@@ -192,14 +193,15 @@ def _check_whole(model: Any, folder: Path, held: dict[str, tuple[int, ...]]) -> 
     from peft.utils import get_peft_model_state_dict
 
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    missing = sorted(wanted - held.keys())
+    here = {name_here(name, wanted) for name in held}
+    missing = sorted(wanted - here)
     if missing:
         raise CheckpointError(
             f"{folder}: the file holds {len(wanted) - len(missing)} of the adapter's {len(wanted)} tensors "
             f"({missing[0]}, ... are missing). It is damaged, or was saved by a process that did not hold them "
             "(DeepSpeed ZeRO-3 needs zero3_save_16bit_model: true); train and save again"
         )
-    surplus = sorted(name for name in held.keys() - wanted if ".lora_" in name or name.endswith(_LABELS))
+    surplus = sorted(name for name in here - wanted if ".lora_" in name or name.endswith(_LABELS))
     if surplus:
         raise CheckpointError(
             f"{folder}: the file holds {len(surplus)} tensors for layers that have no adapter ({surplus[0]}, ...): "

@@ -1,15 +1,18 @@
 """Models that read images or sound: quantized, adapted, merged, saved and loaded as those of text alone."""
 
 import json
+import re
 
 import pytest
 import torch
 import transformers
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.cli import main
+from qbl_trl.generation import BEFORE_5
 from qbl_trl.loading import load_adapter, open_model
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
@@ -105,3 +108,53 @@ def test_the_command_line_keeps_a_processor_beside_the_model(tmp_path, monkeypat
     for folder in ("packed", "merged"):
         assert (tmp_path / folder / "preprocessor_config.json").is_file()
     assert type(open_model("merged")) is transformers.Qwen2VLForConditionalGeneration
+
+
+NAMES = {  # of the same modules in transformers 4.57 and in 5
+    "llava": [("vision_tower.vision_model.", "vision_tower.")],
+    "qwen2_audio": [
+        ("language_model.model.", "model.language_model."),
+        ("audio_tower.", "model.audio_tower."),
+        ("multi_modal_projector.", "model.multi_modal_projector."),
+    ],
+}
+
+
+def renamed_as_elsewhere(folder, kind):
+    """Give an adapter folder the names that the other generation of transformers writes."""
+
+    def other(name):
+        for pair in NAMES[kind]:
+            before, after = pair if BEFORE_5 else reversed(pair)
+            name = name.replace(before, after)
+        return name
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({other(name): tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    file = folder / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    settings["target_modules"] = [other(name) for name in settings["target_modules"]]
+    for key in ("in_factor_pattern", "out_factor_pattern"):
+        plain = {re.sub(r"\\(.)", r"\1", name): value for name, value in settings[key].items()}
+        settings[key] = {
+            "^" + re.escape(other(name[1:])) if name[0] == "^" else re.escape(name): value
+            for name, value in plain.items()
+        }
+    file.write_text(json.dumps(settings))
+    return settings
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_an_adapter_that_the_other_transformers_wrote_goes_on_the_same_layers(kind, tmp_path):
+    tiny(kind).save_pretrained(tmp_path / "float")
+    base = open_model(tmp_path / "float", quantization_config=GroupQuantConfig())
+    model = adapted(base, in_factor=64, on_misfit="reduce")  # 32 in the tower
+    trained = answers(model, kind)
+    model.save_pretrained(tmp_path / "adapter")
+    own = set(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    settings = renamed_as_elsewhere(tmp_path / "adapter", kind)
+    assert own != set(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert any(name.startswith("^") for name in settings["in_factor_pattern"])
+    again = open_model(tmp_path / "float", quantization_config=GroupQuantConfig())
+    for found in (load_adapter(tmp_path / "adapter"), PeftModel.from_pretrained(again, tmp_path / "adapter").eval()):
+        assert torch.equal(answers(found, kind), trained)

@@ -28,8 +28,8 @@ from qbl_trl.adapter.targets import resolve_all_linear
 from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.errors import ConfigError, MergeError
 from qbl_trl.peft_type import NAME, QBLORA
+from qbl_trl.quant.module_names import name_here, pattern_here
 from qbl_trl.quant.packed import PackedWeight
-from qbl_trl.quant.renaming import name_here
 
 
 class QBLoRAModel(CombiningModel):
@@ -56,6 +56,8 @@ class QBLoRAModel(CombiningModel):
             names = getattr(prepared, key)
             if isinstance(names, set | list):
                 setattr(prepared, key, {name_here(name, modules) for name in names})
+        for key in ("rank_pattern", "alpha_pattern", "in_factor_pattern", "out_factor_pattern"):
+            setattr(prepared, key, pattern_here(getattr(prepared, key), modules))
         chosen = resolve_all_linear(prepared, self.model)
         if chosen is not None:
             prepared.target_modules = chosen  # type: ignore[assignment]  # a set, as PEFT's own

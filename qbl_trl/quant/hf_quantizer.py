@@ -28,10 +28,11 @@ from qbl_trl.quant.checkpoint import Stored, check_tensors, read_headers
 from qbl_trl.quant.dequantizing import dequantize_model_
 from qbl_trl.quant.head import empty_embeddings_, tie_again_
 from qbl_trl.quant.kept_dtypes import keep_stored_dtypes
+from qbl_trl.quant.module_names import name_here
 from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.placing import bytes_per_weight, counted_types, refuse_disk, room_for_codes
-from qbl_trl.quant.renaming import keep_packed_names_, name_here, names_in_model, without_packed
+from qbl_trl.quant.renaming import keep_packed_names_, names_in_model, without_packed
 from qbl_trl.quant.requested import requested, warn_of_unknown
 from qbl_trl.quant.resizing import refuse_resizing
 from qbl_trl.quant.resolved import check_chosen_files

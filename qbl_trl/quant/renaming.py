@@ -1,12 +1,11 @@
 """Names of tensors in a checkpoint and in the model that loads it.
 
 They differ where transformers renames while it loads (vision-language models) and where a base model is loaded from
-the checkpoint of a model with a head, or the other way round. Adapters and settings of single layers name modules
-instead, as the transformers that wrote them had them: those of mixtures have another name in transformers 5.
+the checkpoint of a model with a head, or the other way round.
 """
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -14,14 +13,6 @@ from transformers import PreTrainedModel, modeling_utils
 
 from qbl_trl.quant.experts import Experts
 from qbl_trl.quant.packed import PackedWeight
-
-_MOVED = ((".block_sparse_moe.", ".mlp."), (".mlp.", ".block_sparse_moe."))  # Mixtral, PhiMoE, MiniMax: 4.57 and 5
-
-
-def name_here(name: str, modules: Container[str]) -> str:
-    """The name of a module in this model, where another version of transformers told it (itself if unknown)."""
-    moved = (name.replace(before, now) for before, now in _MOVED)
-    return name if name in modules else next((other for other in moved if other in modules), name)
 
 
 def names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
