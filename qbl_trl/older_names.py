@@ -31,29 +31,38 @@ def restore_settings_(config: Any) -> bool:
     """Give a configuration the settings under the names this transformers reads, in place; whether any was another."""
     if not BEFORE_5:
         return False
-    changed = [_restore_(part) for part in _parts(config)]
+    changed = [_restore_(part, defaults) for part, defaults in _parts(config, _defaults(config))]
     return any(changed)
 
 
-def _parts(config: Any) -> Iterator[Any]:
-    """The configuration and those inside it: of text, of images, of an encoder."""
-    yield config
-    for part in list(vars(config).values()):
+def _defaults(config: Any) -> Any:
+    try:
+        return type(config)()
+    except (TypeError, ValueError):  # a class without defaults has none that nobody chose
+        return config
+
+
+def _parts(config: Any, defaults: Any) -> Iterator[tuple[Any, Any]]:
+    """The configuration and those inside it (of text, of images, of an encoder), with what each has by default.
+
+    Around another configuration a part may have other defaults than alone: the text model of Voxtral, say.
+    """
+    yield config, defaults
+    for name, part in list(vars(config).items()):
         if isinstance(part, transformers.PretrainedConfig):
-            yield from _parts(part)
+            inside = vars(defaults).get(name)
+            yield from _parts(part, inside if type(inside) is type(part) else _defaults(part))
 
 
-def _restore_(config: Any) -> bool:
+def _restore_(config: Any, defaults: Any) -> bool:
     if vars(config).keys().isdisjoint(_NEWER):
         return False
-    try:
-        defaults = type(config)()
-    except (TypeError, ValueError):  # a class without defaults has none that nobody chose
-        defaults = config
+    alone = _defaults(config)
     other = {
         name: value
         for name, value in (_rope(config, defaults) | _experts(config, defaults)).items()
-        if getattr(config, name, None) == getattr(defaults, name, None) != value
+        if getattr(config, name, None) in (getattr(defaults, name, None), getattr(alone, name, None))
+        and getattr(config, name, None) != value
     }
     for name, value in other.items():
         setattr(config, name, value)

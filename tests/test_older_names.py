@@ -98,3 +98,11 @@ def test_settings_inside_a_configuration_are_found():
     config.text_config.rope_parameters = {**sections, "rope_theta": 500.0}
     assert restore_settings_(config)
     assert (config.text_config.rope_scaling, config.text_config.rope_theta) == (sections, 500.0)
+
+
+def test_what_a_part_has_by_default_around_it_is_no_choice_of_a_user():
+    config = transformers.VoxtralConfig(text_config={"model_type": "llama"})
+    assert config.text_config.rope_theta != transformers.LlamaConfig().rope_theta
+    config.text_config.rope_parameters = {**PLAIN, "rope_theta": 10000.0}
+    assert restore_settings_(config)
+    assert config.text_config.rope_theta == 10000.0

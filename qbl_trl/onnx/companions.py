@@ -109,6 +109,15 @@ def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     return inner
 
 
+def warn_of_towers(decoder: PreTrainedModel) -> None:
+    """Say that a graph over token ids holds no tower for images or sound."""
+    if decoder.config.get_text_config() is not decoder.config:
+        logger.warning(
+            "a %s reads images or sound, too: the graph will hold its text side alone, which answers to token ids",
+            type(decoder).__name__,
+        )
+
+
 def check_tokenizer(given: Any) -> Any:
     """A tokenizer or a folder as it is; a model id is opened.
 

@@ -69,6 +69,7 @@ def export_onnx(
 
     Args:
         model_or_path: a transformers model (merged), a PEFT model (its adapters stay as branches), or a folder of one.
+            Of a model that reads images or sound, the text side is exported, with a warning.
         output_dir: a new or empty folder.
         provider: "cpu" or "cuda": which kernels the graph is written for.
         dtype: "float32" (default on cpu) or "float16"; on cuda "float16" (default) or "bfloat16".
@@ -136,6 +137,7 @@ def export_onnx(
     with progress(4 + bool(kv_cache_dtype), "reading the model", "step") as bar:
         held = companions.Held(model_or_path)
         check_supported(held.decoder())
+        companions.warn_of_towers(held.decoder())
         # Refuses what cannot be lowered before work starts. No source is kept: it would keep the model's weights.
         quantized = any(not isinstance(source.base, DenseBase) for source in linear_sources(held.decoder()).values())
         options = Options(

@@ -21,10 +21,13 @@ ort = pytest.importorskip("optimum.onnxruntime")
 
 
 @pytest.mark.parametrize("case", VISION)
-def test_the_text_side_of_a_model_with_a_vision_tower_generates(tmp_path, case):
+def test_the_text_side_of_a_model_with_a_vision_tower_generates(tmp_path, case, caplog):
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(VISION[case]()).eval()
     assert export_onnx(model, tmp_path / "out").attention == "gqa"
+    assert (
+        f"a {type(model).__name__} reads images or sound, too: the graph will hold its text side alone" in caplog.text
+    )
     expected, found = both_generate(model, tmp_path / "out")
     assert torch.equal(expected, found)
 
@@ -37,10 +40,11 @@ def both_generate(model, folder, **settings):
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_every_architecture_generates_what_the_torch_model_does(tmp_path, case):
+def test_every_architecture_generates_what_the_torch_model_does(tmp_path, case, caplog):
     kind, settings, attention = ARCHITECTURES[case]
     model = build(kind, settings)
     report = export_onnx(model, tmp_path / "out")
+    assert "images or sound" not in caplog.text
     assert report.attention == attention
     assert report.parity_cached.max_abs_difference < 1e-5  # fp32 on both sides
     expected, found = both_generate(model, tmp_path / "out")
