@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -9,14 +10,15 @@ import transformers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
+from qbl_trl import GroupQuantConfig, QBLoRACallback, QBLoRAConfig, merge
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.cli import main
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.loading import load_adapter, open_model
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
-from tests.pictures import KINDS, answers, tiny
+from tests.pictures import KINDS, answers, inputs, tiny
+from tests.trl.runs import settings
 
 ADAPTER = {"r": 2, "quantization_aware": True, "init_lora_weights": False}
 pytestmark = [  # more rank than these towers have room for, and a layer that has none
@@ -42,6 +44,57 @@ def test_a_merged_model_answers_images_and_sound_as_it_was_trained_to(kind, tmp_
     torch.testing.assert_close(answers(merged, kind), trained, rtol=0, atol=1e-4)
     merged.save_pretrained(tmp_path / "merged")
     assert torch.equal(answers(open_model(tmp_path / "merged"), kind), answers(merged, kind))
+
+
+def test_a_trainer_merges_and_writes_a_model_that_sees_and_its_merged_loss_is_that_of_images(tmp_path):
+    given = inputs("llava", seed=1)
+    rows = [{name: value[index] for name, value in given.items()} for index in (0, 1)] * 4
+    rows = [{**row, "labels": row["input_ids"]} for row in rows]
+    model = quantize_model_(tiny("llava"), GroupQuantConfig())
+    callback = QBLoRACallback(
+        QBLoRAConfig(**{**ADAPTER, "r": 1}), merged_output_dir=tmp_path / "merged", eval_merged_loss=True
+    )
+    args = settings(tmp_path / "run", max_steps=2, eval_strategy="steps", eval_steps=2, gradient_checkpointing=True)
+    trainer = transformers.Trainer(
+        model, transformers.TrainingArguments(**args), train_dataset=rows, eval_dataset=rows, callbacks=[callback]
+    )
+    trainer.train()
+    losses = {name: value for entry in trainer.state.log_history for name, value in entry.items() if "loss" in name}
+    assert losses["eval_merged_loss"] == pytest.approx(losses["eval_loss"], abs=1e-4)  # float32 on both sides
+    trained = answers(trainer.model.eval(), "llava")
+    torch.testing.assert_close(answers(open_model(tmp_path / "merged"), "llava"), trained, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "qwen2_audio"])
+def test_towers_train_under_reentrant_checkpointing_too(kind):
+    base = quantize_model_(tiny(kind), GroupQuantConfig())
+    model, given = adapted(base).train(), inputs(kind)
+
+    def trained():
+        model.zero_grad()
+        model(**given, labels=given["input_ids"]).loss.backward()
+        return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    expected = trained()
+    assert [name for name in expected if "language_model" not in name]
+    model.prepare_model_for_gradient_checkpointing(base)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert trained() == expected
+
+
+@pytest.mark.parametrize("batches", ["text", "images"])
+def test_gptq_says_which_layers_its_calibration_does_not_reach(batches):
+    given = inputs("llava")
+    calibration = [given["input_ids"].clamp(max=98)] if batches == "text" else [given]
+    config = GroupQuantConfig(algorithm="gptq", calibration=calibration)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quantize_model_(tiny("llava"), config)
+    said = [str(one.message) for one in caught if "no batch of the calibration" in str(one.message)]
+    wanted = (
+        r"reaches 14 of 21 layers \(model\.(vision_tower|multi_modal_projector)\..*, ...\): they are rounded to nearest"
+    )
+    assert [bool(re.search(wanted, one)) for one in said] == ([True] if batches == "text" else [])
 
 
 @pytest.mark.parametrize("where", ["beside the settings of its text", "among them"])

@@ -7,16 +7,34 @@ Re-entrant checkpointing needs inputs with a gradient. PEFT asks float models fo
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from qbl_trl.adapter.recorded import quantization
 from qbl_trl.config import GroupQuantConfig
+from qbl_trl.generation import BEFORE_5
 
 
 def let_inputs_require_grad(model: nn.Module) -> None:
     """Give the inputs of a model in groups a gradient; any other model is left to PEFT."""
     if isinstance(quantization(model), GroupQuantConfig):
         model.enable_input_require_grads()  # type: ignore[operator]
+        let_towers_require_grad(model)
+
+
+def let_towers_require_grad(model: Any) -> None:
+    """The same for what reads images and sound, by convolutions: transformers 4.57 thinks of the embedding alone."""
+    if not BEFORE_5 or model.config.get_text_config() is model.config:
+        return
+    for module in model.modules():
+        if (
+            isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            and _require_grad not in module._forward_hooks.values()
+        ):
+            module.register_forward_hook(_require_grad)
+
+
+def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
 
 
 def register() -> None:

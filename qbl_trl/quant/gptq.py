@@ -8,6 +8,7 @@ same tensor (q, k, v; gate, up) are one stage and share one Hessian; a stage is 
 Left out: offloaded models, and padding (pack the calibration text instead).
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -40,10 +41,12 @@ def gptq_model_(model: nn.Module, config: GroupQuantConfig, targets: Sequence[st
         kind = type(model.get_submodule(name))
         if not issubclass(kind, nn.Linear | Conv1D) or issubclass(kind, GroupQuantLinear):
             raise ConfigError(f"gptq: {name} is a {kind.__name__}; targets are float nn.Linear or Conv1D layers")
+    unseen: list[str] = []
     with calibrating(model), progress(len(targets), "quantizing by GPTQ", "layer") as bar:
         for piece in walk(model, targets, config.calibration or ()):
             for stage in stages(piece.scope, piece.names, piece.calls):
                 hessian = collect_hessian(piece.scope.get_submodule(stage[0]), piece.calls)
+                unseen += [] if hessian.any() else [f"{piece.prefix}{name}" for name in stage]
                 for name in stage:
                     full = f"{piece.prefix}{name}"
                     layer = piece.scope.get_submodule(name)
@@ -53,6 +56,12 @@ def gptq_model_(model: nn.Module, config: GroupQuantConfig, targets: Sequence[st
                         raise ConfigError(f"{full}: {error}") from error
                     piece.scope.set_submodule(name, quantized.train(layer.training))
                     bar.update()
+    if unseen:
+        warnings.warn(
+            f"no batch of the calibration reaches {len(unseen)} of {len(targets)} layers ({unseen[0]}, ...): they are "
+            "rounded to nearest. Batches may be mappings of all that the model takes, images and sound too",
+            stacklevel=2,
+        )
 
 
 def calibrated_head_hessian(model: nn.Module, config: GroupQuantConfig) -> Tensor | None:

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from qbl_trl.adapter.checkpointing import let_towers_require_grad
 from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.adapter.recorded import check_same_base, quantization
 from qbl_trl.adapter.wrapped import unwrap
@@ -78,6 +79,7 @@ def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> P
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     if trainer.args.gradient_checkpointing:
         peft_model.enable_input_require_grads()
+        let_towers_require_grad(model)
     if getattr(trainer.args, "disable_dropout", False):
         _disable_dropout_(peft_model)
     _let_go_of_copied_reference_(trainer)
