@@ -86,7 +86,7 @@ class QBLoRAConfig(LoraConfig):
             reaches nothing new; placing the adapter warns of it and names an r that fits.
         lora_alpha: scale numerator, the adapter is multiplied by lora_alpha / r. Default 16.
         target_modules: names, a regular expression or "all-linear" (every linear layer but the output head; where
-            `quantization_aware`, every one that the base quantized and whose inputs are whole groups).
+            `quantization_aware`, every one that the base quantized).
         in_factor: p, how many neighbouring inputs are pooled into one. Default 2, or the quantization group of the
             base when `quantization_aware`.
         out_factor: e, how many neighbouring outputs share one adapter output. Default 2, as published; when

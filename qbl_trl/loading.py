@@ -12,8 +12,8 @@ from typing import Any
 
 from qbl_trl.config import QUANT_METHOD, GroupQuantConfig, QBLoRAConfig, holds_merged
 from qbl_trl.errors import CheckpointError, ConfigError
+from qbl_trl.module_names import name_here
 from qbl_trl.older_names import restore_settings_
-from qbl_trl.quant.module_names import name_here
 
 logger = logging.getLogger(__name__)
 

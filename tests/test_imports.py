@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "qbl_trl"
 # siblings that never import each other, but for the adapter, which may look at the base it sits on.
 ROWS = [
     {"generation"},
-    {"allowed", "errors", "leftovers", "peft_type", "progress", "random_state", "older_names", "tokenizers"},
+    {"allowed", "errors", "leftovers", "peft_type", "progress", "random_state"},
+    {"older_names", "module_names", "tokenizers"},
     {"folders", "texts"},
     {"config"},
     {"loading"},

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from qbl_trl.adapter.misplaced import check_loaded
 from qbl_trl.errors import ConfigError
 from qbl_trl.generation import BEFORE_5
+from qbl_trl.module_names import name_here
 from qbl_trl.quant.experts import Experts
-from qbl_trl.quant.module_names import name_here
 from qbl_trl.quant.renaming import without_packed
 
 

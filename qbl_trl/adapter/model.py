@@ -27,8 +27,8 @@ from qbl_trl.adapter.recorded import quantization, record_base_, record_layers_
 from qbl_trl.adapter.targets import resolve_all_linear
 from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.errors import ConfigError, MergeError
+from qbl_trl.module_names import name_here, pattern_here
 from qbl_trl.peft_type import NAME, QBLORA
-from qbl_trl.quant.module_names import name_here, pattern_here
 from qbl_trl.quant.packed import PackedWeight
 
 

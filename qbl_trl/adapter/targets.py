@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
+from transformers import PreTrainedModel
 
 from qbl_trl.adapter.bases import describe, foreign_kind
 from qbl_trl.config import QBLoRAConfig
@@ -19,8 +20,9 @@ def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | Non
     """Full names of the layers; None where PEFT's own choice is right (or another target_modules was given).
 
     - PEFT counts subclasses of nn.Linear: layers of HQQ, GPTQ and AWQ are added.
-    - quantization_aware: only layers over affine groups, where there are any; a merge has to be exact. Layers whose
-      inputs are no whole groups have no factor that fits, and are left out with a warning: vision towers have some.
+    - quantization_aware: only layers over affine groups, where there are any; a merge has to be exact. Layers beside
+      the text model (towers that see or hear) whose inputs are no whole groups are left out with a warning: no factor
+      fits them.
     - Routers keep choosing the experts that the model was trained with; transformers 5 has no linear layer there.
     - What trains whole needs no adapter, and PEFT cannot wrap a layer that has one: modules_to_save, and the heads that
       PEFT adds to it for some tasks once the adapter is placed.
@@ -41,7 +43,7 @@ def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | Non
     chosen = {name for name in plain | foreign if not _trains_whole(name, whole)}.difference(routers(model))
     if config.quantization_aware:
         grouped = {name for name in chosen if _has_groups(_base(model, name))}
-        chosen = _of_whole_groups(grouped, model) or grouped or chosen
+        chosen = (grouped - _misfits_of_towers(grouped, model)) or grouped or chosen
     if config.layers_to_transform is not None:
         by_part = copy.copy(config)
         by_part.target_modules = [name.rpartition(".")[2] for name in chosen]
@@ -61,19 +63,23 @@ def _has_groups(layer: nn.Module) -> bool:
     return known and describe(layer).group_size is not None
 
 
-def _of_whole_groups(names: set[str], model: nn.Module) -> set[str]:
-    """The layers whose inputs fill their last group; the others are warned of."""
-    described = {name: describe(_base(model, name)) for name in names}
-    whole = {name for name, base in described.items() if base.in_features % (base.group_size or 1) == 0}
-    others = sorted(names - whole)
-    if whole and others:
-        base = described[others[0]]
+def _misfits_of_towers(names: set[str], model: nn.Module) -> set[str]:
+    """The layers beside the text model whose inputs do not fill their last group, which are warned of."""
+    if not isinstance(model, PreTrainedModel) or model.config.get_text_config() is model.config:
+        return set()
+    decoder = model.get_decoder()
+    text = set() if decoder is None else set(decoder.modules())
+    bases = {name: _base(model, name) for name in names}
+    described = {name: describe(layer) for name, layer in bases.items() if layer not in text}
+    misfits = {name: base for name, base in described.items() if base.in_features % (base.group_size or 1)}
+    if misfits:
+        name, base = min(misfits.items())
         warnings.warn(
-            f"{len(others)} layers get no adapter ({others[0]}, ...): their inputs ({base.in_features}) are no whole "
+            f"{len(misfits)} layers get no adapter ({name}, ...): their inputs ({base.in_features}) are no whole "
             f"quantization groups of {base.group_size}. They stay as they are; name target_modules to choose yourself",
             stacklevel=2,
         )
-    return whole
+    return set(misfits)
 
 
 def _base(model: nn.Module, name: str) -> nn.Module:

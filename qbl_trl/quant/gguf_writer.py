@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.errors import ConfigError
+from qbl_trl.module_names import name_here
 from qbl_trl.quant.importers.gguf import GGUFReader
 from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.quant.renaming import name_here
 from qbl_trl.quant.stacks import slices_of
 from qbl_trl.quant.writers import folded, packed_layers
 

@@ -20,6 +20,7 @@ from qbl_trl.allowed import ALLOWED_GROUP_SIZES
 from qbl_trl.config import QUANT_METHOD, GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError, QblError
 from qbl_trl.generation import BEFORE_5
+from qbl_trl.module_names import name_here
 from qbl_trl.older_names import restore_settings_
 from qbl_trl.progress import progress
 from qbl_trl.quant.apply import finish_, quantize_layer_
@@ -28,7 +29,6 @@ from qbl_trl.quant.checkpoint import Stored, check_tensors, read_headers
 from qbl_trl.quant.dequantizing import dequantize_model_
 from qbl_trl.quant.head import empty_embeddings_, tie_again_
 from qbl_trl.quant.kept_dtypes import keep_stored_dtypes
-from qbl_trl.quant.module_names import name_here
 from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.placing import bytes_per_weight, counted_types, refuse_disk, room_for_codes
