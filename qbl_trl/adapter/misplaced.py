@@ -11,11 +11,10 @@ from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.generation import BEFORE_5
-from qbl_trl.quant.stacks import names_in_files, stacks_of
+from qbl_trl.quant.stacks import layer_names, names_in_files, stacks_of
 
 _PREFIX = "base_model.model."  # of names in a PeftModel, and in files
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")  # of sharded, compiled modules
-_USUAL = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
 
 def stacked_experts(model: nn.Module) -> str | None:
@@ -94,7 +93,6 @@ def _as_layers(model: nn.Module) -> Iterator[str]:
     """Full names that the parts of stacked experts would have as layers, by whatever name files have them."""
     stacked = stacks_of(model)
     told = names_in_files(model) if stacked and not BEFORE_5 else []
-    parts = {*_USUAL, *(part for _, names in told for part in names)}
+    parts = {part for _, names in told for part in names}
     for path in stacked:
-        count: int = model.get_submodule(path).num_experts  # type: ignore[assignment]
-        yield from (f"{path}.{index}.{part}" for index in range(count) for part in parts)
+        yield from layer_names(model, path, parts)

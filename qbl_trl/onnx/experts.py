@@ -16,14 +16,16 @@ from torch import Tensor
 from qbl_trl.onnx.threads import here_only
 
 _FEWEST = 5  # sizes 1 and 2 are best avoided: the tracer takes them for broadcasting and for constants
-_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts")
+_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "moe_top_k")
 
 
 def traced_tokens(config: Any) -> int:
     """Tokens of a row: so many that, of experts chosen at random, every one is chosen (but once in a million)."""
     config = config.get_text_config()
+    config = getattr(config, "ffn_config", config)  # DBRX
     experts = max(getattr(config, name, None) or 1 for name in _COUNTS)
-    chosen = getattr(config, "num_experts_per_tok", None) or 1
+    chosen = max(getattr(config, name, None) or 1 for name in _CHOSEN)
     return _FEWEST if experts == 1 else _FEWEST + math.ceil(experts / chosen * (math.log(experts) + 14))
 
 

@@ -38,6 +38,7 @@ from qbl_trl.onnx.rotations import ROTATING, pairs_neighbours, rotate_of
 from qbl_trl.onnx.sources import embedding_source
 from qbl_trl.onnx.threads import here_only
 from qbl_trl.quant.modules import plain_forward_
+from qbl_trl.quant.stacks import set_apart
 
 TRACED_ATTENTION = "qbl_trl_trace"
 
@@ -99,6 +100,7 @@ def build_skeleton(
         made.rotary |= {name: Rotary(table) for name, table in own_tables(model).items()}
     skeleton = plain_forward_(copy.deepcopy(model, memo), placed=False)
     skeleton.eval()
+    set_apart(skeleton, untraceable=True)
     tables = [buffer for buffer in skeleton.buffers() if buffer.dim() > 1]  # of positions; others (frequencies) stay
     for tensor in (*skeleton.parameters(), *tables):
         tensor.requires_grad_(False)
@@ -244,6 +246,18 @@ def _traced_attention(
 
 
 # They make the causal mask themselves, whatever the attention; nothing else is in it.
-_CAUSAL_MASKS = ("bart", "biogpt", "blenderbot", "blenderbot-small", "marian", "mbart", "opt", "pegasus", "persimmon")
+_CAUSAL_MASKS = (
+    "bart",
+    "biogpt",
+    "blenderbot",
+    "blenderbot-small",
+    "granitemoe",
+    "granitemoeshared",
+    "marian",
+    "mbart",
+    "opt",
+    "pegasus",
+    "persimmon",
+)
 # Arguments of attention functions that change the result; the others (position_ids, cache_position, ...) do not.
 _MEANINGFUL = ("head_mask", "position_bias", "relative_position", "block_bias", "alibi")

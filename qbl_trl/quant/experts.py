@@ -7,6 +7,7 @@ linear layer per expert and projection, under the names of the files.
 """
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class Experts(nn.Module):
 
     Attributes:
         parts: names of the linear layers of an expert, by the name of the stacked tensor they came from.
+        emptied: children that held nothing but stacked tensors which are separated by now; no modules of this one.
     """
 
     num_experts: int
@@ -31,38 +33,76 @@ class Experts(nn.Module):
     is_concatenated: bool
     act_fn: nn.Module
     post_expert_norm: nn.Module
+    place = ""  # the child that the experts are children of; none but this module
 
     def __init__(self, stacked: Any) -> None:
         """Takes over what `stacked` holds; `fill` separates its tensors."""
         super().__init__()
         self.parts: dict[str, Parts] = {}
+        self.emptied: dict[str, nn.Module] = {}
         origin = copy.copy(stacked)  # its class and settings, to stack the experts again; no module of this one
-        origin._parameters = {}
+        origin._parameters, origin._modules = {}, dict.fromkeys(stacked._modules)
         vars(self)["_origin"] = origin
         for name, value in vars(stacked).items():
             if not name.startswith("_"):
                 setattr(self, name, value)
+        self.num_experts = self.count(stacked)
+        holders = {name.rpartition(".")[0] for name in self.tensors(stacked)}
         for name, child in stacked.named_children():
-            self.add_module(name, child)
+            self.add_module(name, _with_parameters_of_its_own(child) if name in holders else child)
         for name, parameter in stacked.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
+        if self.place:
+            self.add_module(self.place, nn.Module().train(self.training))
         for index in range(self.num_experts):
-            self.add_module(str(index), nn.Module().train(self.training))
+            self.get_submodule(self.place).add_module(str(index), nn.Module().train(self.training))
+
+    @classmethod
+    def tensors(cls, stacked: Any) -> dict[str, Parts]:
+        """The tensors that hold the experts, in the order of their use, and names for the layers made of each."""
+        told = stacked if hasattr(stacked, "has_gate") else cls
+        inner = "gate_up_proj" if told.has_gate else "up_proj"
+        halves = ("gate_proj", "up_proj") if told.has_gate and told.is_concatenated else (inner,)
+        return {inner: halves, "down_proj": ("down_proj",)}
+
+    @classmethod
+    def count(cls, stacked: Any) -> int:
+        """How many experts a module stacks."""
+        return int(stacked.num_experts)
+
+    def expert(self, index: int) -> nn.Module:
+        """What holds the linear layers of one expert."""
+        return self.get_submodule(f"{self.place}.{index}".lstrip("."))
+
+    def layers(self, name: str) -> list[str]:
+        """Names of the linear layers that a stacked tensor became."""
+        experts = [f"{self.place}.{index}".lstrip(".") for index in range(self.num_experts)]
+        return [f"{expert}.{part}" for expert in experts for part in self.parts[name]]
+
+    def matrices(self, name: str, weight: Tensor) -> Tensor:
+        """A stacked tensor as (experts, rows, columns) of linear layers, in the same memory."""
+        return weight.transpose(1, 2) if self.is_transposed else weight
 
     def fill(self, name: str, weight: Tensor, parts: Parts) -> list[str]:
         """Linear layers over slices of a stacked tensor, which they share memory with; returns their names."""
         self.parts[name] = parts
-        self._parameters.pop(name, None)
-        for index, matrix in enumerate(weight.transpose(1, 2) if self.is_transposed else weight):
-            expert = self.get_submodule(str(index))
+        path, _, own = name.rpartition(".")
+        holder = self.get_submodule(path)
+        holder._parameters.pop(own, None)
+        if path and not holder._parameters:
+            self.emptied[path] = holder
+            del self._modules[path]
+        order = [part for told in self.tensors(self._origin) for part in self.parts.get(told, ())]
+        for index, matrix in enumerate(self.matrices(name, weight)):
+            expert = self.expert(index)
             for part, rows in zip(parts, matrix.chunk(len(parts)), strict=True):
                 layer = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta").train(self.training)
                 layer.weight = nn.Parameter(rows, requires_grad=False)
                 layer.weight._is_hf_initialized = True  # type: ignore[attr-defined]
                 setattr(expert, part, layer)
-            last = self.parts.get("down_proj", ())  # whatever arrives first: optimizers count parameters
-            expert._modules = dict(sorted(expert._modules.items(), key=lambda item: item[0] in last))
-        return [f"{index}.{part}" for index in range(len(weight)) for part in parts]
+            # Whatever arrives first: optimizers count parameters.
+            expert._modules = dict(sorted(expert._modules.items(), key=lambda item: order.index(item[0])))
+        return self.layers(name)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(tokens, columns), each token's experts (tokens, k) and their weights (tokens, k) -> (tokens, columns).
@@ -71,23 +111,29 @@ class Experts(nn.Module):
         processes train (each has to see the same parameters used) or gather weights of experts as they are asked for,
         and while a graph is traced.
         """
-        count = self.num_experts
-        with torch.no_grad():  # (experts + 1, tokens, k)
-            chosen = nn.functional.one_hot(top_k_index.clamp(max=count), count + 1).permute(2, 0, 1)
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        shared = several and (self.training or is_sharded(self.get_submodule("0")))
-        every = shared or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         answer = torch.zeros_like(hidden_states, dtype=torch.float32)
-        for index in range(count) if every else chosen[:count].flatten(1).any(1).nonzero().flatten().tolist():
-            token, place = torch.where(chosen[index])
+        for index, token, place in self.turns(top_k_index):
             output = self.answer_of(index, hidden_states[token])
             answer.index_add_(0, token, (output * top_k_weights[token, place, None]).float())
         return answer.to(hidden_states.dtype)
 
+    def turns(self, top_k_index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Experts in turn, each with the tokens that ask it and their places among what these tokens ask."""
+        count = self.num_experts
+        with torch.no_grad():  # (experts + 1, tokens, k)
+            chosen = nn.functional.one_hot(top_k_index.clamp(max=count), count + 1).permute(2, 0, 1)
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        shared = several and (self.training or is_sharded(self.expert(0)))
+        every = shared or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        for index in range(count) if every else chosen[:count].flatten(1).any(1).nonzero().flatten().tolist():
+            token, place = torch.where(chosen[index])
+            yield index, token, place
+
     def answer_of(self, index: int, x: Tensor) -> Tensor:
         """What one expert makes of its tokens, (tokens, columns) -> (tokens, columns)."""
-        inner = self._project("gate_up_proj" if self.has_gate else "up_proj", index, x)
-        outer = self._project("down_proj", index, self.gate(inner) if self.has_gate else self.act_fn(inner))
+        first, last = self.tensors(self._origin)
+        inner = self.project(first, index, x)
+        outer = self.project(last, index, self.gate(inner) if self.has_gate else self.act_fn(inner))
         return self.post_expert_norm(outer) if getattr(self, "has_post_expert_norm", False) else outer
 
     def gate(self, gate_up: Tensor) -> Tensor:
@@ -95,25 +141,39 @@ class Experts(nn.Module):
         gated: Tensor = type(self._origin)._apply_gate(self, gate_up)  # type: ignore[operator,union-attr]
         return gated
 
-    def _project(self, name: str, index: int, x: Tensor) -> Tensor:
+    def project(self, name: str, index: int, x: Tensor) -> Tensor:
+        """What one expert's part of a stacked tensor makes of its tokens, by whatever it is by now."""
         if name in self.parts:
-            expert = self.get_submodule(str(index))
+            expert = self.expert(index)
             y = torch.cat([getattr(expert, part)(x) for part in self.parts[name]], dim=-1)
         else:
-            weight = getattr(self, name)[index]
-            y = x @ weight if self.is_transposed else nn.functional.linear(x, weight)
+            y = nn.functional.linear(x, self.matrices(name, self.get_parameter(name))[index])
         return y + getattr(self, f"{name}_bias")[index] if self.has_bias else y
 
     def stacked(self) -> nn.Module:
         """The module of transformers again; the linear layers hold float weights by now."""
         module = copy.copy(vars(self)["_origin"])
         module._parameters = dict(self._parameters)
-        experts = [self.get_submodule(str(index)) for index in range(self.num_experts)]
+        module._modules = {name: self._modules.get(name, self.emptied.get(name)) for name in module._modules}  # type: ignore[union-attr,operator]
+        experts = [self.expert(index) for index in range(self.num_experts)]
         for name, parts in self.parts.items():
+            path, _, own = name.rpartition(".")
             weight = torch.stack([torch.cat([getattr(expert, part).weight for part in parts]) for expert in experts])
-            weight = weight.transpose(1, 2).contiguous() if self.is_transposed else weight
-            module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+            joined = nn.Parameter(self.joined(name, weight), requires_grad=False)
+            module.get_submodule(path)._parameters[own] = joined
         return module.train(self.training)  # type: ignore[no-any-return]
+
+    def joined(self, name: str, matrices: Tensor) -> Tensor:
+        """(experts, rows, columns) of linear layers as the stacked tensor has them."""
+        return self.matrices(name, matrices).contiguous()
+
+
+def _with_parameters_of_its_own(module: nn.Module) -> nn.Module:
+    """The same module, which can lose a parameter that this one keeps."""
+    other = copy.copy(module)
+    other._parameters = dict(module._parameters)
+    other._is_hf_initialized = True  # type: ignore[assignment]  # how its class draws all of them anew is no longer right
+    return other
 
 
 class TransposedExperts(Experts):

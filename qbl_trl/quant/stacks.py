@@ -10,14 +10,22 @@ from torch import Tensor, nn
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.quant.experts import DenseWeightExperts, Experts, GptOssExperts, Llama4Experts, Parts
 from qbl_trl.quant.modules import replace
+from qbl_trl.quant.parallel_experts import AttentionExperts, DbrxExperts, ParallelExperts
 from qbl_trl.quant.renaming import makes
 
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate", "num_experts")
-_OTHERS = {
+_OTHERS: dict[str, type[Experts]] = {
+    "DbrxExperts": DbrxExperts,
+    "GraniteMoeHybridMoE": ParallelExperts,
+    "GraniteMoeMoE": ParallelExperts,
+    "GraniteMoeSharedMoE": ParallelExperts,
+    "JetMoeMoA": AttentionExperts,
+    "JetMoeMoE": ParallelExperts,
     "Llama4TextExperts": Llama4Experts,
     "Qwen3VLMoeTextExperts": DenseWeightExperts,
     "GptOssExperts": GptOssExperts,
 }
+_UNTRACEABLE = (ParallelExperts, AttentionExperts)
 
 
 def stacks_of(model: nn.Module) -> list[str]:
@@ -25,14 +33,26 @@ def stacks_of(model: nn.Module) -> list[str]:
     return [path for path, module in model.named_modules() if _kind(module) is not None]
 
 
-def set_apart(model: nn.Module) -> dict[str, nn.Module]:
-    """Separate all experts of a model; returns the modules that held them stacked, by their names."""
+def stacked_tensors(model: nn.Module) -> list[str]:
+    """Full names of the tensors that hold stacked experts."""
+    kinds = [(path, module, _kind(module)) for path, module in model.named_modules()]
+    return [f"{path}.{name}" for path, module, kind in kinds if kind is not None for name in kind.tensors(module)]
+
+
+def set_apart(model: nn.Module, untraceable: bool = False) -> dict[str, nn.Module]:
+    """Separate all experts of a model; returns the modules that held them stacked, by their names.
+
+    Args:
+        untraceable: those alone that no trace follows while they are stacked.
+    """
     stacked = {path: model.get_submodule(path) for path in stacks_of(model)}
+    if untraceable:
+        stacked = {path: module for path, module in stacked.items() if _kind(module) in _UNTRACEABLE}
     named = names_in_files(model) if stacked and not BEFORE_5 else []
     for path, module in stacked.items():
         experts = _separable(module)
-        for name, parts in _parts_of(experts, path, named).items():
-            experts.fill(name, getattr(module, name).data, parts)
+        for name, parts in _parts_of(experts, module, path, named).items():
+            experts.fill(name, module.get_parameter(name).data, parts)
         replace(model, path, experts)
     return stacked
 
@@ -44,7 +64,7 @@ def slices_of(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path, module in held:
         experts = module if isinstance(module, Experts) else _separable(module)
-        for name, parts in _parts_of(experts, path, named).items():
+        for name, parts in _parts_of(experts, module, path, named).items():
             weight = experts._parameters.get(name)
             if weight is None:  # it was separated
                 continue
@@ -54,13 +74,12 @@ def slices_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _parts_of(experts: Experts, path: str, named: list[tuple[str, Parts]]) -> dict[str, Parts]:
+def _parts_of(experts: Experts, stacked: nn.Module, path: str, named: list[tuple[str, Parts]]) -> dict[str, Parts]:
     """Names of the layers of an expert, by the names of the stacked tensors they are parts of."""
     found: dict[str, Parts] = {}
-    for name in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
-        halves = ("gate_proj", "up_proj") if name == "gate_up_proj" and experts.is_concatenated else (name,)
-        told = next((parts for target, parts in named if makes(target, f"{path}.{name}")), halves)
-        found[name] = told if len(told) == len(halves) else halves
+    for name, usual in experts.tensors(stacked).items():
+        told = next((parts for target, parts in named if makes(target, f"{path}.{name}")), usual)
+        found[name] = told if len(told) == len(usual) else usual
     return found
 
 
@@ -82,10 +101,9 @@ def keep_apart(
     """
     wanted, separated = set(layers), list[tuple[str, str, Parts, list[str]]]()
     for path in stacked:
-        experts = model.get_submodule(path)
+        experts: Any = model.get_submodule(path)
         for name, parts in getattr(experts, "parts", {}).items():
-            own = [f"{path}.{index}.{part}" for index in range(experts.num_experts) for part in parts]  # type: ignore[arg-type]
-            separated.append((path, name, parts, own))
+            separated.append((path, name, parts, [f"{path}.{layer}" for layer in experts.layers(name)]))
     names = {name for _, name, _, own in separated if not wanted.isdisjoint(own)}
     kept: dict[str, Parts] = {}
     for path, name, parts, own in separated:
@@ -99,7 +117,7 @@ def keep_apart(
         after = _separable(old)
         for name, parts in apart.items():
             if f"{path}.{name}" in kept:
-                after.fill(name, getattr(old, name).data, parts)
+                after.fill(name, old.get_parameter(name).data, parts)
         replace(model, path, after if after.parts else old)
     return kept
 
@@ -111,12 +129,12 @@ def separate_(model: nn.Module, name: str, weight: Tensor, parts: Parts) -> list
         name: of the tensor; weight: (experts, rows, columns), or columns before rows as its module has them.
         parts: what `keep_apart` returned for this tensor.
     """
-    path, _, own = name.rpartition(".")
+    path = _stack_of(model, name)
     experts = model.get_submodule(path)
     if not isinstance(experts, Experts):
         experts = _separable(experts)
         replace(model, path, experts)
-    return [f"{path}.{layer}" for layer in experts.fill(own, weight, parts)]
+    return [f"{path}.{layer}" for layer in experts.fill(name.removeprefix(f"{path}."), weight, parts)]
 
 
 def take_apart_(model: nn.Module, layers: Iterable[str]) -> None:
@@ -129,13 +147,12 @@ def take_apart_(model: nn.Module, layers: Iterable[str]) -> None:
 def float_parts(model: nn.Module) -> list[str]:
     """Full names of the separated layers of experts that are in float."""
     return [
-        f"{path}.{index}.{part}"
+        f"{path}.{layer}"
         for path, experts in model.named_modules()
         if isinstance(experts, Experts)
-        for index in range(experts.num_experts)
-        for parts in experts.parts.values()
-        for part in parts
-        if type(experts.get_submodule(f"{index}.{part}")) is nn.Linear
+        for name in experts.parts
+        for layer in experts.layers(name)
+        if type(experts.get_submodule(layer)) is nn.Linear
     ]
 
 
@@ -145,12 +162,31 @@ def together_(model: nn.Module) -> None:
         replace(model, path, model.get_submodule(path).stacked())  # type: ignore[operator]
 
 
-def _kind(module: nn.Module) -> type[Experts] | None:
+def layer_names(model: nn.Module, path: str, told: Iterable[str]) -> list[str]:
+    """Full names that the parts of experts stacked in one module would have as layers: usual ones, and those told."""
+    module = model.get_submodule(path)
+    kind = _kind(module) or Experts
+    tensors = kind.tensors(module)
+    parts = {*told, *tensors, *(part for names in tensors.values() for part in names)}
+    experts = ".".join([path, kind.place]).rstrip(".")
+    return [f"{experts}.{index}.{part}" for index in range(kind.count(module)) for part in sorted(parts)]
+
+
+def _stack_of(model: nn.Module, tensor: str) -> str:
+    """The module of stacked experts, separated in part or not yet, that a tensor belongs to."""
+    path = tensor.rpartition(".")[0]
+    while not isinstance(model.get_submodule(path), Experts) and _kind(model.get_submodule(path)) is None:
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _kind(module: Any) -> type[Experts] | None:
     if isinstance(module, Experts):
         return None
     if all(hasattr(module, name) for name in _INTERFACE):
         return Experts
-    return _OTHERS.get(type(module).__name__) if type(module).__module__.startswith("transformers.") else None
+    kind = _OTHERS.get(type(module).__name__) if type(module).__module__.startswith("transformers.") else None
+    return kind if kind is not None and kind.tensors(module).keys() <= dict(module.named_parameters()).keys() else None
 
 
 def _separable(module: Any) -> Experts:

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.checkpoint import Stored, read_files, read_headers
+from qbl_trl.quant.experts import Experts
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.packed import BESIDE_CODES, PackedWeight
 from qbl_trl.quant.renaming import names_in_model
@@ -67,9 +68,22 @@ def stored_layers(
             f"{folder}: {lost!r} is packed by itself, and transformers {transformers_version} holds the experts of a "
             f"layer in one tensor; open this folder with the version it was written with ({made_with or 'before 5'})"
         )
-    chosen = packed | (set(usual) - plain)
+    chosen = packed | (set(usual) - plain - _stacked(model, found))
     layers = [name for name, layer in modules.items() if name in chosen and layer is not head and is_linear(layer)]
     return layers, plain
+
+
+def _stacked(model: nn.Module, found: dict[str, Stored]) -> set[str]:
+    """Layers of experts, by now, that a folder holds stacked: whoever wrote it did not quantize them."""
+    names = set(names_in_model(model, found).values())  # type: ignore[arg-type]
+    experts = [(path, module) for path, module in model.named_modules() if isinstance(module, Experts)]
+    return {
+        f"{path}.{layer}"
+        for path, module in experts
+        for tensor in module.parts
+        if f"{path}.{tensor}" in names
+        for layer in module.layers(tensor)
+    }
 
 
 def packed_in(model: nn.Module, found: dict[str, Stored]) -> set[str]:

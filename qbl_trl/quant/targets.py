@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from qbl_trl.allowed import ALLOWED_GROUP_SIZES
 from qbl_trl.config import GroupQuantConfig
+from qbl_trl.quant.experts import Experts
 from qbl_trl.quant.modules import same_module_name
 
 _READ_ELSEWHERE = {
@@ -98,7 +99,7 @@ def routers(model: nn.Module) -> list[str]:
     """Full names of linear layers that choose or weigh the experts of a mixture: beside them, or in a router there."""
     found = []
     for name, module in model.named_modules():
-        if "experts" in module._modules:
+        if "experts" in module._modules or isinstance(module, Experts):
             for kind in ("gate", "router", "shared_expert_gate"):
                 inside = module.get_submodule(kind).named_modules(prefix=kind) if kind in module._modules else ()
                 found += [f"{name}.{child}" for child, layer in inside if isinstance(layer, nn.Linear)]

@@ -30,6 +30,8 @@ EXPERTS = {  # targets that mean experts: by the names of the files, by a part o
     ),
     "Qwen3Moe": (["q_proj", "up_proj"], ["experts.3.down_proj"], r".*experts\.\d+\.gate_proj|.*v_proj"),
     "GptOss": (["q_proj", "gate_up_proj"], ["down_proj"], r".*(o|down)_proj"),
+    "GraniteMoe": (["q_proj", "up_proj"], ["experts.3.down_proj"], r".*experts\.\d+\.gate_proj|.*v_proj"),
+    "JetMoe": (["kv_proj", "up_proj"], ["experts.3.down_proj"], r".*\.experts\.\d+\.o_proj|.*kv_proj"),
 }
 
 
@@ -70,7 +72,7 @@ def test_adapters_are_loaded_beside_others_in_parts_and_inside_wrappers():
 @pytest.mark.parametrize(("name", "targets"), [(n, t) for n in EXPERTS if n in STACKED for t in EXPERTS[n]])
 def test_experts_that_targets_name_are_said_to_get_no_adapter(name, targets):
     adapter, said = QBLoRAConfig(r=4, target_modules=targets), "no adapter acts on the experts of this model"
-    if isinstance(targets, str) or "q_proj" in targets:
+    if isinstance(targets, str) or {"q_proj", "kv_proj"} & {*targets}:
         with pytest.warns(UserWarning, match=said):
             get_peft_model(mixture(name), adapter)
     else:  # no other layer is left

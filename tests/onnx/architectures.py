@@ -3,6 +3,7 @@
 import torch
 import transformers
 
+from qbl_trl.quant.stacks import set_apart
 from tests.onnx.models import PAD, quantize
 
 WIDE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
@@ -43,6 +44,33 @@ ARCHITECTURES = {
         "gqa",
     ),
     "mixtral, which asks the chosen experts": ("Mixtral", {**MOE, "num_local_experts": 4}, "gqa"),
+    "granite with experts split by token counts": (
+        "GraniteMoe",
+        {
+            **GATED,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "attention_multiplier": 0.125,
+            "logits_scaling": 2.0,
+        },
+        "gqa",
+    ),
+    "granite with experts and one shared": (
+        "GraniteMoeShared",
+        {**GATED, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64},
+        "gqa",
+    ),
+    "jetmoe, whose attention is a mixture too": (
+        "JetMoe",
+        {**GATED, "num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16},
+        "standard",
+    ),
+    "dbrx, whose experts lie in one matrix": (
+        "Dbrx",
+        {**TOKENS, "d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 100}
+        | {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"moe_top_k": 2, "ffn_hidden_size": 64}},
+        "gqa",
+    ),
     "deepseek with experts and latent heads": (
         "DeepseekV3",
         {**MOE, **DEEPSEEK, **LATENT, "num_key_value_heads": 4},
@@ -126,6 +154,7 @@ def build(kind, settings):
     for name, parameter in decoder.named_parameters():
         if name.endswith("sinks"):
             parameter.data.normal_()  # nearly zero until they are trained
+    set_apart(decoder, untraceable=True)
     return quantize(decoder)
 
 

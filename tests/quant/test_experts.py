@@ -35,9 +35,25 @@ SETTINGS = {
 }
 SETTINGS["Llama4Text"] = {"num_local_experts": 4, "head_dim": 16, "intermediate_size_mlp": 96}
 SETTINGS["Qwen3VLMoe"] = {"num_experts": 4, "head_dim": 16, **CHOICE}
+SETTINGS["GraniteMoe"] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+SETTINGS["GraniteMoeShared"] = {**SETTINGS["GraniteMoe"], "shared_intermediate_size": 64}
+SETTINGS["GraniteMoeHybrid"] = {**SETTINGS["GraniteMoeShared"], "layer_types": ["attention", "attention"]}
+SETTINGS["JetMoe"] = {**SETTINGS["GraniteMoe"], "kv_channels": 16}
+DBRX = {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 64}
+SETTINGS["Dbrx"] = {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "ffn_config": DBRX}
+SETTINGS["Dbrx"] |= {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}}
 VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
 ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3]}
-ALWAYS = ["GptOss", "Llama4Text", "Qwen3VLMoe"]  # stacked in both versions, and in their files
+ALWAYS = [
+    "GptOss",
+    "Llama4Text",
+    "Qwen3VLMoe",
+    "GraniteMoe",
+    "GraniteMoeShared",
+    "GraniteMoeHybrid",
+    "JetMoe",
+    "Dbrx",
+]  # stacked in both versions, and in their files
 NAMED = [name for name in SETTINGS if name not in ALWAYS]  # whose files have a tensor for each expert
 STACKED = ALWAYS if BEFORE_5 else list(SETTINGS)
 stacking = pytest.mark.skipif(BEFORE_5, reason="transformers 4.57 has a layer for each expert")
@@ -54,7 +70,7 @@ def auto_config(name):
         rope = {"rope_scaling": ROPE} if BEFORE_5 else {"rope_parameters": {**ROPE, "rope_theta": 1e4}}
         vision = {**VISION, "deepstack_visual_indexes": []}
         return kind(text_config={**COMMON, **SETTINGS[name], **rope}, vision_config=vision)
-    return kind(**{**COMMON, **SETTINGS[name]})
+    return kind(**({"vocab_size": 100, "pad_token_id": 0} if name == "Dbrx" else COMMON), **SETTINGS[name])
 
 
 def mixture(name, seed=0):
@@ -179,7 +195,7 @@ def test_adapters_and_formats_that_the_other_version_named_are_found(name, tmp_p
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"]])
-@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "DeepseekV3"])
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "DeepseekV3", "GraniteMoe"])
 def test_plain_lora_acts_on_experts_that_are_layers_in_either_version(name, targets, tmp_path):
     """PEFT turns it into one on stacked tensors, which transformers 5 has and this model has not."""
     config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
@@ -198,7 +214,7 @@ def test_experts_without_an_adapter_are_named():
         get_peft_model(mixture("GptOss"), QBLoRAConfig(r=4))
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "GptOss"])
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "GptOss", "GraniteMoe"])
 @pytest.mark.parametrize("kind", [LoraConfig, QBLoRAConfig])
 def test_transformers_itself_loads_an_adapter_of_experts_that_are_layers(name, kind, tmp_path):
     mixture(name).save_pretrained(tmp_path / "float")

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.renaming import makes, names_in_model
+from qbl_trl.quant.stacks import stacked_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,8 @@ def check_places(source: Path, config: dict[str, Any], packed: Shapes, others: S
             "joined before they were quantized, so the converted folder could not be loaded. Quantize the model with a "
             "library that keeps its layers, or here"
         )
-    made = _converted(model, places.values()) + [".experts"] * any(".experts." in name for name in homeless)
+    stacked = [".experts", *stacked_tensors(model)] if any(".experts." in name for name in homeless) else []
+    made = _converted(model, places.values()) + stacked
     compared = {name: tensor for name, tensor in state.items() if not any(makes(target, name) for target in made)}
     shapes = {name: tuple(tensor.shape) for name, tensor in compared.items()}
     turned = {f"{name}.weight" for name, layer in linear.items() if isinstance(layer, Conv1D)}
