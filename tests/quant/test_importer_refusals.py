@@ -264,6 +264,12 @@ def test_a_source_that_is_no_checkpoint_is_refused(tmp_path):
         describe_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"no config\.json and 0 GGUF files"):
         describe_checkpoint(tmp_path)
+    tiny_llama().save_pretrained(tmp_path / "float")
+    with pytest.raises(CheckpointError, match=r"config\.json states no quantization; allowed: GPTQ"):
+        describe_checkpoint(tmp_path / "float")
+    (tmp_path / "float" / "model.safetensors").rename(tmp_path / "float" / "qmodel.pt")  # how hqq saves by default
+    with pytest.raises(CheckpointError, match="Pickled weights"):
+        describe_checkpoint(tmp_path / "float")
     (tmp_path / "model.gguf").write_bytes(b"not a gguf file")
     with pytest.raises(CheckpointError, match="is not a GGUF file"):
         describe_checkpoint(tmp_path / "model.gguf")

@@ -136,6 +136,17 @@ def test_groups_of_other_sizes_are_split_into_equal_parts(tmp_path, columns, sta
     assert torch.equal(layer.dequantize(), dequantize(*affine, size))
 
 
+def test_hqq_folders_are_known_by_their_tensors_where_the_library_states_no_quantization(tmp_path):
+    _, written = foreign.write_folder(
+        tmp_path / "in", partial(foreign.hqq_tensors, bits=4), HQQ, affines(zeros="float"), shards=2
+    )
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    found = dict(read_layers(tmp_path / "in"))
+    assert all(torch.equal(found[name].dequantize(), dequantize(*affine, 32)) for name, affine in written.items())
+
+
 def test_groups_that_cannot_be_split_are_refused():
     with pytest.raises(CheckpointError, match="groups of 24 weights cannot be split"):
         stored_group_size("layer", 48, 2, 24)

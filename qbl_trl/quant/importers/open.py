@@ -15,7 +15,7 @@ from qbl_trl.quant.importers.compressed import CompressedReader
 from qbl_trl.quant.importers.gptq import GPTQReader
 from qbl_trl.quant.importers.hqq import HQQReader
 from qbl_trl.quant.importers.reader import Reader
-from qbl_trl.quant.importers.shards import read_json
+from qbl_trl.quant.importers.shards import Shards, read_json
 from qbl_trl.quant.linear import GroupQuantLinear
 
 KINDS = "GPTQ, AWQ, AutoRound, HQQ, compressed-tensors (folders), GGUF (a file or a folder with one)"
@@ -45,6 +45,8 @@ def open_reader(source: str | os.PathLike[str]) -> Reader:
             raise CheckpointError(f"{path}: no config.json and {len(files)} GGUF files; name the one file to import")
         return _gguf(files[0])
     quantization = _quantization(path)
+    if not quantization:
+        raise CheckpointError(f"{path}: config.json states no quantization; allowed: {KINDS}")
     method = str(quantization.get("quant_method", "")).lower()
     if method in ("auto-round", "auto_round", "intel/auto-round"):
         packing = str(quantization.get("packing_format", ""))
@@ -122,4 +124,5 @@ def _quantization(folder: Path) -> dict[str, Any]:
         if (folder / name).is_file():
             method = "awq" if name == "quant_config.json" else "gptq"
             return {"quant_method": method} | read_json(folder / name)
-    return {}
+    own = any(name.endswith(f".{HQQReader.marker}") for name in Shards(folder).names())
+    return {"quant_method": "hqq"} if own else {}  # hqq's own safetensors: every layer states its settings
