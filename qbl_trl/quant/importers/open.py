@@ -16,6 +16,7 @@ from qbl_trl.quant.importers.gptq import GPTQReader
 from qbl_trl.quant.importers.hqq import HQQReader
 from qbl_trl.quant.importers.reader import Reader
 from qbl_trl.quant.importers.shards import Shards, read_json
+from qbl_trl.quant.importers.spelling import Respelled
 from qbl_trl.quant.linear import GroupQuantLinear
 
 KINDS = "GPTQ, AWQ, AutoRound, HQQ, compressed-tensors (folders), GGUF (a file or a folder with one)"
@@ -53,7 +54,7 @@ def open_reader(source: str | os.PathLike[str]) -> Reader:
         method = "awq" if "awq" in packing else "gptq"
     if method not in _READERS:
         raise CheckpointError(f"{path}: quantization method {method or 'none'!r} cannot be imported; allowed: {KINDS}")
-    return _READERS[method](path, quantization)
+    return Respelled(_READERS[method](path, quantization))
 
 
 def describe(reader: Reader) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.errors import CheckpointError
+from qbl_trl.older_names import restore_settings_
 from qbl_trl.quant.renaming import makes, names_in_model
 from qbl_trl.quant.stacks import stacked_tensors
 
@@ -111,6 +112,7 @@ def _empty_model(source: Path, config: dict[str, Any]) -> PreTrainedModel | None
     if kind is None:
         return None
     settings = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(config))
+    restore_settings_(settings)
     with init_empty_weights():
         return kind(settings)  # type: ignore[no-any-return]
 

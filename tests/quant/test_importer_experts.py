@@ -1,0 +1,103 @@
+"""Checkpoints of mixtures, with the names and settings that quantizers write under transformers 5."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import qbl_trl  # noqa: F401  (registers the quantizer)
+from qbl_trl.config import GroupQuantConfig
+from qbl_trl.quant.affine import dequantize
+from qbl_trl.quant.importers import convert_checkpoint, describe_checkpoint
+from qbl_trl.quant.importers.spelling import name_in_files
+from tests.quant import foreign
+from tests.quant.foreign import GPTQ, linear_layers
+from tests.tiny import SIZES
+
+EXPERTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 96, "head_dim": 16}
+
+
+def write_mixture(folder, model_type, settings, names):
+    """A GPTQ checkpoint of a mixture, its experts and attention packed; returns each layer's Affine.
+
+    Args:
+        names: the file's name of a float tensor -> what the checkpoint calls it.
+    """
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES, **settings)).save_pretrained(folder)
+    written, tensors = {}, {}
+    for seed, (name, value) in enumerate(load_file(folder / "model.safetensors").items()):
+        layer = name.removesuffix(".weight")
+        if ".experts." not in name and "_proj" not in name:
+            tensors[names(name)] = value
+            continue
+        written[layer] = foreign.random_affine(*value.shape, 4, seed)
+        packed = foreign.gptq_tensors(written[layer], 4).items()
+        tensors |= {f"{names(layer)}.{key}": part.contiguous() for key, part in packed}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": GPTQ}
+    (folder / "config.json").write_text(json.dumps(config))
+    return written
+
+
+def separated_by_a_tool(block):
+    def names(name):
+        for ours, theirs in EXPERTS.items():
+            name = name.replace(f".{ours}", f".{theirs}")
+        return name.replace("block_sparse_moe", block)
+
+    return names
+
+
+@pytest.mark.parametrize("block", ["mlp", "block_sparse_moe"])
+def test_experts_under_the_names_of_transformers_5_are_found_where_files_have_other_names(tmp_path, block):
+    settings = {"num_local_experts": 2, "num_experts_per_tok": 2}
+    written = write_mixture(tmp_path / "in", "mixtral", settings, separated_by_a_tool(block))
+    convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name.removesuffix(".scales") for name in stored if name.endswith(".scales")} == set(written)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    layers = linear_layers(model)
+    for name, affine in written.items():
+        here = next(name for name in (name, name.replace("block_sparse_moe", "mlp")) if name in layers)
+        assert torch.equal(layers[here].dequantize(), dequantize(*affine, 32)), name
+
+
+def test_settings_of_single_experts_are_found_by_the_names_of_the_tool(tmp_path):
+    settings = {"num_local_experts": 2, "num_experts_per_tok": 2}
+    write_mixture(tmp_path / "in", "mixtral", settings, separated_by_a_tool("mlp"))
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    rules = {r".*\.1\.down_proj": {"sym": True}, ".*": {"sym": False}}
+    config["quantization_config"] = GPTQ | {"dynamic": rules}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    described = GroupQuantConfig(**describe_checkpoint(tmp_path / "in"))
+    assert described.layer_format("model.layers.0.block_sparse_moe.experts.1.w2").zeros == "none"
+    assert described.layer_format("model.layers.0.block_sparse_moe.experts.0.w2").zeros == "packed"
+
+
+def test_a_count_of_experts_that_transformers_5_wrote_under_its_name_is_read(tmp_path):
+    written = write_mixture(tmp_path / "in", "qwen3_moe", MIXTURE | {"num_experts": 4}, lambda name: name)
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    config["num_local_experts"] = config.pop("num_experts", config.get("num_local_experts"))
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    layers = linear_layers(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32))
+    assert all(torch.equal(layers[name].dequantize(), dequantize(*affine, 32)) for name, affine in written.items())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "told", "name"),
+    [
+        ("phimoe", "model.layers.0.mlp.router.weight", "model.layers.0.block_sparse_moe.gate.weight"),
+        ("minimax", "model.layers.0.mlp.experts.1.up_proj", "model.layers.0.block_sparse_moe.experts.1.w3"),
+        ("lfm2_moe", "model.layers.0.feed_forward.experts.1.gate_proj", "model.layers.0.feed_forward.experts.1.w1"),
+        ("lfm2_moe", "model.layers.0.feed_forward.gate_proj", "model.layers.0.feed_forward.gate_proj"),
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.1.w3", "model.layers.0.block_sparse_moe.experts.1.w3"),
+        ("qwen3_moe", "model.layers.0.mlp.experts.1.up_proj", "model.layers.0.mlp.experts.1.up_proj"),
+    ],
+)
+def test_names_in_files(model_type, told, name):
+    assert name_in_files(model_type, told) == name
+    assert name_in_files(model_type, f"{told}.weight") == f"{name}.weight"
