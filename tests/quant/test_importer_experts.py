@@ -42,19 +42,23 @@ def write_mixture(folder, model_type, settings, names):
     return written
 
 
-def separated_by_a_tool(block):
+def separated_by_a_tool(block, model_type="mixtral"):
     def names(name):
         for ours, theirs in EXPERTS.items():
             name = name.replace(f".{ours}", f".{theirs}")
+        if model_type == "phimoe":
+            name = name.replace(".gate.weight", ".router.weight")
         return name.replace("block_sparse_moe", block)
 
     return names
 
 
-@pytest.mark.parametrize("block", ["mlp", "block_sparse_moe"])
-def test_experts_under_the_names_of_transformers_5_are_found_where_files_have_other_names(tmp_path, block):
+@pytest.mark.parametrize(
+    ("model_type", "block"), [("mixtral", "mlp"), ("mixtral", "block_sparse_moe"), ("phimoe", "mlp")]
+)
+def test_experts_under_the_names_of_transformers_5_are_found_where_files_have_other_names(tmp_path, model_type, block):
     settings = {"num_local_experts": 2, "num_experts_per_tok": 2}
-    written = write_mixture(tmp_path / "in", "mixtral", settings, separated_by_a_tool(block))
+    written = write_mixture(tmp_path / "in", model_type, settings, separated_by_a_tool(block, model_type))
     convert_checkpoint(tmp_path / "in", tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {name.removesuffix(".scales") for name in stored if name.endswith(".scales")} == set(written)
