@@ -66,6 +66,8 @@ def save_tokenizer(source: Any, folder: Path) -> None:
                 shutil.copyfile(found, folder / name)
     stored = _settings(folder / _CONFIG)
     settings = _known_to_both(stored)
+    if settings.get("extra_special_tokens") == {}:
+        del settings["extra_special_tokens"]
     if settings != stored:
         _write(folder / _CONFIG, settings)
     _set_parts_apart(folder)
