@@ -12,32 +12,34 @@ from qbl_trl.config import GroupQuantConfig
 from qbl_trl.quant.affine import dequantize
 from qbl_trl.quant.importers import convert_checkpoint, describe_checkpoint
 from qbl_trl.quant.importers.spelling import name_in_files
-from tests.quant import foreign
-from tests.quant.foreign import GPTQ, linear_layers
+from tests.quant.foreign import GPTQ, HQQ, gptq_tensors, hqq_tensors, linear_layers, random_affine
 from tests.tiny import SIZES
 
 EXPERTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 96, "head_dim": 16}
+PACKED = (".experts.", "_proj")
+ROUTERS = ("mlp.gate.", "mlp.shared_expert_gate.")
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "head_dim": 16}
 
 
-def write_mixture(folder, model_type, settings, names):
-    """A GPTQ checkpoint of a mixture, its experts and attention packed; returns each layer's Affine.
+def write_mixture(folder, model_type, settings, names, make=gptq_tensors, quantization=GPTQ, packed=PACKED):
+    """A checkpoint of a mixture; returns the Affine of each packed layer.
 
     Args:
         names: the file's name of a float tensor -> what the checkpoint calls it.
+        make: (Affine, bits) -> the tensors of a layer.
+        packed: parts of the names of the packed layers.
     """
     AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES, **settings)).save_pretrained(folder)
     written, tensors = {}, {}
     for seed, (name, value) in enumerate(load_file(folder / "model.safetensors").items()):
         layer = name.removesuffix(".weight")
-        if ".experts." not in name and "_proj" not in name:
+        if value.dim() != 2 or not any(part in name for part in packed):
             tensors[names(name)] = value
             continue
-        written[layer] = foreign.random_affine(*value.shape, 4, seed)
-        packed = foreign.gptq_tensors(written[layer], 4).items()
-        tensors |= {f"{names(layer)}.{key}": part.contiguous() for key, part in packed}
+        written[layer] = random_affine(*value.shape, 4, seed, zeros="float" if quantization is HQQ else "integer")
+        tensors |= {f"{names(layer)}.{key}": part.contiguous() for key, part in make(written[layer], 4).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": GPTQ}
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps(config))
     return written
 
@@ -82,13 +84,30 @@ def test_settings_of_single_experts_are_found_by_the_names_of_the_tool(tmp_path)
 
 
 def test_a_count_of_experts_that_transformers_5_wrote_under_its_name_is_read(tmp_path):
-    written = write_mixture(tmp_path / "in", "qwen3_moe", MIXTURE | {"num_experts": 4}, lambda name: name)
+    written = write_mixture(tmp_path / "in", "qwen3_moe", MIXTURE, lambda name: name)
     config = json.loads((tmp_path / "in" / "config.json").read_text())
     config["num_local_experts"] = config.pop("num_experts", config.get("num_local_experts"))
     (tmp_path / "in" / "config.json").write_text(json.dumps(config))
     convert_checkpoint(tmp_path / "in", tmp_path / "out")
     layers = linear_layers(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32))
     assert all(torch.equal(layers[name].dequantize(), dequantize(*affine, 32)) for name, affine in written.items())
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen2_moe"])
+def test_routers_that_were_quantized_too_become_float_without_a_loss(tmp_path, model_type):
+    settings = MIXTURE | {"shared_expert_intermediate_size": 96}
+    packed = (*PACKED, *ROUTERS)
+    written = write_mixture(tmp_path / "in", model_type, settings, lambda name: name, hqq_tensors, HQQ, packed)
+    described = describe_checkpoint(tmp_path / "in")
+    routers = {name for name in written if f"{name}.".endswith(ROUTERS)}
+    assert len(routers) == (4 if model_type == "qwen2_moe" else 2)
+    assert routers < set(described["modules_to_not_convert"])
+    convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    layers = linear_layers(model)
+    for name, affine in written.items():
+        weight = model.get_parameter(f"{name}.weight") if name in routers else layers[name].dequantize()
+        assert torch.equal(weight, dequantize(*affine, 32)), name
 
 
 @pytest.mark.parametrize(

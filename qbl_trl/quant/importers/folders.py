@@ -1,7 +1,7 @@
 """Readers of safetensors folders whose layers share one shape of storage: a few tensors behind a module's name.
 
-An output head that was quantized too is dequantized to float32, which is exact: heads stay float in this package
-unless embeddings are quantized with them.
+An output head or a router of experts that was quantized too is dequantized to float32, which is exact: both stay float
+in this package (heads unless embeddings are quantized with them), and routers are no linear layers in transformers 5.
 """
 
 import re
@@ -21,6 +21,7 @@ from qbl_trl.quant.importers.shards import Shards, read_json
 from qbl_trl.quant.linear import GroupQuantLinear
 
 _HEADS = ("lm_head", "embed_out")
+_ROUTER = re.compile(r"(.*\.)(?:gate|shared_expert_gate|router(?:\..*)?)")
 CODES_ARE_KEPT = "Load it with the library that wrote it and quantize the dequantized weights again (lossy)"
 
 
@@ -45,12 +46,14 @@ class FolderReader(Reader):
         self._formats: dict[str, LayerFormat] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
         self._own_sizes: dict[str, int] = {}
+        self._unpacked: set[str] = set()
         self.check()
         self._check_group_size()
         for tensor in self.shards.names():
             if tensor.endswith(f".{self.marker}"):
                 name = tensor.removesuffix(f".{self.marker}")
                 self._formats[name] = self._format(name)
+        self._unpacked = {name for name in self._formats if _is_head(name)} | self._routers()
         if not self.formats():
             raise CheckpointError(f"{folder}: says {self.kind}, but no tensor is called *.{self.marker}")
         self._check_tensors()
@@ -81,7 +84,7 @@ class FolderReader(Reader):
         return "packed"
 
     def formats(self) -> dict[str, LayerFormat]:
-        return {name: stored for name, stored in self._formats.items() if not _is_head(name)}
+        return {name: stored for name, stored in self._formats.items() if name not in self._unpacked}
 
     def config(self) -> dict[str, Any]:
         config = read_json(self.folder / "config.json")
@@ -107,12 +110,12 @@ class FolderReader(Reader):
     def others(self) -> dict[str, tuple[int, ...]]:
         own = {f"{name}.{part}" for name in self._formats for part in self.parts}
         own |= {f"{name}.bias" for name in self.formats()}
-        heads = {f"{name}.weight": self._shapes[name] for name in self._formats if _is_head(name)}
-        return {name: self.shards.shape(name) for name in self.shards.names() if name not in own} | heads
+        unpacked = {f"{name}.weight": self._shapes[name] for name in self._unpacked}
+        return {name: self.shards.shape(name) for name in self.shards.names() if name not in own} | unpacked
 
     def tensor(self, name: str) -> Tensor:
         module = name.removesuffix(".weight")
-        return self._head(module) if module in self._formats else self.shards.get(name)
+        return self.layer(module).dequantize() if module in self._formats else self.shards.get(name)
 
     def part(self, name: str, suffix: str) -> Tensor:
         """One tensor of a layer."""
@@ -149,8 +152,10 @@ class FolderReader(Reader):
                     f"layer computes something else. {CODES_ARE_KEPT}"
                 )
 
-    def _head(self, name: str) -> Tensor:
-        return self.layer(name).dequantize()
+    def _routers(self) -> set[str]:
+        """Packed layers that choose or weigh the experts beside them."""
+        beside = {name.partition("experts.")[0] for name in self.shards.names() if ".experts." in name}
+        return {name for name in self._formats if (found := _ROUTER.fullmatch(name)) and found[1] in beside}
 
     def _format(self, name: str) -> LayerFormat:
         words = self.shards.dtype(f"{name}.{self.marker}")
