@@ -68,7 +68,7 @@ def slices_of(model: nn.Module) -> dict[str, Tensor]:
             weight = experts._parameters.get(name)
             if weight is None:  # it was separated
                 continue
-            for index, matrix in enumerate(weight.data.transpose(1, 2) if experts.is_transposed else weight.data):
+            for index, matrix in enumerate(experts.matrices(name, weight.data)):
                 pieces = zip(parts, matrix.chunk(len(parts)), strict=True)
                 found |= {f"{path}.{index}.{part}.weight": rows for part, rows in pieces}
     return found

@@ -317,15 +317,20 @@ def test_a_file_cut_within_its_experts_is_refused(tmp_path):
         convert_checkpoint(file, tmp_path / "out")
 
 
-@pytest.mark.parametrize("architecture", ["gpt-oss", "deepseek2", "phimoe", "olmoe", "gemma4"])
-def test_mixtures_that_are_not_read_are_refused_with_those_that_are(tmp_path, architecture):
-    writer = gguf.GGUFWriter(tmp_path / "in.gguf", architecture)
+def stub(path, architecture):
+    """A file that says it has experts, and holds one stack of them."""
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_expert_count(4)
     writer.add_tensor(UP, np.zeros((4, 32, 64), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.mark.parametrize("architecture", ["gpt-oss", "deepseek2", "phimoe", "olmoe", "gemma4"])
+def test_mixtures_that_are_not_read_are_refused_with_those_that_are(tmp_path, architecture):
+    stub(tmp_path / "in.gguf", architecture)
     message = rf"experts are read in files of qwen2moe, qwen3moe, llama.*; this one is of {architecture}\. Quantize the"
     with pytest.raises(CheckpointError, match=message):
         convert_checkpoint(tmp_path / "in.gguf", tmp_path / "out")
@@ -333,13 +338,7 @@ def test_mixtures_that_are_not_read_are_refused_with_those_that_are(tmp_path, ar
 
 @pytest.mark.skipif(not BEFORE_5, reason="transformers 5 has the model")
 def test_a_mixture_of_newer_transformers_says_so(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "in.gguf", NEWER)
-    writer.add_expert_count(4)
-    writer.add_tensor(UP, np.zeros((4, 32, 64), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    stub(tmp_path / "in.gguf", NEWER)
     with pytest.raises(CheckpointError, match=r"with transformers 5, minimax-m2; this one is of minimax-m2"):
         describe_checkpoint(tmp_path / "in.gguf")
 
