@@ -111,7 +111,11 @@ ARCHITECTURES = {
         {**TOKENS, "d_model": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 100, "max_seq_len": 64},
         "gqa",
     ),
-    "gpt_bigcode with one key head": ("GPTBigCode", {**TOKENS, "n_embd": 64, "n_layer": 2, "n_head": 4}, "gqa"),
+    "gpt_bigcode with one key head": (
+        "GPTBigCode",
+        {**TOKENS, "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100},
+        "gqa",
+    ),
     "cohere2 with windows and interleaved angles": (
         "Cohere2",
         {**GATED, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
@@ -144,6 +148,13 @@ ARCHITECTURES = {
         {**WIDE, **TOKENS, "ffn_dim": 96, "max_position_embeddings": 64, "word_embed_proj_dim": 64},
         "gqa",
     ),
+}
+
+FUSED = [name for name, row in ARCHITECTURES.items() if row[2] == "gqa"]
+PADDED = {  # fused too, and of interest for what they make of padding
+    "gemma without positions": ("Gemma", {**GATED, "head_dim": 16}, "gqa"),
+    "pegasus with positions as sinusoids": ("Pegasus", {**TOKENS, **BART}, "gqa"),
+    "mixtral with a window": ("Mixtral", {**MOE, "num_local_experts": 4, "sliding_window": 6}, "gqa"),
 }
 
 

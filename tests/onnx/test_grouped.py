@@ -13,7 +13,6 @@ from qbl_trl.errors import ExportError
 from qbl_trl.onnx.digits import Layout
 from qbl_trl.onnx.protos import subgraphs
 from qbl_trl.onnx.session import OnnxLogits
-from tests.onnx.architectures import ARCHITECTURES, build
 from tests.onnx.models import merged_llama, operators, padded_batch
 from tests.tiny import tiny_llama
 
@@ -28,17 +27,12 @@ SHARING = [
 
 
 @pytest.mark.parametrize("case", SHARING)
-def test_grouped_steps_give_the_logits_of_group_query_attention(tmp_path, case):
-    kind, settings, _ = ARCHITECTURES[case]
-    model = build(kind, settings)
-    ids, mask = padded_batch()
-    found = {}
-    for attention in ("auto", "gqa"):
-        export_onnx(model, tmp_path / attention, attention=attention)
-        found[attention] = OnnxLogits(tmp_path / attention).with_cache(ids, mask, 4)
-    torch.testing.assert_close(found["auto"], found["gqa"], rtol=0, atol=FP32)
-    assert operators(tmp_path / "auto").count("If") == model.config.num_hidden_layers
-    assert "If" not in operators(tmp_path / "gqa")
+def test_grouped_steps_give_the_logits_of_group_query_attention(exported, case):
+    auto, gqa, (ids, mask) = exported(case), exported(case, attention="gqa"), padded_batch()
+    found, expected = (OnnxLogits(made.folder).with_cache(ids, mask, 4) for made in (auto, gqa))
+    torch.testing.assert_close(found, expected, rtol=0, atol=FP32)
+    assert operators(auto.folder).count("If") == auto.model.config.num_hidden_layers
+    assert "If" not in operators(gqa.folder)
 
 
 def test_a_shared_buffer_stays_with_group_query_attention(tmp_path):

@@ -17,13 +17,12 @@ from qbl_trl.onnx.protos import subgraphs
 from qbl_trl.onnx.ranges import measured, spread_over_pairs, write_text
 from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.parity import positions
-from tests.onnx.architectures import ARCHITECTURES, GATED, build
+from tests.onnx.architectures import ARCHITECTURES, FUSED, GATED, build
 from tests.onnx.models import merged_llama, operators, padded_batch
 from tests.onnx.test_runtimes import both_generate
 from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
 
 FP32 = 5e-6  # sums are taken in different orders; logits of the tiny models are below 1
-FUSED = [name for name, row in ARCHITECTURES.items() if row[2] == "gqa"]
 
 
 def scales(folder):
@@ -64,33 +63,27 @@ def test_keys_fit_at_positions_that_were_not_measured(tmp_path, case, monkeypatc
 
 
 @pytest.mark.parametrize("case", FUSED)
-def test_the_cache_is_the_rounded_one_of_the_float_graph(tmp_path, case):
-    kind, settings, _ = ARCHITECTURES[case]
-    model, ids = build(kind, settings), tokens()
+def test_the_cache_is_the_rounded_one_of_the_float_graph(exported, case):
+    made, ids = exported(case, kv_cache_dtype="int8"), tokens()
     mask = torch.ones_like(ids)
-    export_onnx(model, tmp_path / "float", attention="gqa")
-    report = export_onnx(model, tmp_path / "int8", kv_cache_dtype="int8", calibration=[ids])
-    assert (report.attention, report.kv_cache_dtype) == ("gqa", "int8")
-    whole, quantized = (OnnxLogits(tmp_path / name) for name in ("float", "int8"))
+    assert (made.report.attention, made.report.kv_cache_dtype) == ("gqa", "int8")
+    whole, quantized = OnnxLogits(exported(case).folder), OnnxLogits(made.folder)
     expected, wanted = whole.step(ids, mask, whole.empty_cache(2))
     found, cache = quantized.step(ids, mask, quantized.empty_cache(2))
     torch.testing.assert_close(found, expected, rtol=0, atol=FP32)  # a text from its beginning attends in float32
-    for name, scale in scales(tmp_path / "int8").items():
+    for name, scale in scales(made.folder).items():
         assert cache[name].dtype == np.int8
         assert (np.abs(cache[name] * scale - wanted[name]) <= scale * 0.5 + FP32).all()
 
 
 @pytest.mark.parametrize("case", FUSED)
-def test_steps_are_those_of_the_float_graph_over_the_same_values(tmp_path, case):
+def test_steps_are_those_of_the_float_graph_over_the_same_values(exported, case):
     """The oracle: the float graph, whose past is the 8-bit one times its scales."""
-    kind, settings, _ = ARCHITECTURES[case]
-    model, (ids, mask) = build(kind, settings), padded_batch()
-    export_onnx(model, tmp_path / "float", attention="gqa")
-    export_onnx(model, tmp_path / "int8", kv_cache_dtype="int8", calibration=[tokens(8, 16)])
-    whole, quantized = (OnnxLogits(tmp_path / name) for name in ("float", "int8"))
+    folder, (ids, mask) = exported(case, kv_cache_dtype="int8").folder, padded_batch()
+    whole, quantized = OnnxLogits(exported(case).folder), OnnxLogits(folder)
     for more in (1, 3):
         _, cache = quantized.step(ids, mask, quantized.empty_cache(2))
-        past = {name: (cache[name] * scale).astype(np.float32) for name, scale in scales(tmp_path / "int8").items()}
+        past = {name: (cache[name] * scale).astype(np.float32) for name, scale in scales(folder).items()}
         added, longer = tokens(2, more, seed=1), torch.ones(2, ids.shape[1] + more, dtype=torch.long)
         longer[:, : ids.shape[1]] = mask
         expected, wanted = whole.step(added, longer, past)
@@ -99,7 +92,7 @@ def test_steps_are_those_of_the_float_graph_over_the_same_values(tmp_path, case)
         torch.testing.assert_close(found, expected, rtol=0, atol=float(expected.abs().max()) / 30)
         for part in ("key", "value"):  # of the first layer, which no rounding precedes
             name = f"past_key_values.0.{part}"
-            scale = scales(tmp_path / "int8")[name]
+            scale = scales(folder)[name]
             inside = np.clip(wanted[name], -128 * scale, 127 * scale)
             assert (np.abs(present[name] * scale - inside) <= scale * 0.5 + FP32).all()
 

@@ -10,16 +10,10 @@ import torch
 from qbl_trl import export_onnx
 from qbl_trl.onnx.gate import Gate
 from qbl_trl.onnx.session import OnnxLogits
-from tests.onnx.architectures import ARCHITECTURES, BART, GATED, MOE, TOKENS, build
+from tests.onnx.architectures import ARCHITECTURES, FUSED, PADDED, build
 from tests.onnx.models import PAD, merged_llama, operators
 from tests.tiny import tiny_tokenizer, tokens
 
-FUSED = {name: row for name, row in ARCHITECTURES.items() if row[2] == "gqa"}
-FUSED |= {
-    "gemma without positions": ("Gemma", {**GATED, "head_dim": 16}, "gqa"),
-    "pegasus with positions as sinusoids": ("Pegasus", {**TOKENS, **BART}, "gqa"),
-    "mixtral with a window": ("Mixtral", {**MOE, "num_local_experts": 4, "sliding_window": 6}, "gqa"),
-}
 ROWS, MORE = (tokens(1, 12)[0], tokens(1, 4, seed=1)[0]), tokens(2, 5, seed=2)  # MORE: tokens that follow each row
 FP32 = 1e-5
 
@@ -46,15 +40,14 @@ def one_by_one(model):
     return torch.stack([row[-MORE.shape[1] - 1 :] for row in whole])
 
 
-@pytest.mark.parametrize("case", FUSED)
-@pytest.mark.parametrize("logits", ["all", "last"])
-def test_rows_of_different_lengths_are_read_as_if_alone(tmp_path, case, logits):
-    model = build(*FUSED[case][:2])
-    export_onnx(model, tmp_path / "out", logits=logits)
-    named = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["decoder"]["filename"]
+@pytest.mark.parametrize("case", [*FUSED, *PADDED])
+@pytest.mark.parametrize("options", [{}, {"logits": "last"}], ids=["all", "last"])
+def test_rows_of_different_lengths_are_read_as_if_alone(exported, case, options):
+    made = exported(case, **options)
+    named = json.loads((made.folder / "genai_config.json").read_text())["model"]["decoder"]["filename"]
     assert named == "model_genai.onnx"
-    found = in_genais_way(OnnxLogits(tmp_path / "out" / named))
-    torch.testing.assert_close(found, one_by_one(model), rtol=0, atol=FP32)
+    found = in_genais_way(OnnxLogits(made.folder / named))
+    torch.testing.assert_close(found, one_by_one(made.model), rtol=0, atol=FP32)
 
 
 @pytest.mark.parametrize("case", ["mistral with a window", "the decoder of bart"])
@@ -96,7 +89,7 @@ def test_a_graph_that_reads_padding_is_left_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize("case", ["mistral with a window", "pegasus with positions as sinusoids"])
 def test_onnx_runtime_genai_generates_for_a_batch_of_different_lengths(tmp_path, case):
     genai = pytest.importorskip("onnxruntime_genai")
-    model = build(*FUSED[case][:2])
+    model = build(*{**ARCHITECTURES, **PADDED}[case][:2])
     model.generation_config.forced_eos_token_id = None  # Bart's, which GenAI does not know
     export_onnx(model, tmp_path / "out", tokenizer=tiny_tokenizer())
     loaded = genai.Model(str(tmp_path / "out"))

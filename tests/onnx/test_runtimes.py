@@ -11,9 +11,10 @@ import transformers
 
 from qbl_trl import export_onnx, verify
 from qbl_trl.errors import ExportError
+from qbl_trl.onnx.companions import warn_of_towers
 from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.parity import logits_of
-from tests.onnx.architectures import ARCHITECTURES, GATED, TOKENS, VISION, build
+from tests.onnx.architectures import ARCHITECTURES, FUSED, GATED, TOKENS, VISION, build
 from tests.onnx.models import PAD, merged_llama, padded_batch
 from tests.tiny import tiny_tokenizer
 
@@ -40,29 +41,27 @@ def both_generate(model, folder, **settings):
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_every_architecture_generates_what_the_torch_model_does(tmp_path, case, caplog):
-    kind, settings, attention = ARCHITECTURES[case]
-    model = build(kind, settings)
-    report = export_onnx(model, tmp_path / "out")
-    assert "images or sound" not in caplog.text
-    assert report.attention == attention
-    assert report.parity_cached.max_abs_difference < 1e-5  # fp32 on both sides
-    expected, found = both_generate(model, tmp_path / "out")
+def test_every_architecture_generates_what_the_torch_model_does(exported, case):
+    made = exported(case)
+    assert made.report.attention == ARCHITECTURES[case][2]
+    assert made.report.parity_cached.max_abs_difference < 1e-5  # fp32 on both sides
+    expected, found = both_generate(made.model, made.folder)
     assert torch.equal(expected, found)
 
 
-FUSED = [name for name, row in ARCHITECTURES.items() if row[2] == "gqa"]
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_a_decoder_of_text_is_not_said_to_read_more(case, caplog):
+    warn_of_towers(build(*ARCHITECTURES[case][:2]))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("case", FUSED)
-def test_every_fused_decoder_goes_on_over_its_cache_by_one_token_and_by_several(tmp_path, case):
-    kind, settings, _ = ARCHITECTURES[case]
-    model = build(kind, settings)
-    export_onnx(model, tmp_path / "out")
-    graph, (ids, mask) = OnnxLogits(tmp_path / "out"), padded_batch()
-    expected = logits_of(model)(ids, mask)
-    shared = json.loads((tmp_path / "out" / "genai_config.json").read_text())["search"]["past_present_share_buffer"]
-    counts_buffer = kind == "Bart"  # for places, in model.onnx; model_genai.onnx does not
+def test_every_fused_decoder_goes_on_over_its_cache_by_one_token_and_by_several(exported, case):
+    made = exported(case)
+    graph, (ids, mask) = OnnxLogits(made.folder), padded_batch()
+    expected = logits_of(made.model)(ids, mask)
+    shared = json.loads((made.folder / "genai_config.json").read_text())["search"]["past_present_share_buffer"]
+    counts_buffer = ARCHITECTURES[case][0] == "Bart"  # for places, in model.onnx; model_genai.onnx does not
     for buffer in (0, 16) if shared and not counts_buffer else (0,):
         cache, found = graph.empty_cache(2, buffer), []
         for start, end in ((0, 4), (4, 5), (5, 9)):
