@@ -65,12 +65,14 @@ def packed_model(source: Path, **options: Any) -> Any:
 
 
 def set_random_adapter_(model: Any) -> None:
-    """One value per block of 32 by 2 weights of every packed layer but the head."""
+    """One value per block of 32 by 2 weights of every packed layer but the head, as large as those that training gives:
+    the median layer of the demo's adapter has 0.08 of a step of the codes, root mean square."""
     head, generator = model.get_output_embeddings(), torch.Generator().manual_seed(0)
     for layer in model.modules():
         if isinstance(layer, GroupQuantLinear) and layer is not head:
-            delta = torch.randn(layer.out_features // 2, layer.in_features // 32, generator=generator) * 1e-3
-            layer.set_delta(delta, 32, 2)
+            step = float(layer.scales.float().square().mean().sqrt())
+            delta = torch.randn(layer.out_features // 2, layer.in_features // 32, generator=generator)
+            layer.set_delta(delta * 0.08 * step, 32, 2)
 
 
 def genai_build(python: str, source: Path, out: Path, *more: str) -> None:
