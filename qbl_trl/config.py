@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -316,7 +317,7 @@ class GroupQuantConfig(QuantizationConfigMixin):
         return (config, rest) if return_unused_kwargs else config
 
     @classmethod
-    def from_checkpoint(cls, source: str) -> "GroupQuantConfig":
+    def from_checkpoint(cls, source: str | os.PathLike[str]) -> "GroupQuantConfig":
         """The configuration of a GPTQ, AWQ, AutoRound, HQQ, compressed-tensors or GGUF checkpoint (a folder or file).
 
         Raises:

@@ -3,12 +3,12 @@
     python -m integration.benchmarks.decode --genai_python /path/to/genai/env/bin/python
 
 GenAI's builder needs transformers 5, so it runs in an environment of its own; without one its rows are left out. All
-graphs of one loop are measured in turn, in one process, so that whatever else the machine does hits all of them
-alike; speeds are medians, and ratios medians of the ratios within a turn. Our graphs hold a merged adapter (one value
-per block of 32 by 2 weights, as large as training makes them) and an int4 embedding and head, which GenAI's has too;
-`base` is the same without the adapter: the difference is what it costs. llama.cpp runs SmolLM2 from its GGUF file, as published and with a merged
-adapter (`qbl-trl convert --to gguf`); torch runs the float model and the packed one through `generate`. The results
-are written to integration/benchmarks/results/decode.json.
+graphs of one loop are measured in turn, in one process, so that whatever else the machine does hits all of them alike;
+speeds are medians, and ratios medians of the ratios within a turn. Our graphs hold a merged adapter (one value per
+block of 32 by 2 weights, as large as training makes them) and an int4 embedding and head, which GenAI's has too; `base`
+is the same without the adapter: the difference is what it costs. llama.cpp runs SmolLM2 from its GGUF file, as
+published and with a merged adapter (`qbl-trl convert --to gguf`); torch runs the float model and the packed one through
+`generate`. The results are written to integration/benchmarks/results/decode.json.
 """
 
 import argparse

@@ -76,11 +76,11 @@ def write_text(graph: OnnxLogits, config: Any, rows: int, length: int) -> tuple[
         start, likely = tokens.shape[1], logits[:, -1] / _TEMPERATURE
         if len(marks) < vocabulary:
             likely[:, marks] = -torch.inf
-        tokens = torch.cat([tokens, _draw(likely, generator)], 1)
+        tokens = torch.cat([tokens, draw(likely, generator)], 1)
     return tokens, cache
 
 
-def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     """A token for each row of logits (B, V), where its running sum reaches a drawn share: (B, 1). torch.multinomial
     draws V numbers a row, and takes longer for it than a small model for its logits."""
     sums = logits.softmax(-1).cumsum(-1, dtype=torch.float64)

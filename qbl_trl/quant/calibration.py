@@ -5,6 +5,7 @@ so that a block can be replayed on its own; a model without such a chain is repl
 gives the same numbers. Layers outside the chain (an output head, projections before it) come before or after it.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -203,7 +204,8 @@ def calibration_batches(model: nn.Module, calibration: Any) -> list[dict[str, An
             of the model's arguments; or a single tensor or mapping.
 
     Raises:
-        ConfigError: if there is no batch, or one holds no ids of this model's vocabulary, or padding.
+        ConfigError: if there is no batch, or one holds no ids of this model's vocabulary, padding, or what the model
+            does not take.
     """
     if isinstance(calibration, Mapping) or (isinstance(calibration, Tensor) and calibration.dim() in (1, 2)):
         calibration = [calibration]
@@ -216,6 +218,13 @@ def calibration_batches(model: nn.Module, calibration: Any) -> list[dict[str, An
     batches = [_checked(batch, vocabulary) for batch in (() if calibration is None else calibration)]
     if not batches:
         raise ConfigError("calibration: no batch was given; give a few (batch, tokens) integer tensors")
+    parameters = inspect.signature(model.forward).parameters
+    unknown = sorted({name for batch in batches for name in batch if name not in parameters})
+    if unknown and not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        raise ConfigError(
+            f"calibration: a batch holds {', '.join(unknown)}, which a {type(model).__name__} does not take; leave "
+            "it out"
+        )
     return batches
 
 

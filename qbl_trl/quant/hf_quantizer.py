@@ -239,8 +239,13 @@ def quantize_model_(model: PreTrainedModel, config: GroupQuantConfig) -> PreTrai
     """Quantize a float model that is already in memory, in place, as loading it with `config` would have.
 
     Raises:
-        ConfigError: if the model has no layer to quantize.
+        ConfigError: if the model has no layer to quantize, or is none of transformers.
     """
+    if not isinstance(model, PreTrainedModel) or not isinstance(config, GroupQuantConfig):
+        raise ConfigError(
+            f"quantize_model_ takes a model of transformers and a GroupQuantConfig, not a {type(model).__name__} and a "
+            f"{type(config).__name__}"
+        )
     quantizer = GroupQuantizer(config, pre_quantized=False)
     quantizer.quantization_config = config = requested(model, config)
     quantizer.choose_(model)

@@ -14,7 +14,7 @@ from qbl_trl import export_onnx, verify
 from qbl_trl.errors import ConfigError, ExportError
 from qbl_trl.onnx import making
 from qbl_trl.onnx.protos import subgraphs
-from qbl_trl.onnx.ranges import measured, spread_over_pairs, write_text
+from qbl_trl.onnx.ranges import draw, measured, spread_over_pairs, write_text
 from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.parity import positions
 from tests.onnx.architectures import ARCHITECTURES, FUSED, GATED, build
@@ -288,3 +288,12 @@ def test_text_of_its_own_holds_no_mark_of_beginning_or_end(tmp_path):
     assert (written[1::2, 0] == model.config.bos_token_id).all()
     assert not torch.isin(written[:, 2:], torch.tensor([model.config.bos_token_id, model.config.eos_token_id])).any()
     assert all(values.shape[2] == 23 for values in cache.values())
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    likely = torch.tensor([0.0, 0.5, 0.2, 0.3, 0.0])
+    drawn = draw(likely.log().expand(20000, -1), torch.Generator().manual_seed(0))
+    assert drawn.shape == (20000, 1)
+    found = torch.bincount(drawn[:, 0], minlength=5) / 20000
+    torch.testing.assert_close(found, likely, rtol=0, atol=0.015)  # 4 standard deviations
+    assert found[0] == found[4] == 0

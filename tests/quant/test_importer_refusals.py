@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 import qbl_trl  # noqa: F401  (registers the quantizer)
+from qbl_trl import GroupQuantConfig
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.checkpoint import read_headers
 from qbl_trl.quant.importers import convert_checkpoint, describe_checkpoint, read_layers
@@ -264,6 +265,8 @@ def test_a_source_that_is_no_checkpoint_is_refused(tmp_path):
         describe_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"no config\.json and 0 GGUF files"):
         describe_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="a checkpoint is the path of a folder or a GGUF file, not 3"):
+        GroupQuantConfig.from_checkpoint(3)
     tiny_llama().save_pretrained(tmp_path / "float")
     with pytest.raises(CheckpointError, match=r"config\.json states no quantization; allowed: GPTQ"):
         describe_checkpoint(tmp_path / "float")

@@ -103,6 +103,19 @@ def test_what_is_no_token_id_of_the_model_is_refused_before_a_layer_is_quantized
     assert not any(isinstance(module, GroupQuantLinear) for module in model.modules())
 
 
+def test_what_the_model_does_not_take_is_refused():
+    model = tiny_llama()
+    model.forward = lambda input_ids, position_ids=None: None  # others take whatever has a name
+    with pytest.raises(ConfigError, match="a batch holds topic, words, which a LlamaForCausalLM does not take"):
+        calibration_batches(model, [{"input_ids": [1, 2], "words": 5, "topic": 3}])
+
+
+@pytest.mark.parametrize(("model", "config"), [(torch.nn.Linear(4, 4), GroupQuantConfig()), (tiny_llama(), {})])
+def test_only_a_model_of_transformers_is_quantized_and_only_by_a_config(model, config):
+    with pytest.raises(ConfigError, match="takes a model of transformers and a GroupQuantConfig, not a"):
+        quantize_model_(model, config)
+
+
 def test_one_tensor_calibrates_like_a_list_of_it(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     one, other = (

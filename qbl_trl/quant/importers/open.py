@@ -35,6 +35,8 @@ def open_reader(source: str | os.PathLike[str]) -> Reader:
     Raises:
         CheckpointError: if the source is missing, damaged, of an unknown format, or cannot be read exactly.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise CheckpointError(f"a checkpoint is the path of a folder or a GGUF file, not {source!r}")
     path = Path(source)
     if path.is_file():
         return _gguf(path)
