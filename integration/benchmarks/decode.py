@@ -22,7 +22,7 @@ from typing import Any
 import onnxruntime
 import torch
 
-from integration.benchmarks.graphs import build, random_llama
+from integration.benchmarks.graphs import ADAPTER_STEPS, build, random_llama
 from integration.benchmarks.loops import (
     Row,
     bare_sessions,
@@ -72,6 +72,7 @@ def main(args: argparse.Namespace) -> None:
             "threads": args.threads,
             "load_average": os.getloadavg()[0],
             "bandwidth_gb_s": bandwidth / 1e9,
+            "adapter_steps": ADAPTER_STEPS,
             "versions": {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__},
             "build_seconds": seconds,
             "rows": [asdict(row) for row in rows],

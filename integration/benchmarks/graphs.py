@@ -18,6 +18,8 @@ from qbl_trl.quant.importers import convert_checkpoint
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.writers import write_checkpoint
 
+ADAPTER_STEPS = 0.08  # of the codes, root mean square: as the median layer of the adapter that the demo trains
+
 
 def build(source: Path, work: Path, genai_python: str | None, seconds: dict[str, float]) -> dict[str, Path]:
     """Every graph of the comparison, by name; those that are there already are kept."""
@@ -65,14 +67,13 @@ def packed_model(source: Path, **options: Any) -> Any:
 
 
 def set_random_adapter_(model: Any) -> None:
-    """One value per block of 32 by 2 weights of every packed layer but the head, as large as those that training gives:
-    the median layer of the demo's adapter has 0.08 of a step of the codes, root mean square."""
+    """One value per block of 32 by 2 weights of every packed layer but the head."""
     head, generator = model.get_output_embeddings(), torch.Generator().manual_seed(0)
     for layer in model.modules():
         if isinstance(layer, GroupQuantLinear) and layer is not head:
             step = float(layer.scales.float().square().mean().sqrt())
             delta = torch.randn(layer.out_features // 2, layer.in_features // 32, generator=generator)
-            layer.set_delta(delta * 0.08 * step, 32, 2)
+            layer.set_delta(delta * ADAPTER_STEPS * step, 32, 2)
 
 
 def genai_build(python: str, source: Path, out: Path, *more: str) -> None:

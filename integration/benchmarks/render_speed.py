@@ -90,7 +90,8 @@ def decoding(found: dict[str, Any]) -> str:
         parts.append(
             f"{name}, {entry['threads']} threads, ONNX Runtime {entry['versions']['onnxruntime']}; in brackets the "
             f"ratio to the first graph of the loop (median over turns); the last column is the share of the "
-            f"{entry['bandwidth_gb_s']:.0f} GB/s that this machine reads.{built}\n"
+            f"{entry['bandwidth_gb_s']:.0f} GB/s that this machine reads. The adapter's shifts are "
+            f"{entry['adapter_steps']:.2f} of a step of the codes.{built}\n"
         )
         parts.append(table(["loop", "graph", "MB", "prefill", "decode", "of memory bandwidth"], rows))
     return "\n".join(parts)
