@@ -53,10 +53,8 @@ def measured(folder: Path, config: Any, longest: int, texts: list[Tensor] | None
     own, cache = write_text(graph, config, _HELD_OUT + _ROWS, length)
     written = ({name: values[_HELD_OUT:] for name, values in cache.items()},)
     ranges = largest(written if texts is None else caches_of(graph, texts), turned)
-    gate = Gate(
-        lambda ids, mask: graph.with_cache(ids, mask, 1), own[:_HELD_OUT]
-    )  # a graph of last logits gives all so
-    return ranges, gate
+    # Token by token, so that a graph of last logits gives all.
+    return ranges, Gate(lambda ids, mask: graph.with_cache(ids, mask, 1), own[:_HELD_OUT])
 
 
 def write_text(graph: OnnxLogits, config: Any, rows: int, length: int) -> tuple[Tensor, Cache]:

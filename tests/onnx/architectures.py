@@ -158,6 +158,10 @@ PADDED = {  # fused too, and of interest for what they make of padding
 }
 
 
+def build_named(case):
+    return build(*{**ARCHITECTURES, **PADDED}[case][:2])
+
+
 def build(kind, settings):
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**settings)

@@ -22,7 +22,7 @@ class Exported:
 def exported(tmp_path_factory):
     """A tiny model of the architecture `case` and its folder, written once however many tests ask: only to be read."""
     from qbl_trl import export_onnx
-    from tests.onnx.architectures import ARCHITECTURES, PADDED, build
+    from tests.onnx.architectures import build_named
     from tests.onnx.models import padded_batch
     from tests.tiny import tokens
 
@@ -31,7 +31,7 @@ def exported(tmp_path_factory):
     def of(case: str, **options: str) -> Exported:
         key = case, *sorted(options.items())
         if key not in made:
-            model, folder = build(*{**ARCHITECTURES, **PADDED}[case][:2]), tmp_path_factory.mktemp("exported") / "out"
+            model, folder = build_named(case), tmp_path_factory.mktemp("exported") / "out"
             texts = [tokens(), padded_batch()[0], tokens(8, 16)] if "kv_cache_dtype" in options else None
             made[key] = Exported(model, folder, export_onnx(model, folder, calibration=texts, **options))
         return made[key]

@@ -10,7 +10,7 @@ import torch
 from qbl_trl import export_onnx
 from qbl_trl.onnx.gate import Gate
 from qbl_trl.onnx.session import OnnxLogits
-from tests.onnx.architectures import ARCHITECTURES, FUSED, PADDED, build
+from tests.onnx.architectures import ARCHITECTURES, FUSED, PADDED, build, build_named
 from tests.onnx.models import PAD, merged_llama, operators
 from tests.tiny import tiny_tokenizer, tokens
 
@@ -89,7 +89,7 @@ def test_a_graph_that_reads_padding_is_left_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize("case", ["mistral with a window", "pegasus with positions as sinusoids"])
 def test_onnx_runtime_genai_generates_for_a_batch_of_different_lengths(tmp_path, case):
     genai = pytest.importorskip("onnxruntime_genai")
-    model = build(*{**ARCHITECTURES, **PADDED}[case][:2])
+    model = build_named(case)
     model.generation_config.forced_eos_token_id = None  # Bart's, which GenAI does not know
     export_onnx(model, tmp_path / "out", tokenizer=tiny_tokenizer())
     loaded = genai.Model(str(tmp_path / "out"))

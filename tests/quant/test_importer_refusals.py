@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-import qbl_trl  # noqa: F401  (registers the quantizer)
 from qbl_trl import GroupQuantConfig
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.checkpoint import read_headers
