@@ -4,7 +4,6 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
-THREADS := OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),2)
 
 .PHONY: demo test check lint types bench bench-full integration core5 clean
 

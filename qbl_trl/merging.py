@@ -26,7 +26,7 @@ from qbl_trl.errors import CheckpointError, ConfigError, MergeError
 from qbl_trl.quant.algorithms import quantize
 from qbl_trl.quant.head import set_apart_, untie_changed_head_
 from qbl_trl.quant.hf_quantizer import describe_stored_
-from qbl_trl.quant.importers.modules import READERS, take_over
+from qbl_trl.quant.importers.modules import KINDS, take_over
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import is_sharded, plain_forward_, replace
 
@@ -236,7 +236,7 @@ def _one_format_(model: nn.Module, settings: GroupQuantConfig, lossy: str | None
     errors = []
     for name, layer in list(model.named_modules()):
         kind = foreign_kind(layer)
-        if kind in READERS:
+        if kind in KINDS:
             try:
                 replace(model, name, take_over(layer, kind, name))
                 continue

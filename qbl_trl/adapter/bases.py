@@ -8,7 +8,6 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -17,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from qbl_trl.adapter.bnb_packed import is_repacked, repacked_weight
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError
-from qbl_trl.quant.importers.modules import READERS, take_over
+from qbl_trl.quant.importers.modules import KINDS, take_over
+from qbl_trl.quant.importers.subclasses import kind_of_weight, sizes
 from qbl_trl.quant.linear import GroupQuantLinear
 
 
@@ -26,7 +26,7 @@ class Base:
     """One base layer, described.
 
     Attributes:
-        kind: "float", "group_quant", "bitsandbytes 4-bit", "hqq", ...
+        kind: "float", "group_quant", "bitsandbytes 4-bit", "hqq", "torchao", ...
         in_features, out_features: K and N.
         group_size: g of an affine group quantized base, None for every other.
         transposed: the weight is stored (K, N), as GPT-2's Conv1D stores it.
@@ -46,7 +46,7 @@ class Base:
     @property
     def holds_codes(self) -> bool:
         """Affine groups of another library, whose codes can become those of a GroupQuantLinear."""
-        return self.kind in READERS
+        return self.kind in KINDS and self.group_size is not None
 
 
 def describe(layer: nn.Module, name: str = "") -> Base:
@@ -70,14 +70,13 @@ def describe(layer: nn.Module, name: str = "") -> Base:
             " adapter on it would do nothing. Leave it out with exclude_modules"
         )
     if isinstance(layer, nn.Linear):
-        kind = "float" if _is_plain(layer.weight) else "torchao"
-        if kind == "float" and layer.weight.is_floating_point() and layer.weight.element_size() == 1:
-            kind = "float8"
+        dtype = layer.weight.dtype
+        kind = "float" if dtype.is_floating_point and dtype.itemsize > 1 else str(dtype).removeprefix("torch.")
         return Base(kind, layer.in_features, layer.out_features)
     raise ConfigError(
         f"{name or 'target module'}: {type(layer).__name__} cannot hold a balanced adapter; supported are nn.Linear, "
-        "Conv1D of transformers, GroupQuantLinear, and the linear layers of bitsandbytes, HQQ, torchao, GPTQ and AWQ. "
-        "Name the linear layers in target_modules, or leave this one out with exclude_modules"
+        "Conv1D of transformers, GroupQuantLinear, and the linear layers of bitsandbytes, HQQ, torchao, quanto, GPTQ "
+        "and AWQ. Name the linear layers in target_modules, or leave this one out with exclude_modules"
     )
 
 
@@ -86,7 +85,7 @@ def foreign_kind(layer: nn.Module) -> str | None:
     for kind, module, classes in _FOREIGN:
         if any(isinstance(layer, found) for found in _loaded(module, classes)):
             return kind
-    return None
+    return kind_of_weight(layer.weight) if isinstance(layer, nn.Linear) else None
 
 
 def float_weight(layer: nn.Module) -> Tensor:
@@ -100,10 +99,11 @@ def float_weight(layer: nn.Module) -> Tensor:
     kind = describe(layer).kind
     if kind in ("gptq", "awq"):
         return take_over(layer, kind, "layer").dequantize()
-    if kind == "float8":
-        raise CheckpointError("a float8 weight means nothing without the scales that its own class keeps for it")
-    if kind == "torchao":
-        return layer.weight.dequantize().detach().float()  # type: ignore[operator, union-attr]
+    weight: Any = layer.qweight if kind == "quanto" else layer.weight
+    if kind_of_weight(weight):
+        return weight.dequantize().detach().float()
+    if kind.startswith(("float8", "int", "uint")):
+        raise CheckpointError(f"a {kind} weight means nothing without the scales that its own class keeps for it")
     if is_repacked(layer.weight):
         return repacked_weight(layer.weight.data, layer.weight.quant_state)  # type: ignore[arg-type, union-attr]
     return dequantize_module_weight(layer).detach().float()
@@ -122,6 +122,11 @@ _FOREIGN = (
     ("gptq", "gptqmodel.nn_modules.qlinear", ("BaseQuantLinear",)),
     ("awq", "awq.modules.linear", ("WQLinear_GEMM", "WQLinear_GEMV")),
     ("awq", "awq.modules.linear.gemm", ("WQLinear_GEMM",)),
+    (
+        "quanto",
+        "optimum.quanto.nn.qlinear",
+        ("QLinear",),
+    ),  # its weight may still be a float one, quantized at each call
 )
 
 
@@ -137,12 +142,5 @@ def _foreign_group_size(kind: str, layer: nn.Module) -> int | None:
         return int(layer.in_features) if size == -1 else size  # type: ignore[arg-type]
     if kind == "hqq":
         return int(layer.meta["group_size"])  # type: ignore[index, union-attr, operator]
-    return None
-
-
-def _is_plain(weight: Tensor) -> bool:
-    """A float tensor of torch itself (or its distributed form), not a subclass that hides quantized storage."""
-    from torch.distributed.tensor import DTensor
-
-    inner = weight.to_local() if isinstance(weight, DTensor) else weight
-    return inner.is_floating_point() and type(inner.data) is torch.Tensor
+    found = sizes(layer) if isinstance(layer, nn.Linear) else None
+    return None if found is None else found.stored

@@ -80,11 +80,11 @@ class MergesIntoBase(LoraLayer):
                     "with its adapter instead (exact, the low-rank branch is kept), train with "
                     'quantization_aware=True, or merge(model, lossy="requantize"), which reports its loss'
                 )
-            if describe(layer).kind not in ("float", "group_quant"):
+            if (kind := describe(layer).kind) not in ("float", "group_quant"):
+                exact = "Export the model with its adapter instead (exact), or " if kind == "bitsandbytes 4-bit" else ""
                 raise MergeError(
-                    f"a {self.base.kind} weight cannot take an adapter without loss. Export the model with its "
-                    'adapter instead (exact), or merge(model, lossy="requantize"), which dequantizes, adds and '
-                    "quantizes again, and reports the loss"
+                    f'a {kind} weight cannot take an adapter without loss. {exact}merge(model, lossy="requantize") '
+                    "dequantizes, adds and quantizes again, and reports the loss"
                 )
             if safe_merge and not torch.isfinite(self.block_delta(name)).all():
                 raise MergeError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")

@@ -1,4 +1,5 @@
-"""Read layers from the real model: GroupQuantLinear, bitsandbytes, float, and adapters over any of them."""
+"""Read layers from the real model: GroupQuantLinear, bitsandbytes, float, those of other libraries whose codes can be
+taken over, and adapters over any of them."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -10,8 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from qbl_trl.adapter.bases import foreign_kind
 from qbl_trl.adapter.layer import BalancedLinear
-from qbl_trl.errors import ExportError
+from qbl_trl.errors import CheckpointError, ExportError
 from qbl_trl.onnx.layers import (
     BlockDelta,
     Bnb4Base,
@@ -24,6 +26,7 @@ from qbl_trl.onnx.layers import (
     Stored,
 )
 from qbl_trl.quant.embedding import GroupQuantEmbedding, embedding_scale
+from qbl_trl.quant.importers.modules import KINDS, take_over
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.targets import read_elsewhere
@@ -45,6 +48,11 @@ def linear_source(name: str, module: nn.Module) -> LinearSource | None:
         return _with_branches(inner, branches)
     if isinstance(module, GroupQuantLinear):
         return _group_source(name, module)
+    if (kind := foreign_kind(module)) in KINDS:
+        try:
+            return _group_source(name, take_over(module, kind, name))
+        except CheckpointError as error:
+            raise ExportError(str(error)) from error
     if isinstance(module, Conv1D):
         rows, columns = module.weight.shape
         return LinearSource(name, rows, columns, DenseBase(Stored.of(module.weight), True), Stored.of(module.bias))

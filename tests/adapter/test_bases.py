@@ -14,6 +14,7 @@ from qbl_trl import QBLoRAConfig, merge
 from qbl_trl.adapter.bases import describe, float_weight
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.errors import CheckpointError, MergeError
+from qbl_trl.quant.importers import take_over
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import replace
 from tests.adapter.naive import balanced, dense
@@ -59,6 +60,14 @@ def torchao(linear: nn.Linear, kind: str) -> nn.Module:
     return holder[0]
 
 
+def quanto(linear: nn.Linear, bits: int, *, frozen: bool = True) -> nn.Module:
+    library = pytest.importorskip("optimum.quanto", reason="quanto is not installed")
+    layer = library.QLinear.from_module(linear, weights=getattr(library, f"qint{bits}"))
+    if frozen:
+        layer.freeze()
+    return layer
+
+
 def gptq(linear: nn.Linear) -> nn.Module:
     module = pytest.importorskip(
         "gptqmodel.nn_modules.qlinear.torch", reason="GPTQModel is not installed", exc_type=ImportError
@@ -85,9 +94,13 @@ BASES = {
     "fp4": (lambda m: bnb4(m, "fp4"), "bitsandbytes 4-bit", None),
     "llm.int8": (bnb8, "bitsandbytes 8-bit", None),
     "hqq": (hqq, "hqq", 64),
-    "torchao int8": (lambda m: torchao(m, "int8"), "torchao", None),
-    "torchao int4": (lambda m: torchao(m, "int4"), "torchao", None),
+    "torchao int8": (lambda m: torchao(m, "int8"), "torchao", 128),
+    "torchao int4": (lambda m: torchao(m, "int4"), "torchao", 32),
+    "quanto int4": (lambda m: quanto(m, 4), "quanto", 128),
+    "quanto int8": (lambda m: quanto(m, 8), "quanto", 128),
+    "quanto, not frozen": (lambda m: quanto(m, 4, frozen=False), "quanto", None),
 }
+GIVE_THEIR_CODES = ["hqq", "torchao int8", "torchao int4", "quanto int4", "quanto int8"]
 PACKED_ONLY = {"gptq": (gptq, "gptq", 32), "awq": (awq, "awq", 32)}
 
 
@@ -100,7 +113,7 @@ def test_each_kind_is_told_by_its_class(name):
     make, kind, group = {**BASES, **PACKED_ONLY}[name]
     base = describe(make(linear()))
     assert (base.kind, base.in_features, base.out_features, base.group_size) == (kind, K, N, group)
-    assert base.mergeable == (kind in ("hqq", "gptq", "awq"))
+    assert base.mergeable == (name in (*GIVE_THEIR_CODES, *PACKED_ONLY))
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -127,18 +140,21 @@ def test_its_float_weight_is_what_it_multiplies_with(name):
     torch.testing.assert_close(layer(x), x @ weight.T, rtol=tolerance, atol=tolerance)
 
 
-def test_an_hqq_layer_gives_its_codes_to_the_merged_layer():
-    layer = balanced(hqq(linear()), in_factor=64, out_factor=2).eval()
-    weight, x = float_weight(layer.get_base_layer()), torch.randn(7, K)
+@pytest.mark.parametrize("name", GIVE_THEIR_CODES)
+def test_a_layer_of_affine_groups_gives_its_codes_to_the_merged_layer(name):
+    layer = balanced(BASES[name][0](linear()), in_factor=K, out_factor=2).eval()
+    own = take_over(layer.get_base_layer(), layer.base.kind, "layer").dequantize()
+    torch.testing.assert_close(own, float_weight(layer.get_base_layer()), rtol=0, atol=1e-6)  # quanto subtracts a shift
+    x = torch.randn(7, K)
     expected = layer(x)
     layer.merge()
     assert isinstance(layer.get_base_layer(), GroupQuantLinear)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)  # float32 sums in another order
     layer.unmerge()
-    assert torch.equal(layer.get_base_layer().dequantize(), weight)
+    assert torch.equal(layer.get_base_layer().dequantize(), own)
 
 
-@pytest.mark.parametrize("name", [name for name in BASES if name != "hqq"])
+@pytest.mark.parametrize("name", [name for name in BASES if name not in GIVE_THEIR_CODES])
 def test_merging_is_refused_with_the_reason_and_the_lossy_route(name):
     layer = balanced(BASES[name][0](linear()), in_factor=64, out_factor=2)
     with pytest.raises(MergeError, match=r"cannot take an adapter without loss.*lossy=\"requantize\""):
@@ -151,7 +167,7 @@ def test_a_layer_without_its_codes_cannot_give_its_weight(name):
         float_weight(PACKED_ONLY[name][0](linear()))
 
 
-@pytest.mark.parametrize("name", ["nf4", "torchao int8"])
+@pytest.mark.parametrize("name", ["nf4", "quanto, not frozen"])
 def test_the_lossy_route_works_over_a_whole_model(name):
     model = tiny_llama(intermediate_size=128)
     for path, layer in list(model.named_modules()):
@@ -165,18 +181,20 @@ def test_the_lossy_route_works_over_a_whole_model(name):
     assert torch.isfinite(logits(merged, IDS)).all()
 
 
-def test_a_whole_hqq_model_merges_with_its_codes_whether_a_layer_has_an_adapter_or_not():
+@pytest.mark.parametrize("name", GIVE_THEIR_CODES)
+def test_a_whole_model_merges_with_its_codes_whether_a_layer_has_an_adapter_or_not(name):
     model = tiny_llama(intermediate_size=128)
     for path, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and "lm_head" not in path:
-            replace(model, path, hqq(layer))
+            replace(model, path, BASES[name][0](layer))
+    kind = type(model.model.layers[0].self_attn.v_proj)
     settings = {"r": 4, "init_lora_weights": False, "exclude_modules": ["v_proj"]}
     adapted = get_peft_model(model, QBLoRAConfig(quantization_aware=True, **settings)).eval()
     assert len(adapter_layers(adapted)) == 12
     merged = merge(adapted)
     torch.testing.assert_close(logits(merged, IDS), logits(adapted, IDS), rtol=0, atol=2e-5)  # float32, two layers
     assert isinstance(merged.model.layers[0].self_attn.v_proj, GroupQuantLinear)
-    assert type(model.model.layers[0].self_attn.v_proj).__name__ == "HQQLinear"
+    assert type(model.model.layers[0].self_attn.v_proj) is kind
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -190,10 +208,11 @@ def test_a_layer_repacked_for_avx512_bf16_still_gives_its_weight(double):
     torch.testing.assert_close(float_weight(layer), before, rtol=2**-8, atol=0)  # maxima became bfloat16
 
 
-def test_a_float8_weight_is_no_float_weight():
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_a_weight_in_a_byte_is_no_float_weight(dtype):
     layer = nn.Linear(K, N, bias=False)
-    layer.weight = nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    layer.weight = nn.Parameter(layer.weight.data.to(dtype), requires_grad=False)
     base = describe(layer)
-    assert (base.kind, base.mergeable) == ("float8", False)
+    assert (base.kind, base.mergeable) == (str(dtype).removeprefix("torch."), False)
     with pytest.raises(CheckpointError, match="without the scales"):
         float_weight(layer)

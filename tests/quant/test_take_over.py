@@ -4,16 +4,84 @@ The layers here are stand-ins: the tensors of the format, and the product with w
 own are in tests/adapter/test_bases.py and integration/test_importers.py.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from qbl_trl.errors import CheckpointError
+from qbl_trl.adapter.bases import describe
+from qbl_trl.errors import CheckpointError, ExportError
+from qbl_trl.onnx.sources import linear_source
 from qbl_trl.quant.affine import dequantize
 from qbl_trl.quant.importers import take_over
+from tests.adapter.naive import balanced
 from tests.quant.foreign import GROUP, awq_tensors, gptq_tensors, hqq_tensors, random_affine
 
 K, N = 128, 64
+
+
+class Subclass(torch.Tensor):
+    """A weight inside a subclass of Tensor: codes and scales as attributes, products with what they stand for."""
+
+    @staticmethod
+    def __new__(cls, affine, dtype=torch.float32, **kept):
+        return torch.Tensor._make_wrapper_subclass(cls, (N, K), dtype=dtype)
+
+    def __init__(self, affine, **kept):
+        self.product = dequantize(*affine, GROUP)
+        vars(self).update(kept)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            x, weight, bias = args
+            return nn.functional.linear(x, weight.product, bias)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        assert operation is torch.ops.aten.detach.default
+        return args[0]
+
+
+def held_in(module, name, affine, **kept):
+    """A linear layer whose weight is a class of that name in that module."""
+    cls = type(name, (Subclass,), {"__module__": module})
+    layer = nn.Linear(K, N)
+    layer.weight = nn.Parameter(cls(affine, **kept), requires_grad=False)
+    return layer
+
+
+def torchao(zeros="integer", **kept):
+    affine = random_affine(N, K, 4, 0, zeros="packed" if zeros == "integer" else "float", dtype=torch.float32)
+    zero_point = affine.zeros - 8 if zeros == "float" else (affine.zeros.short() - 8).to(torch.int8)
+    stored = {"qdata": (affine.codes.short() - 8).to(torch.int8), "scale": affine.scales, "zero_point": zero_point}
+    sizes = {"target_dtype": torch.int4, "block_size": (1, GROUP)}
+    return affine, held_in("torchao.quantization", "IntxUnpackedToInt8Tensor", affine, **stored, **sizes, **kept)
+
+
+class Packed:
+    def __init__(self, codes):
+        self.codes = codes
+
+    def unpack(self):
+        return self.codes
+
+
+def quanto(shift="float"):
+    affine = random_affine(N, K, 4, 0, dtype=torch.float32)
+    zeros = affine.zeros.reshape(-1, 1)
+    stored = {
+        "_data": Packed(affine.codes.reshape(-1, GROUP)),
+        "_scale": affine.scales.reshape(-1, 1),
+        "_shift": zeros * affine.scales.reshape(-1, 1) if shift == "float" else zeros.to(torch.int8),
+        "_group_size": GROUP,
+        "axis": 0,
+        "qtype": SimpleNamespace(bits=4),
+    }
+    return affine, held_in("optimum.quanto.tensor", "WeightQBitsTensor", affine, **stored)
 
 
 class Kernel(nn.Module):
@@ -82,3 +150,40 @@ def test_scattered_groups_are_refused():
     layer = Kernel(gptq_tensors(affine, 4, act_order=True), affine)
     with pytest.raises(CheckpointError, match="desc_act=true"):
         take_over(layer, "gptq", "model.q_proj")
+
+
+@pytest.mark.parametrize(
+    ("kind", "made"),
+    [
+        *(("torchao", torchao(zeros)) for zeros in ("integer", "float")),
+        *(("quanto", quanto(shift)) for shift in ("integer", "float")),
+    ],
+)
+def test_subclasses_of_tensor_give_their_codes_too(kind, made):
+    affine, layer = made
+    base = describe(layer)
+    assert (base.kind, base.group_size, base.mergeable) == (kind, GROUP, True)
+    ours = take_over(layer, kind, "model.q_proj")
+    assert torch.equal(ours.affine().codes, affine.codes)
+    assert torch.equal(ours.scales, affine.scales)
+    torch.testing.assert_close(ours.zero_points().float(), affine.zeros.float(), rtol=1e-6, atol=1e-6)  # float sums
+    assert torch.equal(ours.bias, layer.bias)
+
+
+def test_an_adapter_over_them_merges_and_exports_exactly():
+    _, layer = torchao()
+    adapted = balanced(layer, in_factor=GROUP, out_factor=2).eval()
+    source, x = linear_source("q_proj", adapted), torch.randn(3, K)
+    assert (source.base.bits, source.base.group_size, len(source.branches)) == (4, GROUP, 1)
+    expected = adapted(x)
+    adapted.merge()
+    torch.testing.assert_close(adapted.get_base_layer()(x), expected, rtol=1e-5, atol=1e-5)  # float32 sums
+
+
+def test_rounded_activations_are_refused_by_name():
+    _, layer = torchao(activation_quantization="int8_asym_per_token")
+    assert describe(layer).group_size is None
+    with pytest.raises(CheckpointError, match=r"model\.q_proj: .* its activations are quantized or scaled too"):
+        take_over(layer, "torchao", "model.q_proj")
+    with pytest.raises(ExportError, match="its activations are quantized or scaled too"):
+        linear_source("model.q_proj", layer)

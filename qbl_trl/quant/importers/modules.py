@@ -4,6 +4,7 @@
 | --- | --- |
 | hqq | axis = 1 and 2, 4 or 8 bits |
 | gptq, awq | the kernel keeps the checkpoint's layout (GPTQModel's plain torch kernels do; many repack for speed) |
+| torchao, quanto | see `subclasses.py` |
 
 The layer's own answer to random inputs decides whether it was read right.
 """
@@ -20,9 +21,11 @@ from qbl_trl.quant.importers.folders import FolderReader
 from qbl_trl.quant.importers.gptq import GPTQReader
 from qbl_trl.quant.importers.hqq import HQQReader
 from qbl_trl.quant.importers.shards import LoadedTensors
+from qbl_trl.quant.importers.subclasses import read_layer
 from qbl_trl.quant.linear import GroupQuantLinear
 
-READERS: dict[str, type[FolderReader]] = {"hqq": HQQReader, "gptq": GPTQReader, "awq": AWQReader}
+_READERS: dict[str, type[FolderReader]] = {"hqq": HQQReader, "gptq": GPTQReader, "awq": AWQReader}
+KINDS = frozenset({*_READERS, "torchao", "quanto"})  # of layers that `take_over` knows
 _PROBE_ROWS = 4
 _ROUNDINGS = 8  # of the layer's own dtype: of weights, sums and outputs, relative to the largest output
 
@@ -31,7 +34,7 @@ def take_over(layer: nn.Module, kind: str, name: str) -> GroupQuantLinear:
     """The same codes, scales, zero points and bias as a layer of ours, on the layer's device.
 
     Args:
-        kind: a key of READERS.
+        kind: one of KINDS.
         name: full name of the layer, for messages.
 
     Raises:
@@ -40,8 +43,10 @@ def take_over(layer: nn.Module, kind: str, name: str) -> GroupQuantLinear:
     source = Path(type(layer).__name__)
     tensors = {f"{name}.{key}": value for key, value in layer.state_dict().items()}
     try:
-        reader = READERS[kind](source, _settings(layer, kind), LoadedTensors(source, tensors))
-        ours = reader.layer(name)
+        if kind in _READERS:
+            ours = _READERS[kind](source, _settings(layer, kind), LoadedTensors(source, tensors)).layer(name)
+        else:
+            ours = read_layer(layer)
     except (CheckpointError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{name}: the codes of this {kind} layer cannot be taken over: {error}") from error
     ours.to(next(iter(tensors.values())).device).train(layer.training)
