@@ -10,6 +10,13 @@ import numpy as np
 import torch
 
 SUFFIXES = (".weight", ".bias")
+K_QUANTS = {  # bytes of a block of 256 weights, and where its float16 factors lie: those of the scales, of the minima
+    "Q2_K": (84, {80: 1e-2, 82: 2e-2}),
+    "Q3_K": (110, {108: 1e-3}),
+    "Q4_K": (144, {0: 3e-4, 2: 2e-3}),
+    "Q5_K": (176, {0: 1e-4, 2: 2e-3}),
+    "Q6_K": (210, {208: 3e-5}),
+}
 SHIFTED = ("gemma2", "gemma3", "nemotron")  # their norms are stored as w + 1
 
 
@@ -60,7 +67,7 @@ def write_gguf(
             writer.add_tensor(place, values)
         else:
             qtype = gguf.GGMLQuantizationType[kind]
-            blocks = q4_k_blocks(values.shape) if kind == "Q4_K" else gguf.quants.quantize(values, qtype)
+            blocks = k_quants(values.shape, kind) if kind in K_QUANTS else gguf.quants.quantize(values, qtype)
             writer.add_tensor(place, blocks, raw_dtype=qtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -84,10 +91,14 @@ def stacks_of(model) -> list[tuple[int, str, np.ndarray]]:
     return [(index, part, values.detach().float().contiguous().numpy()) for index, part, values in found]
 
 
-def q4_k_blocks(shape: tuple[int, ...]) -> np.ndarray:
-    """Random Q4_K bytes for a tensor of this shape, which the package gguf reads and does not write."""
-    blocks = np.random.default_rng(0).integers(0, 256, (*shape[:-1], shape[-1] // 256, 144), dtype=np.uint8)
-    blocks[..., :4] = np.array([1e-3, 2e-3], np.float16).view(np.uint8)  # scales of the scales and of the minima
+def k_quants(shape: tuple[int, ...], kind: str) -> np.ndarray:
+    """Random bytes of a K quant for a tensor of this shape, which the package gguf reads and does not write."""
+    size, halves = K_QUANTS[kind]
+    generator = np.random.default_rng(0)
+    blocks = generator.integers(0, 256, (*shape[:-1], shape[-1] // 256, size), dtype=np.uint8)
+    for at, largest in halves.items():
+        factor = generator.uniform(0.5, 1, (*blocks.shape[:-1], 1)) * largest
+        blocks[..., at : at + 2] = factor.astype(np.float16).view(np.uint8)
     return blocks.reshape(*shape[:-1], -1)
 
 

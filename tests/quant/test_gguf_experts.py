@@ -125,7 +125,7 @@ def test_codes_and_scales_of_experts_are_those_of_the_file(tmp_path):
 
 def test_stacks_of_other_types_are_dequantized_expert_by_expert(tmp_path, monkeypatch):
     model = mixture("qwen3moe", hidden_size=256)
-    write(tmp_path / "in.gguf", model, {"experts.gate_proj": "Q4_K", "experts.down_proj": "F16"}, default="Q4_0")
+    write(tmp_path / "in.gguf", model, {"experts.gate_proj": "BF16", "experts.down_proj": "F16"}, default="Q4_0")
     expected = dict(slices(tmp_path / "in.gguf", "qwen3moe"))
     sizes, dequantize = [], gguf.quants.dequantize
     monkeypatch.setattr(gguf.quants, "dequantize", lambda data, kind: sizes.append(data.ndim) or dequantize(data, kind))

@@ -1,9 +1,9 @@
-"""GGUF files: Q4_0, Q4_1 and Q8_0 matrices of linear layers, in groups of 32.
+"""GGUF files: matrices of linear layers in types of affine groups, which `gguf_blocks.py` lists.
 
 transformers names the tensors and knows which architectures permute the rows of q and k: its tensor processors are
-applied to row *numbers* here, so codes move with their rows and are never recomputed. Matrices of other types (K
-quants, i-quants), embeddings and output heads are dequantized to float32, which is exact, and stay float. So do routers
-of a mixture; its experts, which files stack, are read one by one.
+applied to row *numbers* here, so codes move with their rows and are never recomputed. Matrices of other types
+(i-quants, MXFP4), embeddings and output heads are dequantized to float32, which is exact, and stay float. So do
+routers of a mixture; its experts, which files stack, are read one by one.
 
 Source: transformers, modeling_gguf_pytorch_utils.py.
 """
