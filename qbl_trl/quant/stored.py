@@ -61,7 +61,8 @@ def stored_layers(
     """
     packed, plain = _held(model, found)
     modules, head = dict(model.named_modules()), getattr(model, "get_output_embeddings", lambda: None)()
-    lost = next((name for name in sorted(packed) if ".experts." in name and name not in modules), None)
+    experts = {name: f"{name.partition('.experts.')[0]}.experts" for name in packed if ".experts." in name}
+    lost = min((name for name, around in experts.items() if around in modules and name not in modules), default=None)
     if lost is not None:
         made_with = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_version")
         raise CheckpointError(

@@ -91,6 +91,13 @@ def compressed_tensors(affine: Affine, bits: int, *, symmetric: bool) -> dict[st
     return tensors if symmetric else tensors | {"weight_zero_point": word_matrix(zeros.T, bits).T.contiguous()}
 
 
+def signed_zeros(affine: Affine) -> dict[str, Tensor]:
+    """As compressed-tensors kept zero points before 0.9.4; an order that was never set is minus one."""
+    tensors = compressed_tensors(affine, 4, symmetric=False)
+    zeros = {"weight_zero_point": (affine.zeros.short() - 8).to(torch.int8)}
+    return tensors | zeros | {"weight_g_idx": torch.full((affine.codes.shape[1],), -1, dtype=torch.int32)}
+
+
 def hqq_tensors(affine: Affine, bits: int, axis: int = 1) -> dict[str, Tensor]:
     codes, scales, zeros = affine
     rows = codes.reshape(-1, GROUP).tolist()

@@ -1,5 +1,6 @@
 """Checkpoints of mixtures, with the names and settings that quantizers write under transformers 5."""
 
+import itertools
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import qbl_trl  # noqa: F401  (registers the quantizer)
 from qbl_trl.config import GroupQuantConfig
+from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import dequantize
 from qbl_trl.quant.importers import convert_checkpoint, describe_checkpoint
 from qbl_trl.quant.importers.spelling import name_in_files
@@ -124,3 +126,38 @@ def test_routers_that_were_quantized_too_become_float_without_a_loss(tmp_path, m
 def test_names_in_files(model_type, told, name):
     assert name_in_files(model_type, told) == name
     assert name_in_files(model_type, f"{told}.weight") == f"{name}.weight"
+
+
+@pytest.mark.parametrize("elsewhere", ["mtp.layers.0.", "model.layers.2."])
+def test_packed_experts_of_a_layer_that_the_model_lacks_are_left_unread(tmp_path, elsewhere):
+    """What predicts further tokens, which some tools quantize beside the model (`mtp`, or one more layer)."""
+    written = write_mixture(tmp_path / "in", "qwen3_moe", MIXTURE, str)
+    file = tmp_path / "in" / "model.safetensors"
+    tensors = load_file(file)
+    first = "model.layers.0."
+    more = {name.replace(first, elsewhere): t.clone() for name, t in tensors.items() if name.startswith(first)}
+    save_file(tensors | more, file, metadata={"format": "pt"})
+    convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    name = "model.layers.1.mlp.experts.3.down_proj"
+    assert torch.equal(model.get_submodule(name).dequantize(), dequantize(*written[name], 32))
+
+
+def test_experts_in_other_parts_than_the_models_are_refused_before_anything_is_written(tmp_path):
+    """GPT-OSS has one layer for gate and up, row by row, and the biases of all experts in one tensor."""
+    settings = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+    folder = tmp_path / "in"
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **SIZES, **settings)).save_pretrained(folder)
+    tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if ".experts." not in n}
+    for layer, expert, part in itertools.product(range(2), range(4), ("gate_proj", "up_proj", "down_proj")):
+        width, inner = SIZES["hidden_size"], SIZES["intermediate_size"]
+        shape = (width, inner) if part == "down_proj" else (inner, width)
+        name = f"model.layers.{layer}.mlp.experts.{expert}.{part}"
+        made = gptq_tensors(random_affine(*shape, 4, expert), 4)
+        tensors |= {f"{name}.{key}": value.contiguous() for key, value in made.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": GPTQ}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"experts\.0\.\w+_proj.* is no part of an expert of GptOssForCausalLM"):
+        convert_checkpoint(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -40,6 +40,10 @@ def without(part, make):
     return tensors
 
 
+def with_tensor(name, dtype, make):
+    return lambda affine: make(affine) | {name: torch.ones(4, dtype=dtype)}
+
+
 @pytest.mark.parametrize(
     ("tensors", "quantization", "affine_of", "message"),
     [
@@ -48,6 +52,9 @@ def without(part, make):
         (partial(foreign.gptq_tensors, bits=4), GPTQ | {"sym": True}, affines(), "sym=true"),
         (foreign.awq_tensors, AWQ | {"version": "gemv_fast"}, affines(), "gemv_fast"),
         (foreign.awq_tensors, AWQ | {"bits": 8}, affines(), "8 bits"),
+        (with_tensor("act.scales", torch.float16, foreign.awq_tensors), AWQ, affines(), "scales an activation"),
+        (with_tensor("weight", torch.float8_e4m3fn, foreign.awq_tensors), AWQ, affines(), "is in float8"),
+        (foreign.awq_tensors, {"bits": 4, "group_size": 32}, affines(), "an MLX checkpoint is not read"),
         (partial(foreign.hqq_tensors, bits=4, axis=0), HQQ, affines(zeros="float"), "axis=0"),
         (foreign.awq_tensors, COMPRESSED | {"format": "marlin-24"}, affines(), "marlin-24"),
         (partial(foreign.gptq_tensors, bits=4), GPTQ | {"pack_dtype": "int16"}, affines(), "int16"),

@@ -10,7 +10,7 @@ import qbl_trl  # noqa: F401  (registers the quantizer)
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError
 from qbl_trl.quant.affine import dequantize
-from qbl_trl.quant.importers import convert_checkpoint, describe_checkpoint, read_layers
+from qbl_trl.quant.importers import convert_checkpoint, describe_checkpoint, open_reader, read_layers
 from qbl_trl.quant.importers.reader import stored_group_size
 from qbl_trl.quant.linear import GroupQuantLinear
 from tests.quant import foreign
@@ -54,6 +54,21 @@ CASES = [
         affines(),
     ),
     case("auto-round-awq", foreign.awq_tensors, AUTO_ROUND | {"packing_format": "auto_round:auto_awq"}, affines()),
+    case(
+        "auto-round-0.4-gptq",
+        partial(foreign.gptq_tensors, bits=4),
+        AUTO_ROUND | {"backend": "auto_round:gptq:exllamav2"},
+        affines(),
+    ),
+    case(
+        "auto-round-0.4",
+        partial(foreign.gptq_tensors, bits=4, v1=False),
+        AUTO_ROUND | {"backend": "auto_round:exllamav2"},
+        affines(),
+    ),
+    case("auto-round-0.4-awq", foreign.awq_tensors, AUTO_ROUND | {"backend": "auto_round:awq:gemm"}, affines()),
+    case("auto-round-auto", partial(foreign.gptq_tensors, bits=4), AUTO_ROUND | {"backend": "auto"}, affines()),
+    case("compressed-signed-zeros", foreign.signed_zeros, COMPRESSED, affines()),
     case("compressed", partial(foreign.compressed_tensors, bits=4, symmetric=False), COMPRESSED, affines()),
     case(
         "compressed-sym-2bit",
@@ -256,3 +271,34 @@ def test_a_quantized_head_is_no_longer_tied(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     with pytest.raises(ConfigError, match="would replace"):
         convert_checkpoint(tmp_path / "in", tmp_path / "in", overwrite=True)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_settings_are_found_under_either_name(tmp_path, key):
+    make = partial(foreign.compressed_tensors, bits=4, symmetric=False)
+    foreign.write_folder(tmp_path / "in", make, COMPRESSED, affines())
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config | {key: config.pop("quantization_config")}))
+    assert describe_checkpoint(tmp_path / "in")["bits"] == 4
+
+
+def test_code_of_the_model_is_copied_where_its_configuration_names_it(tmp_path):
+    foreign.write_folder(tmp_path / "in", foreign.awq_tensors, AWQ, affines())
+    (tmp_path / "in" / "modeling_own.py").write_text("")
+    convert_checkpoint(tmp_path / "in", tmp_path / "plain")
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    convert_checkpoint(tmp_path / "in", tmp_path / "own")
+    assert not (tmp_path / "plain" / "modeling_own.py").exists()
+    assert (tmp_path / "own" / "modeling_own.py").is_file()
+
+
+def test_settings_of_a_layer_come_before_those_of_a_pattern(tmp_path):
+    own = {"model.layers.0.mlp.up_proj": {"bits": 8}, r".*\.mlp\..*": {"bits": 2}, "[": {"bits": 4}}
+    foreign.write_folder(
+        tmp_path / "in", partial(foreign.gptq_tensors, bits=4), AUTO_ROUND | {"extra_config": own}, affines()
+    )
+    reader = open_reader(tmp_path / "in")._reader
+    found = [reader.own(f"model.layers.0.{name}") for name in ("mlp.up_proj", "mlp.gate_proj", "self_attn.q_proj")]
+    assert found == [{"bits": 8}, {"bits": 2}, {}]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import Affine
-from qbl_trl.quant.importers.folders import CODES_ARE_KEPT, FolderReader, own_settings, refuse_run_time
+from qbl_trl.quant.importers.folders import CODES_ARE_KEPT, FolderReader, refuse_run_time
 from qbl_trl.quant.importers.reader import build, split_words
 from qbl_trl.quant.linear import GroupQuantLinear
 
@@ -41,6 +41,13 @@ class AWQReader(FolderReader):
         bits = self.quantization.get("bits", self.quantization.get("w_bit", _BITS))
         if bits != _BITS:
             raise CheckpointError(f"{self.folder}: AWQ with {bits} bits; this layout is defined for 4")
+        scaled = [name for name in self.shards.names() if name.endswith(".scales")]
+        alone = [name for name in scaled if name.removesuffix("scales") + self.marker not in self.shards]
+        if alone:
+            raise CheckpointError(
+                f"{self.folder}: {alone[0]} scales an activation while the model runs (AutoAWQ does so in Falcon, "
+                f"StarCoder 2, MPT, GPT-NeoX, GPT-J, Bloom and GPT-BigCode), which is not done here. {CODES_ARE_KEPT}"
+            )
         if version == "gemv" and not {"group_size", "q_group_size"} & self.quantization.keys():
             raise CheckpointError(f"{self.folder}: no group_size is stated, and the padded scales do not tell it")
 
@@ -49,7 +56,7 @@ class AWQReader(FolderReader):
         return int(self.quantization.get("group_size", self.quantization.get("q_group_size", -1)) or -1)
 
     def own(self, name: str) -> dict[str, Any]:
-        return own_settings(self.folder, self.quantization, name)
+        return self.extra(name)
 
     def geometry(self, name: str) -> tuple[int, int, int, int]:
         bits = self.own(name).get("bits", _BITS)

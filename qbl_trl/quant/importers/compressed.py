@@ -101,7 +101,7 @@ class CompressedReader(FolderReader):
         scales = self.part(name, "weight_scale")
         if f"{name}.weight_g_idx" in self.shards:
             index = self.part(name, "weight_g_idx").long()
-            if not torch.equal(index, torch.arange(columns) // own_size):
+            if not (index == -1).all() and not torch.equal(index, torch.arange(columns) // own_size):
                 raise CheckpointError(
                     f"{self.folder}: {name} was quantized with actorder=group: its groups are scattered over the "
                     f"inputs. {CODES_ARE_KEPT}, or take a checkpoint made with actorder=static or none"
@@ -110,7 +110,11 @@ class CompressedReader(FolderReader):
         if symmetric:
             zeros = torch.full_like(scales, 1 << (bits - 1), dtype=torch.uint8)
         else:
-            zeros = split_words(self.part(name, "weight_zero_point"), bits, 0)[:rows]
+            zeros = self.part(name, "weight_zero_point")
+            if zeros.dtype == torch.int8:  # before 0.9.4: signed, a byte each
+                zeros = (zeros.short() + (1 << (bits - 1))).to(torch.uint8)
+            else:
+                zeros = split_words(zeros, bits, 0)[:rows]
         affine = Affine(codes, scales, zeros)
         return build(affine, bits=bits, own_size=own_size, group_size=size, symmetric=symmetric, bias=self.bias(name))
 

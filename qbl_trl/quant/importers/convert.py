@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -67,7 +67,7 @@ def convert_checkpoint(
         config |= {"quantization_config": GroupQuantConfig(**describe(reader)).to_dict()}
         (built / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         beside = Path(tokenizer) if tokenizer else path if path.is_dir() else path.parent
-        _copy_files(beside, built)
+        _copy_files(beside, built, (*_COPIED, "*.py") if "auto_map" in config else _COPIED)
         if not any(built.glob("tokenizer*")):
             logger.warning("%s has no tokenizer beside it; copy that of the original model into %s", beside, output_dir)
     return Path(output_dir)
@@ -122,9 +122,10 @@ def _shown(names: list[str]) -> Iterator[str]:
             bar.update()
 
 
-def _copy_files(source: Path, folder: Path) -> None:
-    """Tokenizer, generation settings and templates; never weights, indices or a foreign quantization file."""
-    for pattern in _COPIED:
+def _copy_files(source: Path, folder: Path, patterns: Iterable[str]) -> None:
+    """Tokenizer, generation settings, templates, a model's own code; never weights, indices or a foreign quantization
+    file."""
+    for pattern in patterns:
         for file in source.glob(pattern):
             if file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, folder / file.name)

@@ -7,6 +7,8 @@ in this package (heads unless embeddings are quantized with them), and routers a
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from qbl_trl.quant.importers.shards import Shards, read_json
 from qbl_trl.quant.linear import GroupQuantLinear
 
 _HEADS = ("lm_head", "embed_out")
+_PLAIN = re.compile(r"[\w.]+")  # the name of a layer, no expression
 _ROUTER = re.compile(r"(.*\.)(?:gate|shared_expert_gate|router(?:\..*)?)")
 CODES_ARE_KEPT = "Load it with the library that wrote it and quantize the dequantized weights again (lossy)"
 
@@ -74,6 +77,24 @@ class FolderReader(Reader):
     def own(self, name: str) -> dict[str, Any]:
         """What the configuration says of one layer alone."""
         return {}
+
+    def extra(self, name: str) -> dict[str, Any]:
+        """What AutoRound's `extra_config` says of one layer, by its name or a regular expression.
+
+        Raises:
+            CheckpointError: if it names no layers.
+        """
+        stated, patterns = self._extra
+        return stated.get(name) or next((own for pattern, own in patterns if pattern.fullmatch(name)), {})
+
+    @cached_property
+    def _extra(self) -> tuple[dict[str, dict[str, Any]], list[tuple[re.Pattern, dict[str, Any]]]]:
+        stated, patterns = by_pattern(self.folder, self.quantization, "extra_config"), []
+        for key, own in stated.items():
+            if not _PLAIN.fullmatch(key):
+                with suppress(re.error):
+                    patterns.append((re.compile(key), own))
+        return stated, patterns
 
     def group_size_of(self, name: str) -> int:
         """The group size that the file states for one layer."""
@@ -144,6 +165,12 @@ class FolderReader(Reader):
     def _check_tensors(self) -> None:
         """What a layer holds beside its codes belongs to its function: rotations, scales of activations."""
         for tensor in self.shards.names():
+            dtype = self.shards.dtype(tensor)
+            if dtype is None or (dtype.is_floating_point and dtype.itemsize == 1):
+                raise CheckpointError(
+                    f"{self.folder}: {tensor} is in float8, which means nothing without scales that are not read here. "
+                    f"{CODES_ARE_KEPT}"
+                )
             name, _, part = tensor.rpartition(".")
             left = part == "weight" and _is_head(name)  # a float head beside its codes, which count
             if name in self._formats and part not in (*self.parts, "bias") and not left:
@@ -241,23 +268,6 @@ def matches(folder: Path, key: str, pattern: str, name: str) -> bool:
         return re.match(pattern, name) is not None
     except re.error as error:
         raise CheckpointError(f"{folder}: {key} holds {pattern!r}, no regular expression ({error})") from error
-
-
-def own_settings(folder: Path, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What AutoRound's `extra_config` says of one layer, by its name or a regular expression.
-
-    Raises:
-        CheckpointError: if it names no layers.
-    """
-    stated = by_pattern(folder, settings, "extra_config").items()
-    return next((own for pattern, own in stated if name == pattern or _fits(pattern, name)), {})
-
-
-def _fits(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error:
-        return False
 
 
 def _is_head(name: str) -> bool:

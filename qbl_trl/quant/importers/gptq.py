@@ -25,7 +25,6 @@ from qbl_trl.quant.importers.folders import (
     FolderReader,
     by_pattern,
     matches,
-    own_settings,
     refuse_activations,
     refuse_run_time,
 )
@@ -123,8 +122,8 @@ class GPTQReader(FolderReader):
             raise CheckpointError(
                 f"{self.folder}: packing_format={packing!r} is no name of a packing, such as auto_gptq"
             )
-        if packing is not None:  # AutoRound: only its auto_gptq packing subtracts one
-            return "gptq" if "auto_gptq" in packing else "gptq_v2"
+        if packing is not None:  # AutoRound: only its gptq packings subtract one
+            return "gptq" if "gptq" in packing and "gptqmodel" not in packing else "gptq_v2"
         return str(self.quantization.get("checkpoint_format") or "gptq")
 
     def _symmetric(self, name: str) -> bool:
@@ -135,7 +134,7 @@ class GPTQReader(FolderReader):
         for pattern, own in by_pattern(self.folder, self.quantization, "dynamic").items():
             if not pattern.startswith("-:") and matches(self.folder, "dynamic", pattern.removeprefix("+:"), name):
                 return own
-        return own_settings(self.folder, self.quantization, name)
+        return self.extra(name)
 
 
 def _ones_word(bits: int) -> int:

@@ -52,10 +52,14 @@ def open_reader(source: str | os.PathLike[str]) -> Reader:
         raise CheckpointError(f"{path}: config.json states no quantization; allowed: {KINDS}")
     method = str(quantization.get("quant_method", "")).lower()
     if method in ("auto-round", "auto_round", "intel/auto-round"):
-        packing = str(quantization.get("packing_format", ""))
-        method = "awq" if "awq" in packing else "gptq"
+        packing = quantization.get("packing_format", quantization.get("backend"))  # its name before 0.5
+        method = "awq" if "awq" in str(packing) else "gptq"
+        if packing not in (None, "auto"):
+            quantization = quantization | {"packing_format": packing}
+    if method == "none" and {"bits", "group_size"} <= quantization.keys():
+        raise CheckpointError(f"{path}: an MLX checkpoint is not read; quantize the model that it was made from")
     if method not in _READERS:
-        raise CheckpointError(f"{path}: quantization method {method or 'none'!r} cannot be imported; allowed: {KINDS}")
+        raise CheckpointError(f"{path}: quantization method {method!r} cannot be imported; allowed: {KINDS}")
     return Respelled(_READERS[method](path, quantization))
 
 
@@ -120,9 +124,11 @@ def _gguf(path: Path) -> Reader:
 
 
 def _quantization(folder: Path) -> dict[str, Any]:
-    found = read_json(folder / "config.json").get("quantization_config")
-    if isinstance(found, dict):
-        return found
+    config = read_json(folder / "config.json")
+    names = ("quantization_config", "compression_config", "quantization")  # compressed-tensors before 0.5, MLX
+    found = next((config[name] for name in names if isinstance(config.get(name), dict)), None)
+    if found is not None:
+        return {"quant_method": "none"} | found
     for name in _OLD_FILES:
         if (folder / name).is_file():
             method = "awq" if name == "quant_config.json" else "gptq"

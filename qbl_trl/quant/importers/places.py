@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from qbl_trl.errors import CheckpointError
 from qbl_trl.older_names import restore_settings_
 from qbl_trl.quant.renaming import makes, names_in_model
-from qbl_trl.quant.stacks import stacked_tensors
+from qbl_trl.quant.stacks import set_apart, stacked_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +44,9 @@ def check_places(source: Path, config: dict[str, Any], packed: Shapes, others: S
         others: shapes of the remaining tensors.
 
     Raises:
-        CheckpointError: if a quantized layer is none of the model's while one of the model's has no weight; if a
-            tensor has another shape than the model's; if one of the model's is missing; if no class is named and
-            none goes by the model_type.
+        CheckpointError: if a quantized layer is none of the model's while one of the model's has no weight, or a part
+            of an expert is none of the model's; if a tensor has another shape than the model's; if one of the model's
+            is missing; if no class is named and none goes by the model_type.
     """
     model = _empty_model(source, config)
     if model is None:
@@ -95,6 +95,14 @@ def check_places(source: Path, config: dict[str, Any], packed: Shapes, others: S
             f"{source}: no tensor for {_listed(missing, ', ')}, which {kind} with this config.json has; the "
             "checkpoint is incomplete"
         )
+    lost, biases = _parts_of_experts(model, packed, others)
+    if lost:
+        raise CheckpointError(
+            f"{source}: {lost[0]} is no part of an expert of {kind}: experts were split or joined before they were "
+            "quantized, so the converted folder could not be loaded. Quantize the model here"
+        )
+    if biases:
+        raise CheckpointError(f"{source}: no tensor for {_listed(biases, ', ')}; the checkpoint is incomplete")
 
 
 def _empty_model(source: Path, config: dict[str, Any]) -> PreTrainedModel | None:
@@ -115,6 +123,27 @@ def _empty_model(source: Path, config: dict[str, Any]) -> PreTrainedModel | None
     restore_settings_(settings)
     with init_empty_weights():
         return kind(settings)  # type: ignore[no-any-return]
+
+
+def _parts_of_experts(model: PreTrainedModel, packed: Shapes, others: Shapes) -> tuple[list[str], list[str]]:
+    """Packed parts of experts that are none of the model's, and biases of its experts that are not there.
+
+    The model's experts are separated for it.
+    """
+    if not any(".experts." in name for name in packed):
+        return [], []
+    set_apart(model)
+    around, state, places = dict(model.named_modules()), model.state_dict(), names_in_model(model, [*packed, *others])
+    lost = [
+        name
+        for name in packed
+        if ".experts." in places[name]
+        and f"{places[name].partition('.experts.')[0]}.experts" in around
+        and places[name] not in state
+    ]
+    filled = set(places.values())
+    biases = [name for name in state if name.endswith("_bias") and ".experts." in name and name not in filled]
+    return lost, biases
 
 
 def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
