@@ -211,10 +211,11 @@ def _load(name: str, dtype: str = "float32", settings: Any = None) -> Any:
 def _save(model: Any, tokenizer_of: str, output: Path, overwrite: bool) -> None:
     """The model and the tokenizer beside it; a folder's tokenizer files are copied as they are."""
     from qbl_trl.folders import new_folder
+    from qbl_trl.model_files import save_model
     from qbl_trl.tokenizers import save_tokenizer
 
     with new_folder(output, overwrite) as draft:
-        model.save_pretrained(draft)
+        save_model(model, draft)
         save_tokenizer(tokenizer_of, draft)
 
 

@@ -151,8 +151,8 @@ def saved_adapter(folder: str | os.PathLike[str]) -> Any:
     from peft import PeftConfig
 
     if not Path(folder, "adapter_config.json").is_file():
-        saved = sorted(Path(folder).glob("checkpoint-*/adapter_config.json"), key=lambda file: file.stat().st_mtime)
-        instead = f"its checkpoint does: {saved[-1].parent}" if saved else "name a folder that save_model wrote"
+        saved = sorted(Path(folder).glob("*/adapter_config.json"), key=lambda file: file.stat().st_mtime)
+        instead = f"a folder in it does: {saved[-1].parent}" if saved else "name a folder that save_model wrote"
         raise ConfigError(f"{folder} holds no adapter (no adapter_config.json); {instead}")
     return PeftConfig.from_pretrained(str(folder))
 

@@ -21,6 +21,7 @@ from qbl_trl.adapter.bases import float_weight, foreign_kind
 from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
 from qbl_trl.adapter.recorded import quantization
 from qbl_trl.adapter.wrapped import unwrap
+from qbl_trl.arithmetic import plain_arithmetic
 from qbl_trl.config import SCALE_DTYPES, GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError, MergeError
 from qbl_trl.quant.algorithms import quantize
@@ -95,6 +96,7 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
         for error in [_merge_layer_(merged, name, module, settings, lossy)]
         if error is not None
     ]
+    _give_rows_of_their_own_(merged)
     for name, module in list(merged.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper):
             replace(merged, name, module.unload_and_optionally_merge_module(True, False, None))
@@ -164,6 +166,17 @@ def _merge_layer_(
     return None
 
 
+def _give_rows_of_their_own_(model: nn.Module) -> None:
+    """Where rows of an embedding and of the head that is tied to it were trained apart, each gets a table to add to."""
+    seen = set[int]()
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer) and module.tied_adapter is None:
+            base: Any = module.get_base_layer()
+            if id(base.weight) in seen:
+                base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+            seen.add(id(base.weight))
+
+
 def _can_take_the_change(module: BalancedLinear) -> bool:
     """Whether the merge is exact; a base that holds codes of another library has given them over then."""
     if not module.merges_exactly():
@@ -183,7 +196,7 @@ def _probe(module: BalancedLinear) -> tuple[Tensor, Tensor] | None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_PROBE_ROWS, base.in_features, generator=generator).to(base.weight.device)
     module.eval()
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), plain_arithmetic(x.device.type):
         return x, module(x)
 
 
@@ -191,7 +204,7 @@ def _check_layer(layer: nn.Module, probe: tuple[Tensor, Tensor] | None) -> None:
     if probe is None:
         return
     x, expected = probe
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), plain_arithmetic(x.device.type):
         difference = float((layer(x) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     if not difference <= _LAYER_TOLERANCE:
         raise MergeError(

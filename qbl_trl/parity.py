@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbl_trl.arithmetic import plain_arithmetic
 from qbl_trl.errors import ConfigError, explain_missing
 from qbl_trl.loading import load_adapter, open_model
 
@@ -232,7 +233,7 @@ def _torch_logits(model: nn.Module) -> Logits:
         device = next(model.parameters()).device
         mixed = any("_original_forward" in vars(part) for part in (model, inner))  # Accelerate's mixed precision
         own = unpatched_forward(inner) if mixed else nullcontext()
-        with _evaluating(model), torch.no_grad(), own, torch.autocast(device.type, enabled=False):
+        with _evaluating(model), torch.no_grad(), own, plain_arithmetic(device.type):
             return run(input_ids.to(device), attention_mask.to(device))
 
     return logits

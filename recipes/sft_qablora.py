@@ -65,14 +65,14 @@ def with_default(arguments: list[str]) -> list[str]:
     return arguments if named else ["--config", str(DEMO_CONFIG), *arguments]
 
 
-def load_base(args: QABLoRAArguments, name: str) -> Any:
+def load_base(args: QABLoRAArguments, name: str, code: dict[str, bool]) -> Any:
     """The 4-bit base: quantized while loading, or as it was saved if it is one already."""
     options: dict[str, Any] = {"dtype": getattr(torch, args.dtype), "attn_implementation": args.attn_implementation}
-    if getattr(AutoConfig.from_pretrained(name), "quantization_config", None) is None:
+    if getattr(AutoConfig.from_pretrained(name, **code), "quantization_config", None) is None:
         options["quantization_config"] = GroupQuantConfig(
             bits=args.bits, group_size=args.group_size, algorithm=args.algorithm
         )
-    return AutoModelForCausalLM.from_pretrained(name, **options)
+    return AutoModelForCausalLM.from_pretrained(name, **options, **code)
 
 
 def load_demo() -> tuple[str, DatasetDict]:
@@ -116,16 +116,17 @@ def main(script: ScriptArguments, training: SFTConfig, args: QABLoRAArguments) -
     if name == DEMO:
         name, dataset = load_demo()
     if script.dataset_name:
-        dataset = load_dataset(script.dataset_name, name=script.dataset_config)
+        dataset = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
     if dataset is None:
         raise SystemExit("--dataset_name is needed beside --model_name_or_path: any dataset TRL's SFTTrainer takes")
 
+    code = {"trust_remote_code": training.trust_remote_code}
     trainer = SFTTrainer(
-        load_base(args, name),
+        load_base(args, name, code),
         args=training,
         train_dataset=dataset[script.dataset_train_split],
         eval_dataset=dataset[script.dataset_test_split] if training.eval_strategy != "no" else None,
-        processing_class=AutoTokenizer.from_pretrained(name),
+        processing_class=AutoTokenizer.from_pretrained(name, **code),
         callbacks=[callback],
     )
     resume = training.resume_from_checkpoint  # a folder, or true: the last checkpoint

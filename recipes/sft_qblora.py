@@ -56,9 +56,10 @@ def main(script: ScriptArguments, training: SFTConfig, args: QBLoRAArguments) ->
         out_factor=args.out_factor,
         task_type="CAUSAL_LM",
     )
-    dtype = getattr(torch, args.dtype)
+    dtype, code = getattr(torch, args.dtype), {"trust_remote_code": training.trust_remote_code}
     model = AutoModelForCausalLM.from_pretrained(
         args.model_name_or_path,
+        **code,
         dtype=dtype,
         attn_implementation=args.attn_implementation,
         quantization_config=BitsAndBytesConfig(
@@ -68,13 +69,13 @@ def main(script: ScriptArguments, training: SFTConfig, args: QBLoRAArguments) ->
             bnb_4bit_use_double_quant=args.double_quant,
         ),
     )
-    dataset = load_dataset(script.dataset_name, name=script.dataset_config)
+    dataset = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
     trainer = SFTTrainer(
         model,
         args=training,
         train_dataset=dataset[script.dataset_train_split],
         eval_dataset=dataset[script.dataset_test_split] if training.eval_strategy != "no" else None,
-        processing_class=AutoTokenizer.from_pretrained(args.model_name_or_path),
+        processing_class=AutoTokenizer.from_pretrained(args.model_name_or_path, **code),
         peft_config=adapter,
         callbacks=[QBLoRACallback()],
     )

@@ -271,7 +271,7 @@ def test_what_a_folder_does_not_hold_is_said_with_what_it_holds(tmp_path, capsys
     for command, message in (
         (
             ["merge", "run", "merged"],
-            "holds no adapter (no adapter_config.json); its checkpoint does: run/checkpoint-2",
+            "holds no adapter (no adapter_config.json); a folder in it does: run/checkpoint-2",
         ),
         (["inspect", "run"], "run holds no model (no config.json)"),
         (["inspect", "graph"], "graph holds an ONNX graph"),

@@ -16,7 +16,7 @@ ROWS = [
     {"generation"},
     {"allowed", "errors", "leftovers", "peft_type", "progress", "random_state"},
     {"older_names", "module_names", "tokenizers"},
-    {"folders", "texts"},
+    {"arithmetic", "folders", "model_files", "texts"},
     {"config"},
     {"loading"},
     {"parity"},

@@ -118,6 +118,20 @@ def test_modules_trained_whole_and_trained_tokens_come_along_as_copies():
     torch.testing.assert_close(logits(model, IDS), expected)
 
 
+def test_rows_trained_apart_in_a_tied_pair_come_apart(tmp_path):
+    rows = {"trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [1, 3]}}
+    model = adapted(lambda: groups(tie_word_embeddings=True), quantization_aware=True, **rows)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(torch.randn_like(parameter))
+    expected = logits(model, IDS)
+    merge(model).save_pretrained(tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(merged, IDS), expected, rtol=1e-4, atol=1e-4)  # float32 sums
+    torch.testing.assert_close(logits(model, IDS), expected)
+
+
 def test_wrappers_of_training_are_seen_through(tmp_path):
     model = adapted()
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)

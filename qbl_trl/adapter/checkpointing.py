@@ -16,14 +16,15 @@ from qbl_trl.generation import BEFORE_5
 
 def let_inputs_require_grad(model: nn.Module) -> None:
     """Give the inputs of a model in groups a gradient; any other model is left to PEFT."""
-    if isinstance(quantization(model), GroupQuantConfig):
+    if isinstance(quantization(model), GroupQuantConfig) and hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()  # type: ignore[operator]
         let_towers_require_grad(model)
 
 
 def let_towers_require_grad(model: Any) -> None:
     """The same for what reads images and sound, by convolutions: transformers 4.57 thinks of the embedding alone."""
-    if not BEFORE_5 or model.config.get_text_config() is model.config:
+    config: Any = getattr(model, "config", None)
+    if not BEFORE_5 or not hasattr(config, "get_text_config") or config.get_text_config() is config:
         return
     for module in model.modules():
         if (

@@ -16,6 +16,7 @@ from qbl_trl.adapter.wrapped import is_decoder
 from qbl_trl.errors import ExportError
 from qbl_trl.folders import refuse_graph
 from qbl_trl.loading import load_adapter, open_model
+from qbl_trl.model_files import valid_generation
 from qbl_trl.onnx.caches import served
 from qbl_trl.onnx.rotary import is_rotary
 from qbl_trl.onnx.tables import Tables, with_tables
@@ -160,7 +161,7 @@ def write(held: Held, source: Any, tokenizer: Any, folder: Path, dtype: torch.dt
     config.use_cache = True
     config.save_pretrained(folder)
     if held.generation_config is not None:
-        held.generation_config.save_pretrained(folder)
+        valid_generation(held.generation_config).save_pretrained(folder)
     origin = tokenizer or (source if isinstance(source, (str, PathLike)) else held.config._name_or_path)
     try:
         if origin:

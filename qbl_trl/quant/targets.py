@@ -99,11 +99,20 @@ def routers(model: nn.Module) -> list[str]:
     """Full names of linear layers that choose or weigh the experts of a mixture: beside them, or in a router there."""
     found = []
     for name, module in model.named_modules():
-        if "experts" in module._modules or isinstance(module, Experts):
+        if _holds_experts(module):
             for kind in ("gate", "router", "shared_expert_gate"):
                 inside = module.get_submodule(kind).named_modules(prefix=kind) if kind in module._modules else ()
                 found += [f"{name}.{child}" for child, layer in inside if isinstance(layer, nn.Linear)]
     return found
+
+
+def is_mixture(model: nn.Module) -> bool:
+    """Whether a router chooses experts anywhere in a model."""
+    return any(map(_holds_experts, model.modules()))
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    return "experts" in module._modules or isinstance(module, Experts)
 
 
 def _without_memory(model: Any) -> Any:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
+from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.merging import unwrap
@@ -34,9 +34,11 @@ from qbl_trl.trl.inject import (
     check_optimizer,
     check_resumed,
     check_teacher,
+    check_trains,
     find_trainer,
     place_,
 )
+from qbl_trl.trl.layers import active_layers
 from qbl_trl.trl.merged_loss import merged_loss
 from qbl_trl.trl.metrics import check_finite, measure, summarize
 from qbl_trl.trl.outputs import Outputs
@@ -157,10 +159,11 @@ class QBLoRACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         self.check_outputs(args)  # training again would find the first run's outputs
-        self._meet_late(model)
+        self._meet_late(model, anew=getattr(self._trainer, "model_init", None) is not None)
         if state.global_step:
             check_resumed(model)
-        self._layers = adapter_layers(model)  # sharding may have replaced modules
+        self._layers = active_layers(model)  # sharding may have replaced modules
+        check_trains(model)
         self._let_go()
         self._tokens = FirstTokens(unwrap(model))
         if self.outputs.stored_delta is not None:
@@ -270,29 +273,34 @@ class QBLoRACallback(TrainerCallback):
     def _meet(self, trainer: Trainer | None, model: Any) -> None:
         """Check the adapters of a model, and come first among the trainer's callbacks: what is added to a log reaches
         every reporter."""
-        layers = adapter_layers(model)
-        self._check(trainer, layers)
+        layers = active_layers(model)
+        self._check(trainer, model, layers)
         self.record = run_record.RunRecord.start(model, layers, probe(layers))
         self._trainer, self._layers = trainer, layers
         if trainer is not None:
             callbacks = trainer.callback_handler.callbacks
             callbacks.insert(0, callbacks.pop(callbacks.index(self)))
 
-    def _meet_late(self, model: Any) -> None:
-        """Meet a trainer that was built before this callback was added to it, at its first training or evaluation."""
+    def _meet_late(self, model: Any, anew: bool = False) -> None:
+        """Meet a trainer that was built before this callback was added to it, at its first training or evaluation.
+
+        Args:
+            anew: the trainer made another model (`model_init`).
+        """
         if self.config is not None and not self._layers:
             raise ConfigError(
                 "QBLoRACallback(config) was added after the trainer was built; pass it in callbacks=[...] of the "
                 "trainer, or give the trainer peft_config=QBLoRAConfig(...) and add QBLoRACallback()"
             )
         trainer = find_trainer(model)
-        if not self.record.layers or trainer not in (None, self._trainer):
+        if anew or not self.record.layers or trainer not in (None, self._trainer):
             self._meet(trainer, model)
 
-    def _check(self, trainer: Trainer | None, layers: dict[str, BalancedLinear]) -> None:
+    def _check(self, trainer: Trainer | None, model: nn.Module, layers: dict[str, BalancedLinear]) -> None:
         options = {"merged_output_dir": self.outputs.merged, "save_merged": self.save_merged}
         wanted = [name for name, value in options.items() if value]
         check_merges(layers, wanted + ["eval_merged_loss"] * self.eval_merged_loss)
+        finish.check_saves(model, wanted)
         check_rounding(layers, self.outputs.stored_delta)
         if trainer is not None:
             check_launch(trainer, layers, wanted)

@@ -16,9 +16,11 @@ from qbl_trl.adapter.wrapped import is_decoder
 from qbl_trl.errors import ConfigError, ExportError, MergeError
 from qbl_trl.folders import new_folder
 from qbl_trl.merging import merge, unwrap
+from qbl_trl.model_files import save_model, valid_generation
 from qbl_trl.parity import compare, logits_of, unpatched_forward
 from qbl_trl.quant.head import input_table
 from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.targets import is_mixture
 from qbl_trl.tokenizers import save_tokenizer
 from qbl_trl.trl.rounding import round_deltas_, rounded
 
@@ -67,9 +69,17 @@ def merge_and_verify(
         return merged, {"exact": True, "not_compared": reason, "seconds": time.perf_counter() - start}
     tolerance = max(_TOLERANCE.get(dtype, _COARSE) for dtype in _dtypes(model))
     parity["tolerance"] = tolerance * max(parity.pop("largest_logit"), 1.0)
-    if not parity["max_abs_difference"] <= parity["tolerance"]:
+    usual, largest = parity.pop("median_difference"), parity["max_abs_difference"]
+    if tolerance > _TOLERANCE[torch.float32] and is_mixture(unwrap(model)) and usual <= parity["tolerance"] < largest:
+        logger.warning(
+            "the merged model's logits differ from the trained model's by %.1e for the usual token and %.1e for one: "
+            "rounding made a router choose another expert there, as it does between two batches of one model",
+            usual,
+            largest,
+        )
+    elif not largest <= parity["tolerance"]:
         raise MergeError(
-            f"the merged model's logits differ from the trained model's by {parity['max_abs_difference']:.1e} (allowed "
+            f"the merged model's logits differ from the trained model's by {largest:.1e} (allowed "
             f"here: {parity['tolerance']:.1e}); it was not written. The adapter is intact: save and deploy it with "
             "export_onnx(adapter_dir), and please report the model and the configuration"
         )
@@ -79,7 +89,7 @@ def merge_and_verify(
 def write_merged(model: nn.Module, tokenizer: Any, folder: Path, overwrite: bool) -> None:
     """Save the merged model, and the tokenizer beside it, in one move."""
     with new_folder(folder, overwrite) as draft:
-        model.save_pretrained(draft)  # type: ignore[operator]
+        save_model(model, draft)
         if tokenizer is not None:
             save_tokenizer(tokenizer, draft)
 
@@ -99,6 +109,25 @@ def check_export(options: Mapping[str, Any]) -> None:
         raise ConfigError(f"QBLoRACallback: onnx_output_dir: {error}") from error
     except (TypeError, ExportError) as error:
         raise ConfigError(f"QBLoRACallback: onnx_options: {error}") from error
+
+
+def check_saves(model: nn.Module, wanted: list[str]) -> None:
+    """Refuse outputs that are saved models of a model that cannot be saved.
+
+    Args:
+        wanted: the options that need one, as the user wrote them.
+
+    Raises:
+        ConfigError: if the model has no `save_pretrained`, or generation settings that are invalid.
+    """
+    inner = unwrap(model)
+    if wanted and not hasattr(inner, "save_pretrained"):
+        raise ConfigError(
+            f"QBLoRACallback: {' and '.join(wanted)}: a {type(inner).__name__} has no save_pretrained. Leave them "
+            "out, and merge after the training: qbl_trl.merge(model)"
+        )
+    if wanted:
+        valid_generation(getattr(inner, "generation_config", None))
 
 
 def check_decoder(model: nn.Module) -> None:
@@ -157,15 +186,18 @@ def _parity(model: nn.Module, merged: nn.Module, input_ids: Tensor | None) -> tu
 
 
 def _difference(trained_logits: Tensor, merged_logits: Tensor, mask: Tensor) -> dict[str, Any]:
-    largest = float(trained_logits.abs().max())
+    difference = (trained_logits - merged_logits).abs()
+    more = {
+        "largest_logit": float(trained_logits.abs().max()),
+        "median_difference": float(difference.amax(-1).median()),  # of the tokens
+    }
     if trained_logits.dim() == 3:
-        return {**compare(trained_logits, merged_logits, mask).to_dict(), "largest_logit": largest}
-    difference = (trained_logits - merged_logits).abs()  # a classifier: one row of scores per sequence
-    return {
+        return {**compare(trained_logits, merged_logits, mask).to_dict(), **more}
+    return {  # a classifier: one row of scores per sequence
         "tokens": mask.numel(),
         "max_abs_difference": float(difference.max()),
         "mean_abs_difference": float(difference.mean()),
-        "largest_logit": largest,
+        **more,
     }
 
 
@@ -177,4 +209,4 @@ def _dtypes(model: nn.Module) -> set[torch.dtype]:
     }
 
 
-__all__ = ["check_decoder", "check_export", "export", "merge_and_verify", "sizes", "write_merged"]
+__all__ = ["check_decoder", "check_export", "check_saves", "export", "merge_and_verify", "sizes", "write_merged"]

@@ -77,7 +77,7 @@ def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> P
     config = copy.deepcopy(config)
     _train_added_tokens_(config, model)
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
-    if trainer.args.gradient_checkpointing:
+    if trainer.args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
         peft_model.enable_input_require_grads()
         let_towers_require_grad(model)
     if getattr(trainer.args, "disable_dropout", False):
@@ -163,9 +163,9 @@ def check_head(trainer: Trainer, model: nn.Module) -> None:
         ConfigError: before the first step, which would fail on shapes, or train no adapter there.
     """
     modules = [vars(sys.modules[cls.__module__]) for cls in type(trainer).__mro__]
-    head = unwrap(model).get_output_embeddings()  # type: ignore[operator]
     if not any(mark in names for names in modules for mark in _READ_THE_HEAD):
         return
+    head = getattr(unwrap(model), "get_output_embeddings", lambda: None)()
     if isinstance(head, BalancedLinear):
         raise ConfigError(
             f"{type(trainer).__name__} reads the weight of the output head and never calls it, so an adapter on it "
@@ -204,6 +204,19 @@ def check_resumed(model: nn.Module) -> None:
     saved = saved_adapter(folder)
     if isinstance(saved, QBLoRAConfig):
         check_same_base(saved, quantization(unwrap(model)), folder)
+
+
+def check_trains(model: nn.Module) -> None:
+    """Refuse to train a model of which nothing trains; with gradient checkpointing it would go through without a word.
+
+    Raises:
+        ConfigError: if no parameter requires a gradient.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "no parameter of the model requires a gradient, so nothing would be trained. A saved adapter trains on "
+            "after PeftModel.from_pretrained(base, folder, is_trainable=True)"
+        )
 
 
 def check_optimizer(trainer: Trainer, model: nn.Module) -> None:

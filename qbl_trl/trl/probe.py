@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qbl_trl.adapter.layer import BalancedLinear
+from qbl_trl.arithmetic import plain_arithmetic
 from qbl_trl.errors import MergeError
 from qbl_trl.trl.layers import active, base_of
 from qbl_trl.trl.shadow import shadow
@@ -75,7 +76,7 @@ def _difference(layer: BalancedLinear) -> tuple[float, float]:
     stored = base.weight
     dtype = stored.dtype if isinstance(stored, Tensor) and stored.is_floating_point() else torch.float32
     x = torch.randn(_ROWS, layer.base.in_features, generator=generator).to(stored.device, dtype)  # type: ignore[arg-type]
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), plain_arithmetic(x.device.type):
         trained = twin(x).float()
         merged = _merged(twin, base, x)
     error = float((trained - merged).abs().max() / trained.abs().max().clamp_min(1e-30))

@@ -57,7 +57,9 @@ class RunRecord:
         )
 
     def begin(self) -> None:
-        """Training starts now."""
+        """Training starts now, perhaps again."""
+        self.merge, self.sizes, self.export, self.rounding = {}, {}, None, {}
+        self.seconds = self.callback_seconds = 0.0
         self._started = time.perf_counter()
 
     def measured(self, layers: list[LayerMetrics], seconds: float = 0.0) -> None:

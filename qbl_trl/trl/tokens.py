@@ -19,7 +19,8 @@ class FirstTokens:
 
     def __init__(self, model: nn.Module) -> None:
         self.ids: Tensor | None = None
-        config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+        text: Any = getattr(getattr(model, "config", None), "get_text_config", lambda: None)
+        config = text()
         limit = getattr(config, "max_position_embeddings", None) or _LENGTH  # packed rows are longer than that
         self._length = min(_LENGTH, limit)
         table = input_table(model)

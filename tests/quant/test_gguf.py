@@ -123,6 +123,11 @@ def test_a_gguf_file_without_codes_of_ours_is_refused(gguf_file):
         describe_checkpoint(gguf_file(default="F16"))
 
 
+def test_a_file_that_becomes_float_for_the_most_part_says_so(gguf_file):
+    with pytest.warns(UserWarning, match=r"8\d% of the weights of linear layers become float32.*stored as BF16:"):
+        describe_checkpoint(gguf_file({"v_proj": "Q8_0", "o_proj": "Q4_0"}, default="BF16"))
+
+
 def llama3_factors(factor, base=10000.0, length=8192):
     """As llama.cpp's converter writes them for heads of 16."""
     waves = 2 * np.pi * base ** (np.arange(8) / 8)

@@ -9,6 +9,8 @@ Source: transformers, modeling_gguf_pytorch_utils.py.
 """
 
 import inspect
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +65,28 @@ class GGUFReader(Reader):
         sources = self._names(model) | {name: place.tensor for name, place in self._experts.items()}
         order = {tensor: number for number, tensor in enumerate(self._tensors)}
         self._sources = dict(sorted(sources.items(), key=lambda source: order[source[1]]))
-        self._formats = {
-            module: FORMATS[kind]
-            for module, kind in ((name, self._type(f"{name}.weight")) for name in layers)
-            if kind in FORMATS
-        }
+        types = {name: self._type(f"{name}.weight") for name in layers}
+        self._formats = {name: FORMATS[kind] for name, kind in types.items() if kind in FORMATS}
+        self._in_float = {name: kind for name, kind in types.items() if kind is not None and kind not in FORMATS}
 
     def check_codes(self) -> None:
-        """Raise CheckpointError if the file holds no layer whose codes can be taken over."""
+        """Raise CheckpointError if the file holds no layer whose codes can be taken over; warn if it holds few."""
         if not self._formats:
             found = ", ".join(sorted({tensor.tensor_type.name for tensor in self._tensors.values()}))
             raise CheckpointError(
                 f"{self.path}: no linear layer is stored as {', '.join(FORMATS)} (found: {found}), so no codes "
                 "can be taken over; quantize the float model instead"
+            )
+        kept, lost = (
+            sum(math.prod(self._stored_shape(f"{name}.weight")) for name in names)
+            for names in (self._formats, self._in_float)
+        )
+        if lost > kept:
+            warnings.warn(
+                f"{self.path}: {lost / (kept + lost):.0%} of the weights of linear layers become float32, because they "
+                f"are stored as {', '.join(sorted(set(self._in_float.values())))}: no affine groups to train on, and "
+                "larger than the file. Take a file in Q4_K_M, Q4_0, Q8_0 or the like, or quantize the float model",
+                stacklevel=4,
             )
 
     def config(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbl_trl.arithmetic import plain_arithmetic
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.importers.awq import AWQReader
 from qbl_trl.quant.importers.folders import FolderReader
@@ -70,7 +71,7 @@ def _check(ours: GroupQuantLinear, layer: nn.Module, name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_PROBE_ROWS, ours.in_features, generator=generator, dtype=torch.float32, device="cpu")
     x = x.to(ours.weight.device, dtype)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), plain_arithmetic(x.device.type):
         expected = layer(x).float()
         difference = float((ours(x.float()) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     allowed = _ROUNDINGS * torch.finfo(dtype).eps
