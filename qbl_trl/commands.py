@@ -122,14 +122,14 @@ def merge(args: argparse.Namespace) -> None:
     from qbl_trl.folders import check_apart, check_free
     from qbl_trl.loading import load_adapter, saved_adapter
     from qbl_trl.merging import merge
+    from qbl_trl.tokenizers import tokenizer_source
 
     began = time.perf_counter()
     check_free(args.output, args.overwrite)
     base = args.base or saved_adapter(args.adapter).base_model_name_or_path
     check_apart(args.output, args.adapter, args.base, saved_adapter(args.adapter).base_model_name_or_path)
-    _save(
-        merge(load_adapter(args.adapter, args.base), lossy=args.lossy), str(args.adapter), args.output, args.overwrite
-    )
+    merged = merge(load_adapter(args.adapter, args.base), lossy=args.lossy)
+    _save(merged, str(tokenizer_source(args.adapter, args.base)), args.output, args.overwrite)
     print(_written(args.output, base, began))
 
 

@@ -272,8 +272,7 @@ def _open(folder: Path) -> Any:
         except ModuleNotFoundError as error:
             explain_missing(f"verify: {folder}", error)
             raise
-        graph = session.OnnxLogits(folder)
-        return (lambda ids, mask: graph.with_cache(ids, mask, 1)) if graph.rounds_cache else graph
+        return session.opened(folder)
     importlib.import_module("qbl_trl")  # registers our quantization config and adapter type
     if (folder / "adapter_config.json").is_file():
         return load_adapter(folder)

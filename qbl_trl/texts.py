@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from qbl_trl.errors import ConfigError
-from qbl_trl.tokenizers import open_tokenizer
+from qbl_trl.tokenizers import holds_tokenizer, open_tokenizer, tokenizer_source
 
 Text = str | list[Any]  # characters, or the messages of a chat
 
@@ -50,7 +50,8 @@ def token_ids(source: str | PathLike[str], texts: list[Text]) -> list[Tensor]:
     Raises:
         ConfigError: if the folder holds no tokenizer, or a text no token.
     """
-    if Path(source).is_dir() and not any(Path(source).glob("tokenizer*")):
+    source = tokenizer_source(source)
+    if Path(source).is_dir() and not holds_tokenizer(source):
         raise ConfigError(f"{source} holds no tokenizer, and texts need one")
     tokenizer = open_tokenizer(source)
     chats = [text for text in texts if not isinstance(text, str)]

@@ -6,6 +6,7 @@ sound is one file in 5 and one for each kind in 4.57; both read the latter.
 """
 
 import json
+import logging
 import shutil
 from os import PathLike
 from pathlib import Path
@@ -15,6 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from qbl_trl.generation import BEFORE_5
+
+logger = logging.getLogger(__name__)
 
 _NEWER, _KNOWN = "TokenizersBackend", "PreTrainedTokenizerFast"
 _CONFIG = "tokenizer_config.json"
@@ -45,16 +48,35 @@ def open_tokenizer(source: str | PathLike[str]) -> Any:
     return (PreTrainedTokenizerFast if newer else AutoTokenizer).from_pretrained(source, **changed)
 
 
+def holds_tokenizer(folder: str | PathLike[str]) -> bool:
+    """Whether a tokenizer's files lie in a folder."""
+    return any(Path(folder, name).is_file() for name in _FILES)
+
+
+def tokenizer_source(source: str | PathLike[str], base: str | PathLike[str] | None = None) -> str | PathLike[str]:
+    """Where the tokenizer of a folder or model id lies: there, or beside the base of an adapter that has none.
+
+    Args:
+        base: of the adapter, if not the one that its folder names.
+    """
+    if not Path(source).is_dir() or holds_tokenizer(source):
+        return source
+    return base or _settings(Path(source, "adapter_config.json")).get("base_model_name_or_path") or source
+
+
 def save_tokenizer(source: Any, folder: Path) -> None:
     """Write a tokenizer or processor, or what belongs to one in a folder, beside a model.
 
     Args:
-        source: a tokenizer or processor, a folder whose files (there may be none) are copied, or a model id.
+        source: a tokenizer or processor, a folder (or an adapter's over one) whose files are copied, or a model id.
         folder: where to.
     """
+    source = source if hasattr(source, "save_pretrained") else tokenizer_source(source)
     if hasattr(source, "save_pretrained"):
         source.save_pretrained(folder)
     elif Path(source).is_dir():
+        if not holds_tokenizer(source):
+            logger.warning("the folder is written without a tokenizer: %s holds none", source)
         for name in (*_FILES, *_PROCESSOR_FILES):
             if Path(source, name).is_file():
                 shutil.copyfile(Path(source, name), folder / name)
@@ -116,4 +138,4 @@ def _named_tokens(settings: dict[str, Any]) -> dict[str, str]:
     return {name: settings[name] for name in names if name not in PreTrainedTokenizerFast.SPECIAL_TOKENS_ATTRIBUTES}
 
 
-__all__ = ["open_tokenizer", "save_tokenizer"]
+__all__ = ["holds_tokenizer", "open_tokenizer", "save_tokenizer", "tokenizer_source"]

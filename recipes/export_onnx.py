@@ -58,6 +58,8 @@ def main(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
     )
     print(report)
+    if args.prompt and not any(args.output.glob("tokenizer*")):
+        raise SystemExit(f"--prompt needs a tokenizer, and {args.model} has none; name one with --tokenizer")
     if args.prompt:
         print(answer(args.output, args.prompt, args.provider, args.max_new_tokens, args.threads))
 

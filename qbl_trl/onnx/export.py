@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from qbl_trl.arithmetic import plain_arithmetic
 from qbl_trl.errors import ExportError
 from qbl_trl.folders import check_apart, check_free, folder_bytes, new_folder
 from qbl_trl.onnx import companions
@@ -42,6 +43,8 @@ _FAR = 0.1  # nats per token: worth saying
 _USELESS = 1.0  # nats per token: a graph that types, 8-bit activations and caches took this far is broken
 
 
+@plain_arithmetic("cpu")
+@plain_arithmetic("cuda")
 def export_onnx(
     model_or_path: Any,
     output_dir: str | PathLike[str],

@@ -129,12 +129,16 @@ def check_choices(
     ):
         if given not in allowed or isinstance(given, (bool, float)):
             raise ExportError(f"export_onnx: {name}={given!r} is not known; allowed: {', '.join(map(str, allowed))}")
-    if prompt_accuracy_level is not None and provider != "cpu":
-        raise ExportError("export_onnx: prompt_accuracy_level chooses between kernels that only provider='cpu' has")
-    if prompt_accuracy_level == 0 and accuracy_level is None:
+    for name, chosen in (
+        ("accuracy_level", accuracy_level),
+        ("prompt_accuracy_level", prompt_accuracy_level is not None),
+    ):
+        if chosen and provider != "cpu":
+            raise ExportError(f"export_onnx: {name} chooses between kernels that only provider='cpu' has")
+    if prompt_accuracy_level is not None and 4 not in (accuracy_level, prompt_accuracy_level):
         raise ExportError(
-            "export_onnx: prompt_accuracy_level=0 changes nothing without accuracy_level: prompts and steps are in "
-            "float32 then. Set accuracy_level=4 beside it, or leave it out"
+            f"export_onnx: prompt_accuracy_level={prompt_accuracy_level} changes nothing without accuracy_level=4: "
+            "prompts and steps are in float32 then. Set accuracy_level=4 beside it, or leave it out"
         )
     if max_length is not None and not (type(max_length) is int and max_length >= SHORTEST):
         raise ExportError(f"export_onnx: max_length={max_length!r} must be a whole number of at least {SHORTEST}")

@@ -14,21 +14,28 @@ from qbl_trl.quant.packed import PackedWeight
 
 
 def float32_reference(model: nn.Module) -> nn.Module:
-    """The model itself if its floats are float32 already; else a copy that is, sharing the packed weights.
+    """The model itself if it computes in float32 already; else a copy that does, sharing the packed weights.
 
     bitsandbytes layers are always replaced by their dequantized equals: their own eval-mode forward may repack the
     codes on CPUs, and what would be exported afterwards is garbage.
     """
     foreign = any(is_bnb4(module) for module in model.modules())
+    own = getattr(model.config, "_attn_implementation", None)  # flash attention computes in half precision
+    elsewhere = own not in (None, "eager", "sdpa", "flex_attention")
     floats = [p for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()]
     packed = {id(buffer) for module in _packed(model) for buffer in [*module.buffers(), *module.parameters()]}
-    if not foreign and all(p.dtype == torch.float32 or id(p) in packed for p in floats):
+    whole = not foreign and all(p.dtype == torch.float32 or id(p) in packed for p in floats)
+    if whole and not elsewhere:
         return model
     memo: dict[int, Any] = {id(module): _Shared(module) for module in _packed(model)}
+    if whole:
+        memo |= {id(tensor): tensor for tensor in floats}
     for name, module in model.named_modules():
         if is_bnb4(module):
             memo[id(module)] = _Dequantized(name, module)
     made = plain_forward_(copy.deepcopy(model, memo))
+    if elsewhere:
+        made.config._attn_implementation = "eager"  # type: ignore[union-attr]
     # Not `made.float()`: transformers forbids it on a quantized model, whose packed layers are left alone here.
     return nn.Module.float(made).eval()
 

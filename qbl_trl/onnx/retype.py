@@ -7,12 +7,16 @@ the graph at that time but small parameters.
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 _FLOAT16, _BFLOAT16 = ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 
 
 def float16_to_bfloat16(model: ir.Model) -> None:
     """Retype every float16 value, constant and cast, in place."""
+    choices = [node for node in model.graph.all_nodes() if node.op_type == "TopK"]
+    if choices:
+        ShapeInferencePass()(model)
     for node in model.graph.all_nodes():
         for name, attribute in list(node.attributes.items()):
             if name == "to" and attribute.value == _FLOAT16:
@@ -25,6 +29,26 @@ def float16_to_bfloat16(model: ir.Model) -> None:
         _retype(value)
         if value.const_value is not None and value.const_value.dtype == _FLOAT16:
             value.const_value = _converted(value.const_value)
+    for node in choices:
+        if node.inputs[0] is not None and node.inputs[0].dtype == _BFLOAT16:
+            _in_float32(node, node.inputs[0])
+
+
+def _in_float32(node: ir.Node, read: ir.Value) -> None:
+    """ONNX defines TopK for every float but bfloat16: a router's choice is made in float32, which changes nothing."""
+    values = node.outputs[0]
+    back = ir.node("Cast", [values], {"to": int(_BFLOAT16)}, name=f"{node.name}/bfloat16")
+    ir.convenience.replace_all_uses_with(values, back.outputs[0])
+    back.replace_input_with(0, values)
+    back.outputs[0].type, back.outputs[0].shape = values.type, values.shape
+    values.type = ir.TensorType(ir.DataType.FLOAT)
+    wide = ir.node("Cast", [read], {"to": int(ir.DataType.FLOAT)}, name=f"{node.name}/float32")
+    wide.outputs[0].type, wide.outputs[0].shape = values.type, read.shape
+    node.replace_input_with(0, wide.outputs[0])
+    graph = node.graph
+    if graph is not None:
+        graph.insert_before(node, wide)
+        graph.insert_after(node, back)
 
 
 def _retype(value: ir.Value) -> None:

@@ -1,5 +1,8 @@
 """Run an exported folder with a bare ONNX Runtime session: logits for parity, greedy tokens for tests."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.files import MODEL_FILE, graph_files
-from qbl_trl.parity import positions
+from qbl_trl.parity import Logits, positions
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
@@ -43,12 +46,12 @@ def check_external_data(path: Path) -> None:
         ExportError: naming the tensor and the file.
     """
     model = onnx.load(path, load_external_data=False)
-    root = path.parent.resolve()
+    root = path.parent.absolute()
     for tensor in model.graph.initializer:
         if not uses_external_data(tensor):
             continue
         info = ExternalDataInfo(tensor)
-        data = Path(root, info.location).resolve()
+        data = Path(os.path.normpath(root / info.location))  # a hub's cache holds links to files elsewhere
         if Path(info.location).is_absolute() or root not in data.parents:
             raise ExportError(
                 f"{path}: weight {tensor.name} is said to lie in {info.location!r}, outside the model's folder; "
@@ -60,6 +63,35 @@ def check_external_data(path: Path) -> None:
             )
         if data.stat().st_size < (info.offset or 0) + (info.length or 0):
             raise ExportError(f"{path}: {data.name} is too short for weight {tensor.name}; copy or export it again")
+
+
+def opened(folder: Path) -> Logits:
+    """An exported folder for `verify`: as generation reads it where keys and values have 8 bits, else in one pass.
+
+    Raises:
+        ExportError: if its graph does not run here, or not on what it is asked.
+    """
+    with _in_words(f"{folder}: ONNX Runtime's CPU provider does not open this graph (one for CUDA in bfloat16?)"):
+        graph = OnnxLogits(folder)
+
+    def logits(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        tokens = f"{folder}: the graph does not run on these {input_ids.shape[1]} tokens"
+        with _in_words(f"{tokens} (longer than its max_length, or ids beyond its vocabulary?)"):
+            if graph.rounds_cache:
+                return graph.with_cache(input_ids, attention_mask, 1)
+            return graph(input_ids, attention_mask)
+
+    return logits
+
+
+@contextmanager
+def _in_words(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__ != onnxruntime.capi.onnxruntime_pybind11_state.__name__:
+            raise
+        raise ExportError(f"{what}: {' '.join(str(error).split())}") from error
 
 
 class OnnxLogits:

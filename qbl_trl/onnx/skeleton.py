@@ -102,6 +102,8 @@ def build_skeleton(
     skeleton.eval()
     set_apart(skeleton, untraceable=True)
     tables = [buffer for buffer in skeleton.buffers() if buffer.dim() > 1]  # of positions; others (frequencies) stay
+    for tensor in (*skeleton.parameters(), *skeleton.buffers()):  # the inputs of the trace lie on the CPU
+        tensor.data = tensor.data.cpu()
     for tensor in (*skeleton.parameters(), *tables):
         tensor.requires_grad_(False)
         if tensor.is_floating_point():

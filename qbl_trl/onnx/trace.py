@@ -75,6 +75,9 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
         except Unfusable:
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                where = tempfile.gettempdir()
+                raise ExportError(f"{where} (TMPDIR), where the graph is traced: {error.strerror}") from error
             reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
             raise Untraceable(f"a {type(skeleton.model).__name__} could not be traced: {reason}") from error
         model = ir.load(path)

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaForSequenceClassification,
     MambaConfig,
@@ -21,7 +22,7 @@ from qbl_trl.generation import BEFORE_5
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
 from tests.quant.test_experts import mixture
-from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
+from tests.tiny import SIZES, logits, tiny_gpt2, tiny_llama, tokens
 
 
 @pytest.fixture(params=[tiny_llama, lambda: tiny_llama(tie_word_embeddings=True, attention_bias=True), tiny_gpt2])
@@ -250,13 +251,16 @@ def test_a_folder_says_which_layers_it_holds_packed(tmp_path):
 
 
 def test_experts_packed_one_by_one_are_refused_where_they_are_one_tensor(tmp_path):
-    model = tiny_llama()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **SIZES, num_local_experts=2))
     quantize_model_(model, GroupQuantConfig(group_size=16))
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    packed = {k.replace("0.mlp.up_proj", "0.mlp.experts.0.up_proj"): v for k, v in load_file(file).items()}
+    packed = {
+        k.replace("0.block_sparse_moe.experts.0.w1", "0.block_sparse_moe.experts.0.other"): v
+        for k, v in load_file(file).items()
+    }
     save_file(packed, file, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"'model.layers.0.mlp.experts.0.up_proj' is packed by itself"):
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.0\.\w+\.experts\.0\.other' is packed by itself"):
         load(tmp_path)
 
 
