@@ -21,9 +21,10 @@ logger = logging.getLogger(__name__)
 
 _NEWER, _KNOWN = "TokenizersBackend", "PreTrainedTokenizerFast"
 _CONFIG = "tokenizer_config.json"
+_TOKENIZERS = (_CONFIG, "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
 _FILES = (
-    *("tokenizer.json", _CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.json", "tekken.json"),
+    *_TOKENIZERS,
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "merges.txt", "chat_template.json"),
 )
 _PROCESSOR = "processor_config.json"
 _PARTS = {  # of a processor, and the files that they have of their own; an image processor's settings come last
@@ -49,8 +50,8 @@ def open_tokenizer(source: str | PathLike[str]) -> Any:
 
 
 def holds_tokenizer(folder: str | PathLike[str]) -> bool:
-    """Whether a tokenizer's files lie in a folder."""
-    return any(Path(folder, name).is_file() for name in _FILES)
+    """Whether a tokenizer lies in a folder, and not only what belongs to one."""
+    return any(Path(folder, name).is_file() for name in _TOKENIZERS)
 
 
 def tokenizer_source(source: str | PathLike[str], base: str | PathLike[str] | None = None) -> str | PathLike[str]:
