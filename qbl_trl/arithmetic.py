@@ -1,7 +1,7 @@
 """Products in the dtype they are written in, whatever a training run allows itself: what comparisons are made in."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,12 +15,15 @@ _BACKENDS: tuple[Any, ...] = tuple(  # none before torch 2.9; mixing them with t
 
 @contextmanager
 def plain_arithmetic(device_type: str) -> Iterator[None]:
-    """While open, no autocast and no float32 product in TF32 or bfloat16 parts (`tf32=True`, `torch_compile=True`,
-    `torch.set_float32_matmul_precision`), which are a thousand times coarser than what an exact merge may differ by.
+    """While open, no autocast and no product of float32 matrices in TF32 or bfloat16 parts.
+
+    Runs ask for these by `tf32=True`, `torch_compile=True` or `torch.set_float32_matmul_precision`; they are a thousand
+    times coarser than what an exact merge may differ by.
 
     Source: PyTorch, notes on CUDA semantics (TensorFloat-32).
     """
-    with _full_precision(), torch.autocast(device_type, enabled=False):
+    off = torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+    with _full_precision(), off:
         yield
 
 
@@ -34,11 +37,14 @@ def _full_precision() -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(before)
         return
-    allowed = [backend.fp32_precision for backend in _BACKENDS]
-    for backend in _BACKENDS:
+    everywhere: Any = torch.backends
+    inherited, everywhere.fp32_precision = everywhere.fp32_precision, "ieee"
+    own = [(b, b.fp32_precision) for b in _BACKENDS if b.fp32_precision not in ("none", "ieee")]
+    for backend, _ in own:
         backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        for backend, precision in zip(_BACKENDS, allowed, strict=True):
+        for backend, precision in own:
             backend.fp32_precision = precision
+        everywhere.fp32_precision = inherited

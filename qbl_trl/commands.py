@@ -129,7 +129,8 @@ def merge(args: argparse.Namespace) -> None:
     base = args.base or saved_adapter(args.adapter).base_model_name_or_path
     check_apart(args.output, args.adapter, args.base, saved_adapter(args.adapter).base_model_name_or_path)
     merged = merge(load_adapter(args.adapter, args.base), lossy=args.lossy)
-    _save(merged, str(tokenizer_source(args.adapter, args.base)), args.output, args.overwrite)
+    tokenizer = tokenizer_source(args.adapter, args.base) if args.base else args.adapter
+    _save(merged, str(tokenizer), args.output, args.overwrite)
     print(_written(args.output, base, began))
 
 

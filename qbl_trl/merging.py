@@ -17,7 +17,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qbl_trl.adapter.bases import float_weight, foreign_kind
+from qbl_trl.adapter.bases import describe, float_weight, foreign_kind
 from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
 from qbl_trl.adapter.recorded import quantization
 from qbl_trl.adapter.wrapped import unwrap
@@ -27,7 +27,7 @@ from qbl_trl.errors import CheckpointError, ConfigError, MergeError
 from qbl_trl.quant.algorithms import quantize
 from qbl_trl.quant.head import set_apart_, untie_changed_head_
 from qbl_trl.quant.hf_quantizer import describe_stored_
-from qbl_trl.quant.importers.modules import KINDS, take_over
+from qbl_trl.quant.importers.modules import take_over
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import is_sharded, plain_forward_, replace
 
@@ -249,7 +249,7 @@ def _one_format_(model: nn.Module, settings: GroupQuantConfig, lossy: str | None
     errors = []
     for name, layer in list(model.named_modules()):
         kind = foreign_kind(layer)
-        if kind in KINDS:
+        if kind is not None and describe(layer, name).holds_codes:
             try:
                 replace(model, name, take_over(layer, kind, name))
                 continue

@@ -72,9 +72,14 @@ def save_tokenizer(source: Any, folder: Path) -> None:
         source: a tokenizer or processor, a folder (or an adapter's over one) whose files are copied, or a model id.
         folder: where to.
     """
-    source = source if hasattr(source, "save_pretrained") else tokenizer_source(source)
     if hasattr(source, "save_pretrained"):
         source.save_pretrained(folder)
+    elif (base := tokenizer_source(source)) != source:  # nobody asked for it by name
+        try:
+            save_tokenizer(base, folder)
+        except Exception as error:
+            logger.warning("the folder is written without a tokenizer: that of %s does not open (%s)", base, error)
+        return
     elif Path(source).is_dir():
         if not holds_tokenizer(source):
             logger.warning("the folder is written without a tokenizer: %s holds none", source)

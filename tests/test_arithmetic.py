@@ -5,12 +5,14 @@ import torch
 from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
+from qbl_trl import GroupQuantConfig, QBLoRAConfig, arithmetic, merge
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.arithmetic import plain_arithmetic
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.trl.probe import probe
 from tests.tiny import tiny_llama
+
+new_setting = pytest.mark.skipif(not arithmetic._BACKENDS, reason="torch before 2.9 has one setting for all")
 
 
 class TensorCores(TorchDispatchMode):
@@ -47,6 +49,7 @@ def adapted():
     return get_peft_model(model, QBLoRAConfig(r=8, quantization_aware=True, init_lora_weights=False))
 
 
+@new_setting
 def test_the_merge_and_the_rehearsal_are_exact_in_a_run_with_tf32(tf32):
     x = torch.randn(16, 64)
     exact = x.double() @ x.T.double()
@@ -57,6 +60,7 @@ def test_the_merge_and_the_rehearsal_are_exact_in_a_run_with_tf32(tf32):
     assert float((x @ x.T - exact).abs().max()) > 1e-3
 
 
+@new_setting
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_the_setting_of_the_run_comes_back_after_an_error_too(precision):
     before, backends = torch.get_float32_matmul_precision(), (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
@@ -74,6 +78,35 @@ def test_the_setting_of_the_run_comes_back_after_an_error_too(precision):
             fail()
         assert seen == ["ieee", "ieee"]
         assert [backend.fp32_precision for backend in backends] == of_the_run
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@new_setting
+def test_what_a_run_set_for_all_stays_what_the_others_follow():
+    before, matmul = torch.backends.fp32_precision, torch.backends.cuda.matmul
+    own = matmul.fp32_precision
+    torch.backends.fp32_precision, matmul.fp32_precision = "tf32", "none"
+    try:
+        assert matmul.fp32_precision == "tf32"
+        with plain_arithmetic("cpu"):
+            assert matmul.fp32_precision != "tf32"
+        assert torch.backends.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert matmul.fp32_precision != "tf32"  # still follows
+    finally:
+        torch.backends.fp32_precision, matmul.fp32_precision = before, own
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_the_one_setting_of_an_older_torch(monkeypatch, precision):
+    monkeypatch.setattr(arithmetic, "_BACKENDS", ())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with plain_arithmetic("cpu"):
+            assert torch.get_float32_matmul_precision() == "highest"
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)

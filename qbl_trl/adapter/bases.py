@@ -69,7 +69,7 @@ def describe(layer: nn.Module, name: str = "") -> Base:
             f"{name or 'target module'}: this layer of an nn.MultiheadAttention is never called, its weight is read: an"
             " adapter on it would do nothing. Leave it out with exclude_modules"
         )
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear) and isinstance(getattr(layer, "weight", None), Tensor):
         dtype = layer.weight.dtype
         kind = "float" if dtype.is_floating_point and dtype.itemsize > 1 else str(dtype).removeprefix("torch.")
         return Base(kind, layer.in_features, layer.out_features)
@@ -85,7 +85,8 @@ def foreign_kind(layer: nn.Module) -> str | None:
     for kind, module, classes in _FOREIGN:
         if any(isinstance(layer, found) for found in _loaded(module, classes)):
             return kind
-    return kind_of_weight(layer.weight) if isinstance(layer, nn.Linear) else None
+    weight = getattr(layer, "weight", None)  # compressed-tensors takes it away
+    return kind_of_weight(weight) if isinstance(layer, nn.Linear) and isinstance(weight, Tensor) else None
 
 
 def float_weight(layer: nn.Module) -> Tensor:
@@ -99,7 +100,8 @@ def float_weight(layer: nn.Module) -> Tensor:
     kind = describe(layer).kind
     if kind in ("gptq", "awq"):
         return take_over(layer, kind, "layer").dequantize()
-    weight: Any = layer.qweight if kind == "quanto" else layer.weight
+    weight: Any = getattr(layer, "qweight", None) if kind == "quanto" else None
+    weight = layer.weight if weight is None else weight
     if kind_of_weight(weight):
         return weight.dequantize().detach().float()
     if kind.startswith(("float8", "int", "uint")):

@@ -35,7 +35,7 @@ def float16_to_bfloat16(model: ir.Model) -> None:
 
 
 def _in_float32(node: ir.Node, read: ir.Value) -> None:
-    """ONNX defines TopK for every float but bfloat16: a router's choice is made in float32, which changes nothing."""
+    """Before opset 24, ONNX defines TopK for every float but bfloat16; a router's choice is the same in float32."""
     values = node.outputs[0]
     back = ir.node("Cast", [values], {"to": int(_BFLOAT16)}, name=f"{node.name}/bfloat16")
     ir.convenience.replace_all_uses_with(values, back.outputs[0])

@@ -46,7 +46,7 @@ def check_external_data(path: Path) -> None:
         ExportError: naming the tensor and the file.
     """
     model = onnx.load(path, load_external_data=False)
-    root = path.parent.absolute()
+    root = Path(os.path.abspath(path.parent))
     for tensor in model.graph.initializer:
         if not uses_external_data(tensor):
             continue

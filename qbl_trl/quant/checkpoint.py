@@ -27,6 +27,11 @@ _DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
     "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 _MAX_HEADER = 100_000_000
 

@@ -172,8 +172,7 @@ def _write(
             writer.add_tensor(place, _joined(values, raw))
         else:
             writer.add_tensor(place, np.array(raw.data), raw_dtype=raw.tensor_type)
-    factors = source.rope_factors()
-    if factors is not None:
+    for factors in source.rope_factors():
         writer.add_tensor(factors.name, np.array(factors.data), raw_dtype=factors.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

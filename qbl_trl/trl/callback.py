@@ -38,7 +38,7 @@ from qbl_trl.trl.inject import (
     find_trainer,
     place_,
 )
-from qbl_trl.trl.layers import active_layers
+from qbl_trl.trl.layers import active, active_layers
 from qbl_trl.trl.merged_loss import merged_loss
 from qbl_trl.trl.metrics import check_finite, measure, summarize
 from qbl_trl.trl.outputs import Outputs
@@ -119,6 +119,7 @@ class QBLoRACallback(TrainerCallback):
         self.save_merged, self.eval_merged_loss, self.round_from_step = save_merged, eval_merged_loss, round_from_step
         self._trainer: Trainer | None = None
         self._layers: dict[str, BalancedLinear] = {}
+        self._adapters = set[str]()
         self._gatherer = gather.Gatherer()
         self._tokens: FirstTokens | None = None
         self._rounding: DeltaRounding | None = None
@@ -276,7 +277,7 @@ class QBLoRACallback(TrainerCallback):
         layers = active_layers(model)
         self._check(trainer, model, layers)
         self.record = run_record.RunRecord.start(model, layers, probe(layers))
-        self._trainer, self._layers = trainer, layers
+        self._trainer, self._layers, self._adapters = trainer, layers, _active(model)
         if trainer is not None:
             callbacks = trainer.callback_handler.callbacks
             callbacks.insert(0, callbacks.pop(callbacks.index(self)))
@@ -293,7 +294,7 @@ class QBLoRACallback(TrainerCallback):
                 "trainer, or give the trainer peft_config=QBLoRAConfig(...) and add QBLoRACallback()"
             )
         trainer = find_trainer(model)
-        if anew or not self.record.layers or trainer not in (None, self._trainer):
+        if anew or not self.record.layers or trainer not in (None, self._trainer) or self._adapters != _active(model):
             self._meet(trainer, model)
 
     def _check(self, trainer: Trainer | None, model: nn.Module, layers: dict[str, BalancedLinear]) -> None:
@@ -351,6 +352,11 @@ class QBLoRACallback(TrainerCallback):
     def _wait(self) -> None:
         if self._trainer is not None:
             self._trainer.accelerator.wait_for_everyone()
+
+
+def _active(model: nn.Module) -> set[str]:
+    """Names of the adapters that take part anywhere."""
+    return {name for layer in active_layers(model).values() for name in active(layer)}
 
 
 __all__ = ["REPORT", "QBLoRACallback"]

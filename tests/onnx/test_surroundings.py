@@ -21,6 +21,7 @@ from qbl_trl.onnx.reference import float32_reference
 from qbl_trl.onnx.skeleton import build_skeleton
 from qbl_trl.onnx.sources import linear_sources
 from qbl_trl.quant.hf_quantizer import quantize_model_
+from qbl_trl.tokenizers import save_tokenizer
 from tests.onnx.architectures import ARCHITECTURES, build_named
 from tests.onnx.models import merged_llama
 from tests.tiny import tiny_llama, tokens
@@ -65,6 +66,24 @@ def test_a_folder_of_links_is_no_tampered_one(tmp_path, exported):
         shutil.copyfile(file, tmp_path / "blobs" / str(number))
         os.symlink(f"../blobs/{number}", tmp_path / "snapshot" / file.name)
     assert verify(found.model, tmp_path / "snapshot", tokens()).max_abs_difference <= 1e-3
+
+
+def test_a_graph_may_be_named_from_anywhere(tmp_path, monkeypatch, exported):
+    found = exported(next(iter(ARCHITECTURES)))
+    monkeypatch.chdir(found.folder)
+    assert verify(found.model, f"../{found.folder.name}", tokens()).max_abs_difference <= 1e-3
+
+
+def test_a_base_whose_tokenizer_does_not_open_costs_a_warning(adapter_without_tokenizer, tmp_path, caplog):
+    for file in (tmp_path / "base").glob("*token*"):
+        file.unlink()
+    (tmp_path / "base" / "tokenizer_config.json").write_text('{"tokenizer_class": "NoSuchTokenizer"}')
+    config = adapter_without_tokenizer / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(tmp_path / "base"), "nobody/no-such-model"))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    save_tokenizer(str(adapter_without_tokenizer), folder)
+    assert "that of nobody/no-such-model does not open" in caplog.text
 
 
 def test_attention_in_half_precision_is_no_reference(tmp_path):

@@ -30,7 +30,8 @@ def write_gguf(
 ) -> None:
     """A tiny model as a GGUF file; `types` by part of the tensor's name.
 
-    `rope`: factors of the rotary angles, or one factor of linear scaling. `fields`: metadata beside the usual.
+    `rope`: factors of the rotary angles (by the tensor's name, or of the usual one), or one factor of linear scaling.
+    `fields`: metadata beside the usual.
     """
     import gguf
 
@@ -46,7 +47,8 @@ def write_gguf(
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope)
     elif rope is not None:
-        writer.add_tensor("rope_freqs.weight", rope)
+        for name, factors in (rope if isinstance(rope, dict) else {"rope_freqs.weight": rope}).items():
+            writer.add_tensor(name, factors)
     for key, value in {**usual_fields(config), **(fields or {})}.items():
         name = key if key.startswith("split.") else f"{architecture}.{key}"
         (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(name, value)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -165,3 +166,24 @@ def test_a_float_matrix_that_is_stored_transposed_is_not_written_as_it_is(tmp_pa
     with pytest.raises(CheckpointError, match=r"c_proj\.weight is stored with more than its rows permuted"):
         write_checkpoint(model, tmp_path / "out.gguf", "gguf", template=tmp_path / "in.gguf")
     assert not (tmp_path / "out.gguf").exists()
+
+
+def test_the_two_tables_of_a_long_phi_are_those_of_the_model(tmp_path):
+    """A text within the original length is read with the short factors, a longer one with the long ones."""
+    factors = {"short_factor": [1.0 + i / 16 for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
+    settings = {"original_max_position_embeddings": 16, "pad_token_id": 0}
+    model = tiny("phi3", **settings, rope_scaling={"type": "longrope", **factors})
+    put_on_grid_(model)
+    tensors = {
+        f"rope_factors_{kind}.weight": np.array(factors[f"{kind}_factor"], np.float32) for kind in ("long", "short")
+    }
+    fields = {"rope.scaling.original_context_length": 16, "rope.scaling.attn_factor": 1.2}
+    write_gguf(tmp_path / "in.gguf", model, FLOAT, "Q8_0", rope=tensors, architecture="phi3", fields=fields)
+    convert_checkpoint(tmp_path / "in.gguf", tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for length in (12, 40):
+        ids = tokens(length=length)
+        torch.testing.assert_close(logits(loaded, ids), logits(model, ids), rtol=0, atol=2e-4)  # logits of 5
+    write_gguf(tmp_path / "half.gguf", model, FLOAT, "Q8_0", rope=dict([tensors.popitem()]), architecture="phi3")
+    with pytest.raises(CheckpointError, match=r"rope_factors_long\.weight, .* one is missing"):
+        convert_checkpoint(tmp_path / "half.gguf", tmp_path / "half")

@@ -54,7 +54,7 @@ def with_tensor(name, dtype, make):
         (foreign.awq_tensors, AWQ | {"bits": 8}, affines(), "8 bits"),
         (with_tensor("act.scales", torch.float16, foreign.awq_tensors), AWQ, affines(), "scales an activation"),
         (with_tensor("weight", torch.float8_e4m3fn, foreign.awq_tensors), AWQ, affines(), "is in float8"),
-        (foreign.awq_tensors, {"bits": 4, "group_size": 32}, affines(), "an MLX checkpoint is not read"),
+        (foreign.awq_tensors, {"bits": 4, "group_size": 32}, affines(), "method 'none' cannot be imported"),
         (partial(foreign.hqq_tensors, bits=4, axis=0), HQQ, affines(zeros="float"), "axis=0"),
         (foreign.awq_tensors, COMPRESSED | {"format": "marlin-24"}, affines(), "marlin-24"),
         (partial(foreign.gptq_tensors, bits=4), GPTQ | {"pack_dtype": "int16"}, affines(), "int16"),
@@ -324,3 +324,19 @@ def test_layers_that_were_split_before_they_were_quantized_are_refused_by_name(t
     ):
         convert_checkpoint(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_mlx_checkpoint_is_called_one(tmp_path):
+    settings = {"bits": 4, "group_size": 32}
+    foreign.write_folder(tmp_path / "in", foreign.awq_tensors, settings, affines())
+    config = json.loads((tmp_path / "in" / "config.json").read_text()) | {"quantization": settings}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="an MLX checkpoint is not read"):
+        describe_checkpoint(tmp_path / "in")
+
+
+def test_a_tensor_of_an_unusual_type_is_no_reason_to_refuse(tmp_path):
+    foreign.write_folder(tmp_path / "in", foreign.awq_tensors, AWQ, affines())
+    file = tmp_path / "in" / "model.safetensors"
+    save_file(load_file(file) | {"steps": torch.zeros(2, dtype=torch.uint32)}, file, metadata={"format": "pt"})
+    assert describe_checkpoint(tmp_path / "in")["bits"] == 4

@@ -8,15 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
-from qbl_trl.adapter.bases import describe
-from qbl_trl.errors import CheckpointError, ExportError
+from qbl_trl import QBLoRAConfig, merge
+from qbl_trl.adapter.bases import describe, foreign_kind
+from qbl_trl.errors import CheckpointError, ConfigError, ExportError
 from qbl_trl.onnx.sources import linear_source
 from qbl_trl.quant.affine import dequantize
 from qbl_trl.quant.importers import take_over
 from tests.adapter.naive import balanced
 from tests.quant.foreign import GROUP, awq_tensors, gptq_tensors, hqq_tensors, random_affine
+from tests.tiny import logits, tiny_llama, tokens
 
 K, N = 128, 64
 
@@ -187,3 +190,22 @@ def test_rounded_activations_are_refused_by_name():
         take_over(layer, "torchao", "model.q_proj")
     with pytest.raises(ExportError, match="its activations are quantized or scaled too"):
         linear_source("model.q_proj", layer)
+
+
+def test_layers_without_affine_groups_stay_beside_those_that_are_merged():
+    """Of torchao some layers round their inputs; adapters elsewhere merge as over any base."""
+    model = tiny_llama(hidden_size=64, intermediate_size=96)
+    _, layer = torchao(activation_quantization="int8_asym_per_token")
+    model.extra = layer  # never called
+    adapted = get_peft_model(model, QBLoRAConfig(r=4, init_lora_weights=False, target_modules=["q_proj"])).eval()
+    merged = merge(adapted)
+    assert type(merged.extra.weight) is type(layer.weight)
+    torch.testing.assert_close(logits(merged, tokens()), logits(adapted, tokens()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_linear_layer_without_a_weight_is_no_kind_of_layer():
+    layer = nn.Linear(K, N)
+    del layer.weight
+    assert foreign_kind(layer) is None
+    with pytest.raises(ConfigError, match="cannot hold a balanced adapter"):
+        describe(layer)

@@ -7,15 +7,22 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
 from qbl_trl.errors import ConfigError, MergeError
-from qbl_trl.model_files import valid_generation
+from qbl_trl.model_files import save_model, valid_generation
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.trl import finish
 from qbl_trl.trl.callback import REPORT, QBLoRACallback
-from tests.tiny import SIZES, tokens
+from tests.tiny import SIZES, tiny_llama, tokens
 from tests.trl.runs import adapter, base, settings, sft
 
 ROWS = [{"input_ids": ids, "labels": float(ids.sum() % 7)} for ids in tokens(8, 6) % 32]
@@ -66,7 +73,7 @@ def test_what_cannot_be_saved_is_refused_before_training(tmp_path):
         Trainer(regression(), TrainingArguments(**settings(tmp_path)), train_dataset=ROWS, callbacks=[callback])
 
 
-def test_generation_settings_that_only_load_are_saved_as_they_were_meant(tmp_path, caplog):
+def test_generation_settings_that_only_load_are_saved_without_what_they_do_not_use(tmp_path, caplog):
     model = base()
     model.generation_config = GenerationConfig(temperature=0.7, top_p=0.9)
     assert model.generation_config.do_sample is not True
@@ -74,9 +81,10 @@ def test_generation_settings_that_only_load_are_saved_as_they_were_meant(tmp_pat
     with caplog.at_level(logging.WARNING):
         sft(tmp_path / "run", callback, model=model, save_strategy="steps", save_steps=2).train()
     saved = GenerationConfig.from_pretrained(tmp_path / "merged")
-    assert (saved.do_sample, saved.temperature) == (True, 0.7)
-    assert "saved with do_sample" in caplog.text
-    assert model.generation_config.do_sample is not True
+    assert saved.do_sample is not True
+    assert saved.temperature == GenerationConfig().temperature
+    assert "without do_sample: saved without them" in caplog.text
+    assert model.generation_config.temperature == 0.7
 
 
 def test_generation_settings_that_nothing_mends_are_refused_before_training(tmp_path):
@@ -85,6 +93,13 @@ def test_generation_settings_that_nothing_mends_are_refused_before_training(tmp_
     with pytest.raises(ConfigError, match=r"generation settings cannot be saved: .*length_penalty"):
         sft(tmp_path / "run", QBLoRACallback(adapter(), merged_output_dir=tmp_path / "merged"), model=model)
     assert valid_generation(None) is None
+
+
+def test_a_model_that_generates_nothing_may_hold_any_settings(tmp_path):
+    model = LlamaForSequenceClassification(tiny_llama(pad_token_id=0).config)
+    model.generation_config = GenerationConfig(num_beams=1, length_penalty=2.0)
+    save_model(model, tmp_path)
+    assert (tmp_path / "config.json").is_file()
 
 
 def test_the_report_describes_the_model_that_model_init_made(tmp_path):
@@ -115,6 +130,17 @@ def test_an_adapter_on_other_layers_than_the_active_one_is_passed_over(tmp_path)
     assert callback.record.merge["exact"]
 
 
+def test_an_adapter_made_active_after_the_trainer_was_built_is_the_one_described(tmp_path):
+    model = get_peft_model(base(), adapter(target_modules=["q_proj", "v_proj"]))
+    model.add_adapter("second", adapter(target_modules=["gate_proj"]))
+    callback = QBLoRACallback()
+    trainer = sft(tmp_path, callback, model=model)
+    model.set_adapter("second")
+    trainer.train()
+    assert {name.rpartition(".")[2] for name in callback.record.layers} == {"gate_proj"}
+    assert {name.rpartition(".")[2] for name in callback.record.probe} == {"gate_proj"}
+
+
 def test_a_model_of_which_nothing_trains_is_refused(tmp_path):
     get_peft_model(base(), adapter()).save_pretrained(tmp_path / "adapter")
     trainer = sft(tmp_path / "run", QBLoRACallback(), model=PeftModel.from_pretrained(base(), tmp_path / "adapter"))
@@ -135,7 +161,7 @@ def test_a_second_training_starts_with_an_empty_report(tmp_path):
 
 @pytest.mark.parametrize(("wrong", "raises"), [(slice(0, 1), False), (slice(None), True)])
 def test_a_router_that_rounding_moves_is_no_wrong_merge(monkeypatch, caplog, wrong, raises):
-    """One token of a mixture in bfloat16 goes to another expert; of a wrong merge every token would tell."""
+    """One token of a mixture in bfloat16 goes to another expert; of a wrong merge many tokens tell."""
     config = AutoConfig.for_model("mixtral", **SIZES, num_local_experts=4)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model = get_peft_model(quantize_model_(model, GroupQuantConfig()), adapter(init_lora_weights=False))
@@ -159,4 +185,5 @@ def test_a_router_that_rounding_moves_is_no_wrong_merge(monkeypatch, caplog, wro
         merged, entry = finish.merge_and_verify(model, tokens(1, 8))
     assert merged is not None
     assert entry["parity"]["max_abs_difference"] > entry["parity"]["tolerance"]
+    assert entry["parity"]["tokens_routed_elsewhere"] == 1
     assert "made a router choose another expert" in caplog.text

@@ -22,6 +22,7 @@ from qbl_trl.quant.importers.open import describe, open_reader
 from qbl_trl.quant.importers.places import check_places
 from qbl_trl.quant.importers.reader import Reader
 from qbl_trl.quant.stored import with_dtype
+from qbl_trl.tokenizers import holds_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def convert_checkpoint(
         (built / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         beside = Path(tokenizer) if tokenizer else path if path.is_dir() else path.parent
         _copy_files(beside, built, (*_COPIED, "*.py") if "auto_map" in config else _COPIED)
-        if not any(built.glob("tokenizer*")):
+        if not holds_tokenizer(built):
             logger.warning("%s has no tokenizer beside it; copy that of the original model into %s", beside, output_dir)
     return Path(output_dir)
 

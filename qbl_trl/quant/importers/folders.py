@@ -166,7 +166,7 @@ class FolderReader(Reader):
         """What a layer holds beside its codes belongs to its function: rotations, scales of activations."""
         for tensor in self.shards.names():
             dtype = self.shards.dtype(tensor)
-            if dtype is None or (dtype.is_floating_point and dtype.itemsize == 1):
+            if dtype is not None and dtype.is_floating_point and dtype.itemsize == 1:
                 raise CheckpointError(
                     f"{self.folder}: {tensor} is in float8, which means nothing without scales that are not read here. "
                     f"{CODES_ARE_KEPT}"

@@ -25,15 +25,13 @@ from qbl_trl.config import LayerFormat
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import Affine
 from qbl_trl.quant.importers.gguf_blocks import FORMATS, split_blocks
-from qbl_trl.quant.importers.gguf_config import mixture_settings, portable, rope_scaling, stated_settings
+from qbl_trl.quant.importers.gguf_config import FACTORS, mixture_settings, portable, rope_scaling, stated_settings
 from qbl_trl.quant.importers.gguf_experts import Place, mixture_of, places_of, refuse_stacks, slice_of
 from qbl_trl.quant.importers.reader import Reader
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.stacks import set_apart
 from qbl_trl.quant.stored import with_dtype
 from qbl_trl.quant.targets import routers
-
-ROPE_FACTORS = "rope_freqs.weight"  # no tensor of the model: its configuration says the same
 
 
 class GGUFReader(Reader):
@@ -136,9 +134,9 @@ class GGUFReader(Reader):
         """A tensor as the file holds it (gguf.ReaderTensor), by its name there."""
         return self._tensors[tensor]
 
-    def rope_factors(self) -> Any:
-        """The tensor of rotary factors as the file holds it; None where it has none."""
-        return self._tensors.get(ROPE_FACTORS)
+    def rope_factors(self) -> list[Any]:
+        """The rotary factors as the file holds them: no tensors of the model, whose configuration says the same."""
+        return [self._tensors[name] for name in FACTORS if name in self._tensors]
 
     def fields(self) -> list[Any]:
         """The metadata of the file (gguf.ReaderField)."""
@@ -203,12 +201,10 @@ class GGUFReader(Reader):
         found |= stated_settings(self.architecture, self._field)
         if self._mixture:
             found |= mixture_settings(self._mixture.model_type, self._field)
-        scaling = rope_scaling(path, self._field, self._rope_factors())
-        return found | {"rope_scaling": scaling} if scaling else found
-
-    def _rope_factors(self) -> Tensor | None:
-        found = self.rope_factors()
-        return None if found is None else torch.from_numpy(np.array(found.data, dtype=np.float64)).reshape(-1)
+        factors = {
+            raw.name: torch.from_numpy(np.array(raw.data, dtype=np.float64)).reshape(-1) for raw in self.rope_factors()
+        }
+        return found | rope_scaling(path, self._field, factors)
 
     def _field(self, name: str) -> Any:
         """One number or word of the architecture's metadata; None where the file has none."""
@@ -233,7 +229,7 @@ class GGUFReader(Reader):
             names.setdefault("output.weight", "lm_head.weight")
         stacks = {place.tensor for place in self._experts.values()}
         names = {name: self._in_files(place) for name, place in names.items()}
-        unknown = sorted(set(self._tensors) - set(names) - {ROPE_FACTORS} - stacks)
+        unknown = sorted(set(self._tensors) - set(names) - set(FACTORS) - stacks)
         if unknown:
             refuse_stacks(self.path, unknown)
             raise CheckpointError(f"{self.path}: transformers has no place for {', '.join(unknown[:4])}")

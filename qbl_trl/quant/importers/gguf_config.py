@@ -2,7 +2,7 @@
 
 | what | where |
 | --- | --- |
-| stretched rotary angles | `rope.scaling.*`, or a tensor of factors as Llama 3.1 and later have |
+| stretched rotary angles | `rope.scaling.*`, or tensors of factors: one in Llama 3.1 and later, two in long Phi 3 |
 | angles for a part of a head | `rope.dimension_count` over the size of a head: Phi 3, StableLM, Nemotron |
 | size of a head | `attention.key_length`, or hidden size over heads: Qwen 3, Gemma 2 and 3 |
 | scale of the queries | no key: Gemma 2 and 3 have one for a head, and their 27B for hidden size over heads |
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from qbl_trl.errors import CheckpointError
 
+FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 Field = Callable[[str], Any]  # a key of the architecture -> number or word, None where the file has none
 
 _KEYS = {
@@ -89,15 +90,29 @@ def mixture_settings(model_type: str, field: Field) -> dict[str, Any]:
     return settings
 
 
-def rope_scaling(path: Path, field: Field, factors: Tensor | None) -> dict[str, Any] | None:
-    """What stretches the rotary angles.
+def rope_scaling(path: Path, field: Field, factors: dict[str, Tensor]) -> dict[str, Any]:
+    """Settings of transformers for what stretches the rotary angles; none where nothing does.
 
     Args:
-        factors: (half of a head,) float64, the file's tensor of them; None where it has none.
+        factors: those of FACTORS that the file has, (half of a head,) float64.
 
     Raises:
-        CheckpointError: if it is none of linear, yarn and the factors that Llama 3.1 and later have.
+        CheckpointError: if it is none of linear, yarn, and the factors that Llama 3.1 and later or Phi 3 have.
     """
+    long, short = (factors.get(name) for name in FACTORS[1:])
+    length = field("rope.scaling.original_context_length")
+    if long is not None and short is not None and length:
+        listed = {"long_factor": long.tolist(), "short_factor": short.tolist()}
+        return {"rope_scaling": {"type": "longrope", **listed}, "original_max_position_embeddings": int(length)}
+    if long is not None or short is not None:
+        raise CheckpointError(
+            f"{path}: of {', '.join(FACTORS[1:])} and rope.scaling.original_context_length one is missing"
+        )
+    scaling = _of_one_kind(path, field, factors.get(FACTORS[0]))
+    return {"rope_scaling": scaling} if scaling else {}
+
+
+def _of_one_kind(path: Path, field: Field, factors: Tensor | None) -> dict[str, Any] | None:
     if factors is not None:
         return _llama3(path, float(field("rope.freq_base") or 10000.0), factors)
     kind = field("rope.scaling.type")

@@ -48,10 +48,22 @@ def take_over(layer: nn.Module, kind: str, name: str) -> GroupQuantLinear:
             ours = _READERS[kind](source, _settings(layer, kind), LoadedTensors(source, tensors)).layer(name)
         else:
             ours = read_layer(layer)
-    except (CheckpointError, RuntimeError, ValueError) as error:
+        ours.to(next(iter(tensors.values())).device).train(layer.training)
+        difference, allowed = _difference(ours, layer)
+    except (
+        CheckpointError,
+        RuntimeError,
+        ValueError,
+        OSError,
+    ) as error:  # the last: kernels that are built on first use
         raise CheckpointError(f"{name}: the codes of this {kind} layer cannot be taken over: {error}") from error
-    ours.to(next(iter(tensors.values())).device).train(layer.training)
-    _check(ours, layer, name)
+    if not difference <= allowed:
+        convert = " Convert the checkpoint first, code for code: qbl-trl quantize --from FOLDER OUTPUT"
+        raise CheckpointError(
+            f"{name}: read code for code, this {type(layer).__name__} computes something else (relative difference "
+            f"{difference:.1e}, its dtype allows {allowed:.1e}): its kernel keeps another layout."
+            f"{convert if kind in _READERS else ''}"
+        )
     return ours
 
 
@@ -66,7 +78,8 @@ def _settings(layer: Any, kind: str) -> dict[str, Any]:
     return settings
 
 
-def _check(ours: GroupQuantLinear, layer: nn.Module, name: str) -> None:
+def _difference(ours: GroupQuantLinear, layer: nn.Module) -> tuple[float, float]:
+    """Of the two layers' answers, relative to the largest, and what the layer's dtype allows."""
     dtype = next((t.dtype for t in _floats(layer)), torch.float32)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_PROBE_ROWS, ours.in_features, generator=generator, dtype=torch.float32, device="cpu")
@@ -74,13 +87,7 @@ def _check(ours: GroupQuantLinear, layer: nn.Module, name: str) -> None:
     with torch.no_grad(), plain_arithmetic(x.device.type):
         expected = layer(x).float()
         difference = float((ours(x.float()) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-    allowed = _ROUNDINGS * torch.finfo(dtype).eps
-    if not difference <= allowed:
-        raise CheckpointError(
-            f"{name}: read code for code, this {type(layer).__name__} computes something else (relative difference "
-            f"{difference:.1e}, {dtype} allows {allowed:.1e}): its kernel keeps another layout. Convert the "
-            "checkpoint first, code for code: qbl-trl quantize --from FOLDER OUTPUT"
-        )
+    return difference, _ROUNDINGS * torch.finfo(dtype).eps
 
 
 def _floats(layer: nn.Module) -> list[Tensor]:

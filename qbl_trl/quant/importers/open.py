@@ -56,7 +56,7 @@ def open_reader(source: str | os.PathLike[str]) -> Reader:
         method = "awq" if "awq" in str(packing) else "gptq"
         if packing not in (None, "auto"):
             quantization = quantization | {"packing_format": packing}
-    if method == "none" and {"bits", "group_size"} <= quantization.keys():
+    if method == "mlx":
         raise CheckpointError(f"{path}: an MLX checkpoint is not read; quantize the model that it was made from")
     if method not in _READERS:
         raise CheckpointError(f"{path}: quantization method {method!r} cannot be imported; allowed: {KINDS}")
@@ -125,10 +125,10 @@ def _gguf(path: Path) -> Reader:
 
 def _quantization(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json")
-    names = ("quantization_config", "compression_config", "quantization")  # compressed-tensors before 0.5, MLX
+    names = ("quantization_config", "compression_config")  # the second: compressed-tensors before 0.5
     found = next((config[name] for name in names if isinstance(config.get(name), dict)), None)
-    if found is not None:
-        return {"quant_method": "none"} | found
+    if found is not None or "quantization" in config:
+        return {"quant_method": "mlx" if "quantization" in config else "none"} | (found or {})
     for name in _OLD_FILES:
         if (folder / name).is_file():
             method = "awq" if name == "quant_config.json" else "gptq"

@@ -96,6 +96,10 @@ def check_places(source: Path, config: dict[str, Any], packed: Shapes, others: S
             "checkpoint is incomplete"
         )
     lost, biases = _parts_of_experts(model, packed, others)
+    if lost and not any(".experts.0." in name for name in model.state_dict()):
+        raise CheckpointError(
+            f"{source}: the experts of a {kind} are not separated here, and {lost[0]} is packed by itself"
+        )
     if lost:
         raise CheckpointError(
             f"{source}: {lost[0]} is no part of an expert of {kind}: experts were split or joined before they were "
