@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 # layer, in the dtype the model computes in.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2}
 _COARSE = 5e-2
-_MOVED = 0.2  # of the tokens of a mixture in half precision
+_MOVED = 0.05  # of the tokens of a mixture in half precision
 
 
 def merge_and_verify(
