@@ -124,11 +124,7 @@ _FOREIGN = (
     ("gptq", "gptqmodel.nn_modules.qlinear", ("BaseQuantLinear",)),
     ("awq", "awq.modules.linear", ("WQLinear_GEMM", "WQLinear_GEMV")),
     ("awq", "awq.modules.linear.gemm", ("WQLinear_GEMM",)),
-    (
-        "quanto",
-        "optimum.quanto.nn.qlinear",
-        ("QLinear",),
-    ),  # its weight may still be a float one, quantized at each call
+    ("quanto", "optimum.quanto.nn.qlinear", ("QLinear",)),  # also before it is frozen, over a float weight
 )
 
 

@@ -9,8 +9,9 @@
 | Q4_K, Q5_K | 256 weights | 32 | the same, s and m of 6 bits | the same |
 
 d, e and the m of Q4_1 and Q5_1 are float16, so d s and e m are exact in float32. A zero point is rounded once, to
-float32: a weight moves by at most |offset| 2**-24. A group with scale 0 is constant; it becomes scale offset, codes 0,
-zero point -1. Codes of 3 bits are stored in 4, those of 5 and 6 in 8.
+float32: a weight moves by at most |offset| 2**-24. A group with scale 0 is constant, and no adapter would fold into its
+zero point: it becomes scale offset, codes 0, zero point -1, or, at offset 0, zeros under the usual scale of the matrix.
+Codes of 3 bits are stored in 4, those of 5 and 6 in 8.
 
 Source: ggml, ggml-common.h (block_q4_0, ...) and ggml-quants.c (dequantize_row_q4_0, ...).
 """
