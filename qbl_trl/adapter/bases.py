@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from qbl_trl.adapter.bnb_packed import is_repacked, repacked_weight
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError
-from qbl_trl.quant.importers.modules import KINDS, take_over
+from qbl_trl.quant.importers.modules import LAYER_KINDS, take_over
 from qbl_trl.quant.importers.subclasses import kind_of_weight, sizes
 from qbl_trl.quant.linear import GroupQuantLinear
 
@@ -46,7 +46,7 @@ class Base:
     @property
     def holds_codes(self) -> bool:
         """Affine groups of another library, whose codes can become those of a GroupQuantLinear."""
-        return self.kind in KINDS and self.group_size is not None
+        return self.kind in LAYER_KINDS and self.group_size is not None
 
 
 def describe(layer: nn.Module, name: str = "") -> Base:

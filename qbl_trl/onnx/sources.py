@@ -26,7 +26,7 @@ from qbl_trl.onnx.layers import (
     Stored,
 )
 from qbl_trl.quant.embedding import GroupQuantEmbedding, embedding_scale
-from qbl_trl.quant.importers.modules import KINDS, take_over
+from qbl_trl.quant.importers.modules import LAYER_KINDS, take_over
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.targets import read_elsewhere
@@ -48,7 +48,7 @@ def linear_source(name: str, module: nn.Module) -> LinearSource | None:
         return _with_branches(inner, branches)
     if isinstance(module, GroupQuantLinear):
         return _group_source(name, module)
-    if (kind := foreign_kind(module)) in KINDS:
+    if (kind := foreign_kind(module)) in LAYER_KINDS:
         try:
             return _group_source(name, take_over(module, kind, name))
         except CheckpointError as error:

@@ -277,7 +277,7 @@ class QBLoRACallback(TrainerCallback):
         layers = active_layers(model)
         self._check(trainer, model, layers)
         self.record = run_record.RunRecord.start(model, layers, probe(layers))
-        self._trainer, self._layers, self._adapters = trainer, layers, _active(model)
+        self._trainer, self._layers, self._adapters = trainer, layers, _names(layers)
         if trainer is not None:
             callbacks = trainer.callback_handler.callbacks
             callbacks.insert(0, callbacks.pop(callbacks.index(self)))
@@ -294,7 +294,12 @@ class QBLoRACallback(TrainerCallback):
                 "trainer, or give the trainer peft_config=QBLoRAConfig(...) and add QBLoRACallback()"
             )
         trainer = find_trainer(model)
-        if anew or not self.record.layers or trainer not in (None, self._trainer) or self._adapters != _active(model):
+        if (
+            anew
+            or not self.record.layers
+            or trainer not in (None, self._trainer)
+            or self._adapters != _names(active_layers(model))
+        ):
             self._meet(trainer, model)
 
     def _check(self, trainer: Trainer | None, model: nn.Module, layers: dict[str, BalancedLinear]) -> None:
@@ -354,9 +359,9 @@ class QBLoRACallback(TrainerCallback):
             self._trainer.accelerator.wait_for_everyone()
 
 
-def _active(model: nn.Module) -> set[str]:
-    """Names of the adapters that take part anywhere."""
-    return {name for layer in active_layers(model).values() for name in active(layer)}
+def _names(layers: dict[str, BalancedLinear]) -> set[str]:
+    """Of the adapters that take part in any of these layers."""
+    return {name for layer in layers.values() for name in active(layer)}
 
 
 __all__ = ["REPORT", "QBLoRACallback"]

@@ -26,7 +26,7 @@ from qbl_trl.quant.importers.subclasses import read_layer
 from qbl_trl.quant.linear import GroupQuantLinear
 
 _READERS: dict[str, type[FolderReader]] = {"hqq": HQQReader, "gptq": GPTQReader, "awq": AWQReader}
-KINDS = frozenset({*_READERS, "torchao", "quanto"})  # of layers that `take_over` knows
+LAYER_KINDS = frozenset({*_READERS, "torchao", "quanto"})  # of layers that `take_over` knows
 _PROBE_ROWS = 4
 _ROUNDINGS = 8  # of the layer's own dtype: of weights, sums and outputs, relative to the largest output
 
@@ -35,7 +35,7 @@ def take_over(layer: nn.Module, kind: str, name: str) -> GroupQuantLinear:
     """The same codes, scales, zero points and bias as a layer of ours, on the layer's device.
 
     Args:
-        kind: one of KINDS.
+        kind: one of LAYER_KINDS.
         name: full name of the layer, for messages.
 
     Raises:
@@ -50,12 +50,7 @@ def take_over(layer: nn.Module, kind: str, name: str) -> GroupQuantLinear:
             ours = read_layer(layer)
         ours.to(next(iter(tensors.values())).device).train(layer.training)
         difference, allowed = _difference(ours, layer)
-    except (
-        CheckpointError,
-        RuntimeError,
-        ValueError,
-        OSError,
-    ) as error:  # the last: kernels that are built on first use
+    except (CheckpointError, RuntimeError, ValueError, OSError) as error:  # OSError: quanto builds kernels on first use
         raise CheckpointError(f"{name}: the codes of this {kind} layer cannot be taken over: {error}") from error
     if not difference <= allowed:
         convert = " Convert the checkpoint first, code for code: qbl-trl quantize --from FOLDER OUTPUT"
