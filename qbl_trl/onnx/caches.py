@@ -28,10 +28,13 @@ def served(config: Any) -> Any:
     return config if known else config.get_text_config()
 
 
-def guessed_sizes(config: Any) -> tuple[int, int]:
-    """(heads, head size) of the empty cache that ORTModelForCausalLM feeds."""
+def guessed_sizes(config: Any, kind: str) -> tuple[int, int]:
+    """(heads, head size) of the empty cache that ORTModelForCausalLM feeds, of kind "key" or "value"."""
     if config.model_type == "gemma3":
         return config.text_config.num_key_value_heads, config.text_config.head_dim
+    if config.model_type == "deepseek_v3":
+        keys, values = config.qk_rope_head_dim + config.qk_nope_head_dim, config.v_head_dim
+        return config.num_key_value_heads, keys if kind == "key" else values
     heads = config.num_attention_heads
     if config.model_type == "falcon":
         many = config.new_decoder_architecture or not config.multi_query
@@ -44,13 +47,12 @@ def guessed_sizes(config: Any) -> tuple[int, int]:
 
 def accept_guessed_caches(editor: Editor, config: Any) -> int:
     """Reshape cache inputs where the guess is wrong; returns how many there were."""
-    if config.model_type == "deepseek_v3":  # its own sizes are read
-        return 0
-    guessed, count, targets = guessed_sizes(config), 0, dict[tuple[int, int], ir.Value]()
+    count, targets = 0, dict[tuple[int, int], ir.Value]()
     for value in list(editor.graph.inputs):
         if not (value.name or "").startswith("past_key_values") or value.shape is None or len(value.shape) != 4:
             continue
         real = (value.shape[1], value.shape[3])
+        guessed = guessed_sizes(config, "key" if str(value.name).endswith("key") else "value")
         if real != guessed and all(isinstance(size, int) for size in real):
             _reshape(editor, value, targets)
             count += 1

@@ -27,8 +27,12 @@ _ONE_WINDOW = ("phimoe",)  # all layers have the window that the configuration n
 def calls_torch(model: PreTrainedModel) -> bool:
     """Whether a model calls torch's attention itself, with a mask that the fused operators can make."""
     config = model.config
-    windows = _window(model) and config.model_type not in _ONE_WINDOW
-    return config.model_type in _PLAIN and config._attn_implementation == "sdpa" and not windows
+    if config.model_type not in _PLAIN or config._attn_implementation != "sdpa":
+        return False
+    if _window(model) and config.model_type not in _ONE_WINDOW:
+        return False
+    # transformers 5 goes through its interface in most of them
+    return "scaled_dot_product_attention" in inspect.getsource(sys.modules[type(model).__module__])
 
 
 def _window(model: PreTrainedModel) -> int:

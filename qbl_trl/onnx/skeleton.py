@@ -111,8 +111,10 @@ def build_skeleton(
     own = str(model.config._attn_implementation)
     # The tracer writes torch's attention with float32 constants: half precision takes the spelled-out one.
     standard = "eager" if own == "eager" or spelled_out else "sdpa"
-    if fused_attention:  # where it calls torch itself, in its own branch for that
-        standard = "sdpa" if calls_torch(model) else TRACED_ATTENTION
+    if fused_attention and calls_torch(model):  # in its own branch for that
+        standard = "sdpa"
+    elif fused_attention and not any(said_again(module) is not None for module in model.modules()):
+        standard = TRACED_ATTENTION
     skeleton.config._attn_implementation = standard
     made.model, made.caps_scores = skeleton, own != "sdpa"
     return made

@@ -1,35 +1,28 @@
-"""Trace a skeleton through Optimum: its inputs, outputs, cache names and patches are the ones that
-ORTModelForCausalLM expects, for every architecture that Optimum knows."""
+"""Trace a skeleton into a graph with placeholders: through Optimum, or by torch alone where Optimum does not go."""
 
-import inspect
+import importlib
 import logging
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from optimum.exporters.onnx.convert import export_pytorch
-from optimum.exporters.onnx.model_configs import LlamaOnnxConfig
-from optimum.exporters.tasks import TasksManager
-from optimum.utils import DummyPastKeyValuesGenerator, DummyTextInputGenerator, NormalizedTextConfig
 from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError
+from qbl_trl.generation import BEFORE_5
 from qbl_trl.onnx.alibi import bias_rounded
 from qbl_trl.onnx.complex_rotary import rotated_in_real_numbers
 from qbl_trl.onnx.experts import every_expert_asked, traced_tokens
 from qbl_trl.onnx.skeleton import Skeleton, Unfusable
 from qbl_trl.random_state import same_random_state
 
-_TASK = "text-generation-with-past"
-_OPSET = 18
-_COMMON_INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values"}
-_FLOAT_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+# Optimum pins transformers to 4.57.
+_tracer: Any = importlib.import_module(f"qbl_trl.onnx.{'optimum' if BEFORE_5 else 'torch'}_tracer")
 
 
 class Untraceable(ExportError):
@@ -42,8 +35,8 @@ class Untraceable(ExportError):
     def __init__(self, brief: str) -> None:
         self.brief = brief
         super().__init__(
-            f"{brief}. Nothing was written. If the float model cannot be exported by Optimum either, this is a limit "
-            "of Optimum"
+            f"{brief}. Nothing was written. If the float model cannot be traced either, this is a limit of "
+            f"{_tracer.NAME}"
         )
 
 
@@ -57,8 +50,7 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
         Untraceable: if the trace fails.
         Unfusable: if a placeholder does not fit the model.
     """
-    config = _onnx_config(skeleton, dtype)
-    shapes = {"batch_size": 2, "sequence_length": traced_tokens(skeleton.model.config)}
+    tokens = traced_tokens(skeleton.model.config)
     with (
         tempfile.TemporaryDirectory() as folder,
         _quiet(),
@@ -70,8 +62,7 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
         path = Path(folder, "model.onnx")
         try:
             sizes = cache_sizes(skeleton.model)
-            _correct_caches(config, sizes)
-            export_pytorch(skeleton.model, config, _OPSET, path, input_shapes=shapes)
+            _tracer.write_graph(skeleton.model, path, dtype, sizes, tokens)
         except Unfusable:
             raise
         except Exception as error:
@@ -85,6 +76,11 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
     _state_caches(model, sizes)
     _count_booleans(model)
     return model
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise ExportError if this architecture cannot be traced, as far as its forward tells."""
+    _tracer.check_supported(model)
 
 
 def _count_booleans(model: ir.Model) -> None:
@@ -116,48 +112,6 @@ def _state_caches(model: ir.Model, sizes: list[tuple[int, int, int]]) -> None:
                 value.shape = ir.Shape([value.shape[0], heads, value.shape[2], width])
 
 
-def check_supported(model: PreTrainedModel) -> None:
-    """Raise ExportError if this architecture has no export configuration and does not take the common one."""
-    if _is_known(model.config.model_type):
-        return
-    missing = sorted(_COMMON_INPUTS - set(inspect.signature(model.forward).parameters))
-    if missing or model._is_stateful:
-        why = f"its forward takes no {', '.join(missing)}" if missing else "its cache is no cache of keys and values"
-        raise ExportError(
-            f"Optimum has no ONNX configuration for decoders of type {model.config.model_type!r}, and the one that "
-            f"most decoders share does not fit: {why}. Register one with "
-            "optimum.exporters.tasks.TasksManager.create_register('onnx') and export again"
-        )
-
-
-def _is_known(model_type: str) -> bool:
-    try:
-        tasks = TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
-    except KeyError:
-        return False
-    return _TASK in tasks
-
-
-def _onnx_config(skeleton: Skeleton, dtype: torch.dtype) -> Any:
-    constructor: Any = partial(_AnyDecoder, task=_TASK.removesuffix("-with-past"))
-    described = skeleton.model.config
-    if _is_known(described.model_type):
-        constructor = TasksManager.get_exporter_config_constructor(
-            "onnx", model=skeleton.model, task=_TASK, library_name="transformers"
-        )
-    else:
-        described = described.get_text_config()
-    return constructor(described, float_dtype=_FLOAT_NAMES[dtype], use_past=True, use_past_in_inputs=True)
-
-
-class _AnyDecoder(LlamaOnnxConfig):  # type: ignore[misc]
-    """Inputs and outputs that most decoders share; whether they suit one shows at the parity gate."""
-
-    NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
-    DUMMY_INPUT_GENERATOR_CLASSES = (DummyTextInputGenerator, DummyPastKeyValuesGenerator)
-    DUMMY_PKV_GENERATOR_CLASS = DummyPastKeyValuesGenerator
-
-
 def cache_sizes(model: Any) -> list[tuple[int, int, int]]:
     """Heads, key size and value size of every layer's cache, found by running the model."""
     ids = torch.zeros(1, 3, dtype=torch.long)
@@ -168,30 +122,6 @@ def cache_sizes(model: Any) -> list[tuple[int, int, int]]:
     if not layers or any(keys is None or values is None for keys, values in layers):
         raise TypeError(f"a {type(cache).__name__} that holds more than keys and values")
     return [(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in layers]  # type: ignore[union-attr]
-
-
-def _correct_caches(config: Any, sizes: list[tuple[int, int, int]]) -> None:
-    """Let the example inputs have the caches the model really makes; Optimum takes some sizes from wrong settings."""
-    original = config.generate_dummy_inputs
-
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        inputs = original(*args, **kwargs)
-        if len(inputs["past_key_values"]) != len(sizes):
-            raise TypeError(
-                f"{len(sizes)} caches for {len(inputs['past_key_values'])} layers; shared ones have no form"
-            )
-        inputs["past_key_values"] = [
-            (_resized(keys, heads, key_size), _resized(values, heads, value_size))
-            for (keys, values), (heads, key_size, value_size) in zip(inputs["past_key_values"], sizes, strict=True)
-        ]
-        return inputs
-
-    config.generate_dummy_inputs = generate
-
-
-def _resized(cache: torch.Tensor, heads: int, size: int) -> torch.Tensor:
-    fits = cache.shape[1] == heads and cache.shape[3] == size
-    return cache if fits else cache.new_zeros(cache.shape[0], heads, cache.shape[2], size)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if missing:
         codes = torch.nn.functional.pad(codes, (0, missing))
     lanes = codes.unflatten(-1, (-1, per_byte))
-    packed = lanes[..., 0].clone()
+    packed = lanes[..., 0].clone(memory_format=torch.contiguous_format)
     for lane in range(1, per_byte):
         packed |= lanes[..., lane] << (bits * lane)
     return packed

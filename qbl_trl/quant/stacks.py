@@ -25,7 +25,8 @@ _OTHERS: dict[str, type[Experts]] = {
     "Qwen3VLMoeTextExperts": DenseWeightExperts,
     "GptOssExperts": GptOssExperts,
 }
-_UNTRACEABLE = (ParallelExperts, AttentionExperts)
+# transformers 5 computes those of one module as one grouped product, which no tracer writes.
+_UNTRACEABLE = (ParallelExperts, AttentionExperts) if BEFORE_5 else (Experts,)
 
 
 def stacks_of(model: nn.Module) -> list[str]:
@@ -47,7 +48,9 @@ def set_apart(model: nn.Module, untraceable: bool = False) -> dict[str, nn.Modul
     """
     stacked = {path: model.get_submodule(path) for path in stacks_of(model)}
     if untraceable:
-        stacked = {path: module for path, module in stacked.items() if _kind(module) in _UNTRACEABLE}
+        stacked = {
+            path: module for path, module in stacked.items() if issubclass(_kind(module) or nn.Module, _UNTRACEABLE)
+        }
     named = names_in_files(model) if stacked and not BEFORE_5 else []
     for path, module in stacked.items():
         experts = _separable(module)

@@ -68,7 +68,10 @@ ARCHITECTURES = {
     "dbrx, whose experts lie in one matrix": (
         "Dbrx",
         {**TOKENS, "d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 100}
-        | {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"moe_top_k": 2, "ffn_hidden_size": 64}},
+        | {
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+            "ffn_config": {"moe_top_k": 2, "ffn_hidden_size": 64},
+        },
         "gqa",
     ),
     "deepseek with experts and latent heads": (

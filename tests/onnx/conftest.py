@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
-for name in ("onnx_ir", "onnxruntime", "optimum.exporters.onnx"):
+for name in ("onnx_ir", "onnxruntime"):
     pytest.importorskip(name, reason="needs the [onnx] extra")
 
 

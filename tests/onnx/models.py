@@ -1,11 +1,14 @@
 """Tiny quantized and merged models, and the ways the tests run them."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from qbl_trl.generation import BEFORE_5
 from qbl_trl.quant.affine import min_max
 from qbl_trl.quant.linear import GroupQuantLinear
 from tests.tiny import tiny_llama
@@ -54,3 +57,31 @@ def operators(folder: Path, inner: bool = False) -> list[str]:
     file = folder / "model.onnx" if folder.is_dir() else folder
     graph = ir.from_proto(onnx.load(file, load_external_data=False)).graph
     return [node.op_type for node in (graph.all_nodes() if inner else graph)]
+
+
+def ort_model(folder: Path, **options: Any) -> Any:
+    """The folder in ORTModelForCausalLM; skips the test where transformers is newer than Optimum takes."""
+    runtime = pytest.importorskip("optimum.onnxruntime", reason="needs Optimum, which needs transformers 4.57")
+    return runtime.ORTModelForCausalLM.from_pretrained(folder, **options)
+
+
+def greedy(folder: Path, ids: torch.Tensor, mask: torch.Tensor, new: int) -> torch.Tensor:
+    """Texts gone on with by the graph alone, `new` tokens each; none ends."""
+    from qbl_trl.onnx.session import OnnxLogits
+
+    graph = OnnxLogits(folder)
+    added, cache = ids, graph.empty_cache(len(ids))
+    for _ in range(new):
+        found, cache = graph.step(added, mask, cache)
+        found[:, -1, PAD] = -torch.inf
+        added = found[:, -1].argmax(-1, keepdim=True)
+        ids, mask = torch.cat([ids, added], 1), torch.cat([mask, torch.ones_like(added)], 1)
+    return ids
+
+
+def both_generate(model: PreTrainedModel, folder: Path, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What torch and the graph make of a padded batch, through ORTModelForCausalLM where there is one."""
+    ids, mask = padded_batch()
+    wanted = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, **settings}
+    found = greedy(folder, ids, mask, 8) if not (BEFORE_5 or settings) else ort_model(folder).generate(ids, **wanted)
+    return model.generate(ids, **wanted), found

@@ -8,7 +8,6 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from optimum.onnxruntime import ORTModelForCausalLM
 
 from qbl_trl import export_onnx, verify
 from qbl_trl.errors import ConfigError, ExportError
@@ -18,8 +17,7 @@ from qbl_trl.onnx.ranges import draw, measured, spread_over_pairs, write_text
 from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.parity import positions
 from tests.onnx.architectures import ARCHITECTURES, FUSED, GATED, build
-from tests.onnx.models import PAD, merged_llama, operators, padded_batch
-from tests.onnx.test_runtimes import both_generate
+from tests.onnx.models import both_generate, greedy, merged_llama, operators, ort_model, padded_batch
 from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
 
 FP32 = 5e-6  # sums are taken in different orders; logits of the tiny models are below 1
@@ -124,15 +122,11 @@ CHAINS = ["llama", "qwen3 with its own head size", "phi3 with joined projections
 
 @pytest.mark.parametrize("case", CHAINS)
 def test_optimum_generates_what_the_graph_says_step_by_step(exported, case):
-    made, (ids, mask) = exported(case, kv_cache_dtype="int8"), padded_batch()
-    graph = OnnxLogits(made.folder)
-    added, whole, cache, expected = ids, mask, graph.empty_cache(2), []
-    for _ in range(8):
-        found, cache = graph.step(added, whole, cache)
-        found[:, -1, PAD] = -torch.inf  # no text ends here
-        added, whole = found[:, -1].argmax(-1, keepdim=True), torch.cat([whole, torch.ones_like(whole[:, :1])], 1)
-        expected.append(added)
-    assert torch.equal(both_generate(made.model, made.folder)[1][:, 9:], torch.cat(expected, 1))
+    made = exported(case, kv_cache_dtype="int8")
+    found = ort_model(made.folder)
+    ids, mask = padded_batch()
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    assert torch.equal(found.generate(ids, **settings), greedy(made.folder, ids, mask, 8))
 
 
 @pytest.mark.parametrize("case", CHAINS)
@@ -206,7 +200,7 @@ def test_verify_reads_the_cache(tmp_path):
         export_onnx(model, tmp_path / name, kv_cache_dtype="int8", **options)
         found = verify(model, tmp_path / name, ids)
         assert 1e-5 < found.max_abs_difference < 0.05
-        deployed = ORTModelForCausalLM.from_pretrained(tmp_path / name)
+        deployed = ort_model(tmp_path / name)
         assert verify(model, deployed, ids).max_abs_difference == pytest.approx(found.max_abs_difference, rel=1e-3)
     export_onnx(model, tmp_path / "float", logits="last")
     export_onnx(model, tmp_path / "again", logits="last", attention="gqa")

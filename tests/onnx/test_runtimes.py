@@ -15,10 +15,8 @@ from qbl_trl.onnx.companions import warn_of_towers
 from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.parity import logits_of
 from tests.onnx.architectures import ARCHITECTURES, FUSED, GATED, TOKENS, VISION, build
-from tests.onnx.models import PAD, merged_llama, padded_batch
+from tests.onnx.models import PAD, both_generate, merged_llama, ort_model, padded_batch
 from tests.tiny import tiny_tokenizer
-
-ort = pytest.importorskip("optimum.onnxruntime")
 
 
 @pytest.mark.parametrize("case", VISION)
@@ -31,13 +29,6 @@ def test_the_text_side_of_a_model_with_a_vision_tower_generates(tmp_path, case, 
     )
     expected, found = both_generate(model, tmp_path / "out")
     assert torch.equal(expected, found)
-
-
-def both_generate(model, folder, **settings):
-    ids, mask = padded_batch()
-    wanted = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, **settings}
-    deployed = ort.ORTModelForCausalLM.from_pretrained(folder)
-    return model.generate(ids, **wanted), deployed.generate(ids, **wanted)
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
@@ -101,7 +92,7 @@ def test_biogpt_counts_the_mask_where_it_is_given_no_positions(tmp_path):
     model = build(*ARCHITECTURES["biogpt, which makes its mask by itself"][:2])
     export_onnx(model, tmp_path / "out")
     ids, mask = padded_batch()
-    deployed = ort.ORTModelForCausalLM.from_pretrained(tmp_path / "out")
+    deployed = ort_model(tmp_path / "out")
     assert "position_ids" not in deployed.input_names
     with torch.no_grad():
         expected = model(ids, attention_mask=mask).logits
@@ -115,7 +106,7 @@ def test_beams_and_continued_generation_are_right(tmp_path, attention):
     export_onnx(model, tmp_path / "out", attention=attention)
     expected, found = both_generate(model, tmp_path / "out", num_beams=3)
     assert torch.equal(expected, found)
-    deployed = ort.ORTModelForCausalLM.from_pretrained(tmp_path / "out")
+    deployed = ort_model(tmp_path / "out")
     ids = torch.arange(3, 15).unsqueeze(0)
     first = deployed(input_ids=ids[:, :7], attention_mask=torch.ones(1, 7, dtype=torch.long))
     rest = deployed(
@@ -142,7 +133,7 @@ def test_a_padded_batch_can_be_continued_by_several_tokens(tmp_path, attention):
 def test_verify_takes_an_ort_model(tmp_path):
     model = merged_llama()
     export_onnx(model, tmp_path / "out")
-    deployed = ort.ORTModelForCausalLM.from_pretrained(tmp_path / "out")
+    deployed = ort_model(tmp_path / "out")
     assert verify(model, deployed, *padded_batch()).max_abs_difference < 5e-6
 
 
@@ -150,7 +141,7 @@ def test_verify_takes_an_ort_model(tmp_path):
 def test_positions_are_read_at_every_step(tmp_path, attention):
     model = merged_llama()
     export_onnx(model, tmp_path / "out", attention=attention)
-    deployed = ort.ORTModelForCausalLM.from_pretrained(tmp_path / "out")
+    deployed = ort_model(tmp_path / "out")
     ids, cache, far = torch.arange(3, 11).unsqueeze(0), None, torch.tensor([[0, 1, 2, 3, 20, 21, 22, 40]])
     found = []
     for start, end in ((0, 4), (4, 5), (5, 8)):  # a prompt, one token, several tokens
@@ -213,7 +204,7 @@ def test_a_padded_batch_may_be_longer_than_its_positions(tmp_path):
     mask = torch.ones_like(ids)
     mask[:, :12] = 0
     settings = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
-    deployed = ort.ORTModelForCausalLM.from_pretrained(tmp_path / "out")
+    deployed = ort_model(tmp_path / "out")
     assert torch.equal(model.generate(ids, **settings), deployed.generate(ids, **settings))
 
 
@@ -221,6 +212,7 @@ def test_the_recipe_binds_caches_that_optimum_guesses_wrong(tmp_path, monkeypatc
     kind, settings, _ = ARCHITECTURES["qwen3 with its own head size"]
     model = build(kind, settings)
     export_onnx(model, tmp_path / "out", tokenizer=tiny_tokenizer())
+    ort = pytest.importorskip("optimum.onnxruntime")
     load = ort.ORTModelForCausalLM.from_pretrained
 
     def on_cpu(folder, **options):

@@ -1,0 +1,103 @@
+"""Trace a skeleton with torch alone, for versions of transformers that Optimum does not take yet.
+
+Inputs, outputs and their names are those that Optimum gives and ORTModelForCausalLM reads.
+"""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from qbl_trl.errors import ExportError
+
+NAME = "torch"
+BATCH = 2
+OPSET = 18
+_INPUTS = ("input_ids", "attention_mask", "past_key_values")
+_PAST = 3  # tokens of the traced cache: no other axis has this size by default
+
+_BATCH, _TOKENS, _CACHED = "batch_size", "sequence_length", "past_sequence_length"
+_ALL_TOKENS = f"{_CACHED} + {_TOKENS}"
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise ExportError if the model is no decoder with a cache of keys and values."""
+    missing = sorted(set(_INPUTS) - set(inspect.signature(model.forward).parameters))
+    if missing or model._is_stateful:
+        why = f"its forward takes no {', '.join(missing)}" if missing else "its cache is no cache of keys and values"
+        raise ExportError(f"decoders of type {model.config.model_type!r} have no graph: {why}")
+
+
+def write_graph(
+    model: PreTrainedModel,
+    path: Path,
+    dtype: torch.dtype,
+    caches: list[tuple[int, int, int]],
+    tokens: int,
+) -> None:
+    """Trace a model into a file.
+
+    Args:
+        dtype: float type of inputs and outputs.
+        caches: heads, key size and value size of each layer.
+        tokens: of each row of the example that is traced.
+    """
+    example: dict[str, Tensor] = {
+        "input_ids": torch.zeros(BATCH, tokens, dtype=torch.long),
+        "attention_mask": torch.ones(BATCH, _PAST + tokens, dtype=torch.long),
+    }
+    axes = {
+        "input_ids": {0: _BATCH, 1: _TOKENS},
+        "attention_mask": {0: _BATCH, 1: _ALL_TOKENS},
+        "logits": {0: _BATCH, 1: _TOKENS},
+    }
+    outputs = ["logits"]
+    for layer, (heads, *sizes) in enumerate(caches):
+        for kind, size in zip(("key", "value"), sizes, strict=True):
+            name = f"{layer}.{kind}"
+            example[f"past_key_values.{name}"] = torch.zeros(BATCH, heads, _PAST, size, dtype=dtype)
+            axes[f"past_key_values.{name}"] = {0: _BATCH, 2: _CACHED}
+            axes[f"present.{name}"] = {0: _BATCH, 2: _ALL_TOKENS}
+            outputs.append(f"present.{name}")
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        example["position_ids"] = torch.arange(_PAST, _PAST + tokens).expand(BATCH, tokens)
+        axes["position_ids"] = {0: _BATCH, 1: _TOKENS}
+    with torch.no_grad():
+        torch.onnx.export(
+            _Step(model, list(example)),
+            tuple(example.values()),
+            str(path),
+            input_names=list(example),
+            output_names=outputs,
+            dynamic_axes=axes,
+            opset_version=OPSET,
+            dynamo=False,
+        )
+
+
+class _Step(nn.Module):
+    """Logits of new tokens and the cache with them, from tensors in the order of `names`."""
+
+    def __init__(self, model: PreTrainedModel, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given: dict[str, Any] = dict(zip(self.names, tensors, strict=True))
+        past = [given.pop(name) for name in self.names if name.startswith("past_key_values")]
+        cache = DynamicCache()
+        cache.layers = [_filled(keys, values) for keys, values in zip(past[::2], past[1::2], strict=True)]
+        made = self.model(**given, past_key_values=cache, use_cache=True)
+        kept = [(layer.keys, layer.values) for layer in made.past_key_values.layers]
+        return made.logits, *(tensor for pair in kept for tensor in pair)
+
+
+def _filled(keys: Tensor, values: Tensor) -> DynamicLayer:
+    layer = DynamicLayer()
+    layer.keys, layer.values = keys, values
+    layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+    return layer
