@@ -227,6 +227,17 @@ class RotaryTableMarker(nn.Module):
         return mark_tables(x, position_ids, self.name, self.columns)
 
 
+class TypedTableMarker(nn.Module):
+    """The same for a module with tables of several types of layers, whose columns are given by type."""
+
+    def __init__(self, name: str, columns: dict[str, int]) -> None:
+        super().__init__()
+        self.name, self.columns = name, columns
+
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str) -> tuple[Tensor, Tensor]:
+        return mark_tables(x, position_ids, f"{self.name}.{layer_type}", self.columns[layer_type])
+
+
 class WholeTableMarker(RotaryTableMarker):
     """The same for a module that gives tables for a length, whose rows are read by positions."""
 

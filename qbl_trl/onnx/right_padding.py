@@ -72,7 +72,7 @@ def _placed_by_rows(nodes: list[NodeProto]) -> list[NodeProto]:
     """
     placed, made = list[NodeProto](), set[str]()
     for node in nodes:
-        if node.op_type == "Range" and _reads_cache(needed(placed, node.input)):
+        if _counts_on(node, placed):
             placed.append(protos.node("Reshape", ["right/places", "right/flat"], node.output[0]))
             made.add(node.output[0])
             continue
@@ -84,6 +84,15 @@ def _placed_by_rows(nodes: list[NodeProto]) -> list[NodeProto]:
             made.update(node.output)
         placed.append(node)
     return placed
+
+
+def _counts_on(node: NodeProto, before: list[NodeProto]) -> bool:
+    """Whether a node counts new tokens, (S,), on from the length of the cache: Range(length, ...), Range + length."""
+    if node.op_type == "Add":
+        counted = {name for other in before if other.op_type == "Range" for name in other.output}
+        first, second = node.input if node.input[0] in counted else reversed(node.input)
+        return first in counted and not _reads_cache(needed(before, [first])) and _reads_cache(needed(before, [second]))
+    return node.op_type == "Range" and _reads_cache(needed(before, node.input))
 
 
 def _reads_cache(nodes: list[NodeProto]) -> bool:

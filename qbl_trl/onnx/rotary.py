@@ -7,6 +7,7 @@
 | dynamic | up to the length where the model starts to change its angles; the graph refuses longer texts |
 
 Some give tables for a length, of which layers read rows by their positions (Phi-MoE): they are asked in the same way.
+Some hold the angles of several types of layers (Gemma 3 in transformers 5): each type has a table.
 A traced rotary embedding of the last two types would keep the angles of the text it was traced with, for every text.
 """
 
@@ -57,7 +58,7 @@ class Rotary:
             raise NoTable(f"a {type(module).__name__} does not turn positions into cosines and sines") from error
         self.columns = int(cos.shape[-1])
         self.repeats = next((how for how in _REPEATED if all(_is_repeated(part, how) for part in (cos, sin))), None)
-        if self.repeats is None and takes_angles_once(module):
+        if self.repeats is None and takes_angles_once(module.whole if isinstance(module, _OfType) else module):
             self.repeats = "once"
         self.width = 2 * self.columns if self.repeats == "once" else self.columns
 
@@ -102,6 +103,27 @@ class _ByLength(nn.Module):
         return cos[position_ids], sin[position_ids]
 
 
+class _OfType(nn.Module):
+    """What a rotary embedding of several types of layers is for one of them."""
+
+    def __init__(self, whole: nn.Module, layer_type: str) -> None:
+        super().__init__()
+        self.whole, self.layer_type = whole, layer_type
+        self.rope_type = str(whole.rope_type[layer_type])  # type: ignore[index]
+        self.config = whole.config
+        self.original_max_seq_len = getattr(whole, "original_max_seq_len", None)
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.whole(x, position_ids, self.layer_type)
+        return cos, sin
+
+
+def by_type(module: nn.Module) -> dict[str, nn.Module]:
+    """A rotary embedding for each type of layers that it tells apart, itself by the name "" where it tells none."""
+    kinds = getattr(module, "rope_type", None)
+    return {kind: _OfType(module, kind) for kind in kinds} if isinstance(kinds, dict) else {"": module}
+
+
 def gives_tables(module: nn.Module) -> bool:
     """Whether a rotary embedding gives whole tables for a length, and not rows for positions."""
     parameters = inspect.signature(module.forward).parameters
@@ -120,12 +142,13 @@ def is_rotary(module: nn.Module) -> bool:
 
 def changes_with_length(module: nn.Module) -> bool:
     """Whether the angles of a position depend on how long the text is."""
-    return bool(_switch(module)) or _limit(module) is not None
+    return any(_switch(part) or _limit(part) is not None for part in by_type(module).values())
 
 
 def steady_length(model: nn.Module) -> float:
     """The longest text of which every token has the angles it has in all shorter ones."""
-    changes = [_switch(module) or _limit(module) for module in model.modules() if is_rotary(module)]
+    tables = [part for module in model.modules() if is_rotary(module) for part in by_type(module).values()]
+    changes = [_switch(table) or _limit(table) for table in tables]
     return min((change for change in changes if change), default=float("inf"))
 
 

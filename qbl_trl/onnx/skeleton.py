@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from qbl_trl.errors import ExportError
@@ -27,16 +28,18 @@ from qbl_trl.onnx.markers import (
     LinearMarker,
     NormMarker,
     RotaryTableMarker,
+    TypedTableMarker,
     WholeTableMarker,
     mark_attention,
     mark_rotary,
 )
 from qbl_trl.onnx.own_attention import calls_torch, own_attention_traced
 from qbl_trl.onnx.own_layers import own_tables, said_again
-from qbl_trl.onnx.rotary import NoTable, Rotary, changes_with_length, gives_tables, is_rotary
+from qbl_trl.onnx.rotary import NoTable, Rotary, by_type, changes_with_length, gives_tables, is_rotary
 from qbl_trl.onnx.rotations import ROTATING, pairs_neighbours, rotate_of
 from qbl_trl.onnx.sources import embedding_source
 from qbl_trl.onnx.threads import here_only
+from qbl_trl.onnx.windows import mask_of_window, window_of
 from qbl_trl.quant.modules import plain_forward_
 from qbl_trl.quant.stacks import set_apart
 
@@ -136,19 +139,29 @@ def _marker(name: str, module: nn.Module, made: Skeleton, dtype: torch.dtype, fu
     if form is not None:
         return GeluMarker(form)
     if is_rotary(module) and (fused or changes_with_length(module) or _interleaves(module)):
-        rotary = _rotary(name, module, fused)
-        if rotary is not None:
-            made.rotary[name] = rotary
-            return (WholeTableMarker if gives_tables(module) else RotaryTableMarker)(name, rotary.columns)
+        return _rotary_marker(name, module, made, fused)
     return None
 
 
 def _interleaves(module: nn.Module) -> bool:
     """Whether its angles alternate between features: how they are repeated, the tracer loses the ranks over."""
     try:
-        return Rotary(module).repeats != "halves"
+        return any(Rotary(part).repeats != "halves" for part in by_type(module).values())
     except NoTable:
         return False
+
+
+def _rotary_marker(name: str, module: nn.Module, made: Skeleton, fused: bool) -> nn.Module | None:
+    """What stands for a rotary embedding, or None where its own code is traced."""
+    parts = by_type(module)
+    found = {f"{name}.{kind}".rstrip("."): _rotary(name, part, fused) for kind, part in parts.items()}
+    tables = {table: rotary for table, rotary in found.items() if rotary is not None}
+    if len(tables) < len(found):
+        return None
+    made.rotary |= tables
+    if "" in parts:
+        return (WholeTableMarker if gives_tables(module) else RotaryTableMarker)(name, tables[name].columns)
+    return TypedTableMarker(name, {kind: tables[f"{name}.{kind}"].columns for kind in parts})
 
 
 def _rotary(name: str, module: nn.Module, fused: bool) -> Rotary | None:
@@ -197,6 +210,7 @@ def fused_attention_traced(skeleton: Skeleton) -> Iterator[None]:
         Unfusable: if a modeling file rotates in another way than the fused operator does.
     """
     AttentionInterface.register(TRACED_ATTENTION, partial(_traced_attention, skeleton.caps_scores))
+    AttentionMaskInterface.register(TRACED_ATTENTION, mask_of_window)
     replaced: list[tuple[Any, str, Callable[..., Any]]] = []
     try:
         if skeleton.rotary:
@@ -242,11 +256,15 @@ def _traced_attention(
     extra = sorted(name for name, given in others.items() if given is not None and name in _MEANINGFUL)
     if extra or not getattr(module, "is_causal", True):
         raise Unfusable(f"{where}: attention with {', '.join(extra) or 'is_causal=False'} has no fused form")
+    window = sliding_window or 0
     if attention_mask is not None and getattr(module.config, "model_type", None) not in _CAUSAL_MASKS:
-        raise Unfusable(f"{where}: attention with a mask of its own has no fused form")
+        masked = window_of(attention_mask)
+        if masked is None:
+            raise Unfusable(f"{where}: attention with a mask of its own has no fused form")
+        window = masked
     cap = float(softcap or 0) if caps_scores else 0.0
     scale = int(query.shape[-1]) ** -0.5 if scaling is None else float(scaling)
-    return mark_attention(query, key, value, scale, sliding_window or 0, cap, sink=s_aux), None
+    return mark_attention(query, key, value, scale, window, cap, sink=s_aux), None
 
 
 # They make the causal mask themselves, whatever the attention; nothing else is in it.

@@ -40,11 +40,12 @@ def let_unasked_experts_rest(editor: Editor) -> int:
 
 @dataclass(frozen=True)
 class _Turn:
-    """One expert: nodes up to `end`, which adds to `before`; `chosen` (experts, ...) is 1 for a choice."""
+    """One expert: nodes up to `end`, which adds to `before` (of type `kind`); `chosen` (experts, ...) is 1 if asked."""
 
     end: ir.Node
     nodes: list[ir.Node]
     before: ir.Value
+    kind: ir.TensorType
     chosen: ir.Value
     expert: int
 
@@ -55,14 +56,17 @@ def _turn(end: ir.Node, place: dict[ir.Node, int]) -> _Turn | None:
         return None
     for before, addend in (end.inputs, reversed(end.inputs)):
         scatter = produced_by(addend, "ScatterElements")
-        if before is None or scatter is None or produced_by(scatter.inputs[0], "ConstantOfShape") is None:
+        empty = None if scatter is None else produced_by(scatter.inputs[0], "ConstantOfShape")
+        if before is None or scatter is None or empty is None:
             continue
         start = _start(scatter)
         row = [] if start is None else _row(start)
         found, nodes = _expert(row), [] if start is None else _between([*row, start], before, end)
         if found is None or start not in nodes or scatter not in nodes:
             return None
-        return _Turn(end, sorted(nodes, key=place.__getitem__), before, *found)
+        zero = empty.attributes.get("value")  # in the type of the answer
+        kind = ir.TensorType(ir.DataType.FLOAT if zero is None else zero.as_tensor().dtype)
+        return _Turn(end, sorted(nodes, key=place.__getitem__), before, kind, *found)
     return None
 
 
@@ -129,8 +133,7 @@ def _any_token(editor: Editor, at: ir.Node, chosen: ir.Value) -> ir.Value:
 
 def _choose(editor: Editor, turn: _Turn, condition: ir.Value) -> None:
     """If(condition): the turn, else what was there before it."""
-    name, said = turn.end.name, turn.end.outputs[0]
-    kind = turn.before.type or said.type or ir.TensorType(editor.float_type)
+    name, said, kind = turn.end.name, turn.end.outputs[0], turn.kind
     chosen = editor.add(turn.end, "If", [condition], name=name)
     chosen.outputs[0].type = said.type = kind
     editor.replace(said, chosen.outputs[0])

@@ -31,8 +31,8 @@ def test_grouped_steps_give_the_logits_of_group_query_attention(exported, case):
     auto, gqa, (ids, mask) = exported(case), exported(case, attention="gqa"), padded_batch()
     found, expected = (OnnxLogits(made.folder).with_cache(ids, mask, 4) for made in (auto, gqa))
     torch.testing.assert_close(found, expected, rtol=0, atol=FP32)
-    assert operators(auto.folder).count("If") == auto.model.config.num_hidden_layers
-    assert "If" not in operators(gqa.folder)
+    choices = [operators(made.folder).count("If") for made in (auto, gqa)]  # experts have some too
+    assert choices[0] - choices[1] == auto.model.config.num_hidden_layers
 
 
 def test_a_shared_buffer_stays_with_group_query_attention(tmp_path):

@@ -86,8 +86,10 @@ def test_steps_are_those_of_the_float_graph_over_the_same_values(exported, case)
         longer[:, : ids.shape[1]] = mask
         expected, wanted = whole.step(added, longer, past)
         found, present = quantized.step(added, longer, cache)
-        # The new keys and values are rounded too, by up to 1/254 of their range, in two layers, before experts choose.
-        torch.testing.assert_close(found, expected, rtol=0, atol=float(expected.abs().max()) / 30)
+        # The new keys and values are rounded too, by up to 1/254 of their range, in two layers: of 8 tokens, one may
+        # ask another expert.
+        far = (found - expected).abs().amax(-1) > expected.abs().max() / 30
+        assert far.sum() <= ("expert" in case or "moe" in case)
         for part in ("key", "value"):  # of the first layer, which no rounding precedes
             name = f"past_key_values.0.{part}"
             scale = scales(folder)[name]

@@ -134,7 +134,7 @@ def test_a_full_disk_under_the_trace_is_named(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qbl_trl.onnx.trace.export_pytorch", full)
+    monkeypatch.setattr("torch.onnx.export", full)
     with pytest.raises(ExportError, match=r"TMPDIR.*No space left on device"):
         export_onnx(merged_llama(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
