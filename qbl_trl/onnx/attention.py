@@ -42,6 +42,7 @@ def fuse_attention(
     if not nodes:
         raise Unfusable("the model's attention does not go through transformers' attention interface")
     masks = Masks(editor)
+    _turn_once(editor)
     sites = [read_site(editor, node) for node in nodes]
     query_lengths = takes_query_lengths(provider)
     kind, reason = _first_fitting(sites, skeleton, kinds, provider)
@@ -55,7 +56,7 @@ def fuse_attention(
             fused = _attention(editor, site, masks, tables, skeleton)
         presents, sizes = (site.present_key, site.present_value), (site.head_size, site.value_size)
         for old, new, size in zip(presents, fused.outputs[1:], sizes, strict=True):
-            editor.replace(old, new)
+            editor.replace(old, new)  # once: layers that share keys and values have them from the same cache each
             new.shape = ir.Shape(["batch_size", site.kv_heads, "past_sequence_length + sequence_length", size])
         _attach_output(editor, site, fused.outputs[0])
     RemoveUnusedNodesPass()(editor.model)
@@ -65,6 +66,14 @@ def fuse_attention(
         if node.domain == TRACE_DOMAIN and node.op_type in ("Rotary", "RotaryTable"):
             raise Unfusable(f"{node.name}: rotary embedding is used outside attention")
     return kind, reason
+
+
+def _turn_once(editor: Editor) -> None:
+    """Take away what swaps tokens and heads twice: a model that rotates before it does, and the placeholder after."""
+    for node in [node for node in editor.graph if swaps_heads(node)]:
+        before = produced_by(node.inputs[0], "Transpose")
+        if before is not None and swaps_heads(before) and before.inputs[0] is not None:
+            editor.replace(node.outputs[0], before.inputs[0])
 
 
 def _first_fitting(sites: list[Site], skeleton: Skeleton, kinds: tuple[str, ...], provider: str) -> tuple[str, str]:

@@ -61,7 +61,7 @@ def write_genai_config(config: Any, generation: Any, folder: Path, provider: str
                     "present_value_names": "present.%d.value",
                 },
                 "num_attention_heads": config.num_attention_heads,
-                "num_hidden_layers": config.num_hidden_layers,
+                "num_hidden_layers": len(caches) // 2,  # those with keys and values of their own: the first
                 "num_key_value_heads": heads,
             },
             "eos_token_id": eos,

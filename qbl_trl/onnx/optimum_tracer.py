@@ -13,7 +13,7 @@ from optimum.utils import DummyPastKeyValuesGenerator, DummyTextInputGenerator, 
 from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError
-from qbl_trl.onnx.torch_tracer import BATCH, OPSET
+from qbl_trl.onnx.torch_tracer import BATCH, OPSET, CacheSizes
 
 NAME = "Optimum"
 _TASK = "text-generation-with-past"
@@ -43,14 +43,12 @@ def _is_known(model_type: str) -> bool:
     return _TASK in tasks
 
 
-def write_graph(
-    model: PreTrainedModel, path: Path, dtype: torch.dtype, caches: list[tuple[int, int, int]], tokens: int
-) -> None:
+def write_graph(model: PreTrainedModel, path: Path, dtype: torch.dtype, caches: CacheSizes, tokens: int) -> None:
     """Trace a model into a file.
 
     Args:
         dtype: float type of inputs and outputs.
-        caches: heads, key size and value size of each layer.
+        caches: of each layer.
         tokens: of each row of the example that is traced.
     """
     constructor: Any = partial(_AnyDecoder, task=_TASK.removesuffix("-with-past"))
@@ -74,19 +72,18 @@ class _AnyDecoder(LlamaOnnxConfig):  # type: ignore[misc]
     DUMMY_PKV_GENERATOR_CLASS = DummyPastKeyValuesGenerator
 
 
-def _correct_caches(config: Any, sizes: list[tuple[int, int, int]]) -> None:
+def _correct_caches(config: Any, sizes: CacheSizes) -> None:
     """Let the example inputs have the caches the model really makes; Optimum takes some sizes from wrong settings."""
     original = config.generate_dummy_inputs
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         inputs = original(*args, **kwargs)
-        if len(inputs["past_key_values"]) != len(sizes):
-            raise TypeError(
-                f"{len(sizes)} caches for {len(inputs['past_key_values'])} layers; shared ones have no form"
-            )
+        own = [size for size in sizes if size is not None]
+        if len(inputs["past_key_values"]) != len(own):
+            raise TypeError(f"{len(own)} caches for {len(inputs['past_key_values'])} layers; shared ones have no form")
         inputs["past_key_values"] = [
             (_resized(keys, heads, key_size), _resized(values, heads, value_size))
-            for (keys, values), (heads, key_size, value_size) in zip(inputs["past_key_values"], sizes, strict=True)
+            for (keys, values), (heads, key_size, value_size) in zip(inputs["past_key_values"], own, strict=True)
         ]
         return inputs
 

@@ -35,6 +35,11 @@ def reads_rows(rotate: Callable[..., Any]) -> bool:
     return positions is not None and positions.default is inspect.Parameter.empty
 
 
+def takes_one(rotate: Callable[..., Any]) -> bool:
+    """Whether it rotates one tensor, queries or keys, (B, H, S, D) or as its `unsqueeze_dim` says (Gemma 4)."""
+    return list(inspect.signature(rotate).parameters)[1:3] == ["cos", "sin"]
+
+
 def pairs_neighbours(rotate: Callable[..., Any], repeats: str) -> bool | None:
     """Whether features are rotated in pairs (2i, 2i + 1), or in pairs (i, i + width / 2), as Llama does; None: neither.
 
@@ -49,7 +54,7 @@ def pairs_neighbours(rotate: Callable[..., Any], repeats: str) -> bool | None:
     if reads_rows(rotate):
         given = [given[0][0], given[1][0], torch.arange(3)[None]]
     try:
-        rotated = rotate(q, k, *given)
+        rotated = [rotate(x, *given) for x in (q, k)] if takes_one(rotate) else rotate(q, k, *given)
     except (RuntimeError, TypeError):  # sizes or arguments of another kind
         return None
     for interleaved in (False, True):

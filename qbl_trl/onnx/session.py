@@ -108,7 +108,7 @@ class OnnxLogits:
         check_external_data(path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong is raised; printed, it would look like the end of an export
         self.session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDERS[provider]])
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = {value.name: value for value in self.session.get_outputs()}

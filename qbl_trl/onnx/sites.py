@@ -71,10 +71,13 @@ def read_site(editor: Editor, node: ir.Node) -> Site:
         raise Unfusable(f"{node.name}: an input is missing")
     past_key, key_now = _cache(node, key)
     past_value, value_now = _cache(node, value)
-    query, rotary = _unrotated(query)
-    key_now, key_rotary = _unrotated(key_now)
+    (whole_query, rotary), (whole_key, key_rotary) = _unrotated(query), _unrotated(key_now)
     table = _table(rotary)
-    if table is not _table(key_rotary):
+    if table is _table(key_rotary):
+        query, key_now = whole_query, whole_key
+    elif table is None or key_rotary is None:  # one is scaled since then (Ministral 3): both are rotated apart
+        rotary = table = None
+    else:
         raise Unfusable(f"{node.name}: queries and keys are rotated differently")
     heads, kv_heads = attribute(node, "heads"), _size(past_value, 1)
     head_size, value_size = _size(past_key, 3), _size(past_value, 3)

@@ -31,12 +31,13 @@ from qbl_trl.onnx.markers import (
     TypedTableMarker,
     WholeTableMarker,
     mark_attention,
+    mark_one_rotary,
     mark_rotary,
 )
 from qbl_trl.onnx.own_attention import calls_torch, own_attention_traced
 from qbl_trl.onnx.own_layers import own_tables, said_again
 from qbl_trl.onnx.rotary import NoTable, Rotary, by_type, changes_with_length, gives_tables, is_rotary
-from qbl_trl.onnx.rotations import ROTATING, pairs_neighbours, rotate_of
+from qbl_trl.onnx.rotations import ROTATING, pairs_neighbours, rotate_of, takes_one
 from qbl_trl.onnx.sources import embedding_source
 from qbl_trl.onnx.threads import here_only
 from qbl_trl.onnx.windows import mask_of_window, window_of
@@ -159,9 +160,14 @@ def _rotary_marker(name: str, module: nn.Module, made: Skeleton, fused: bool) ->
     if len(tables) < len(found):
         return None
     made.rotary |= tables
+    marker: nn.Module
     if "" in parts:
-        return (WholeTableMarker if gives_tables(module) else RotaryTableMarker)(name, tables[name].columns)
-    return TypedTableMarker(name, {kind: tables[f"{name}.{kind}"].columns for kind in parts})
+        marker = (WholeTableMarker if gives_tables(module) else RotaryTableMarker)(name, tables[name].columns)
+    else:
+        marker = TypedTableMarker(name, {kind: tables[f"{name}.{kind}"].columns for kind in parts})
+    if hasattr(module, "config"):  # Granite with windows finds its tables by it
+        marker.config = module.config
+    return marker
 
 
 def _rotary(name: str, module: nn.Module, fused: bool) -> Rotary | None:
@@ -219,7 +225,10 @@ def fused_attention_traced(skeleton: Skeleton) -> Iterator[None]:
             for file, name in product(sorted(files - apart), ROTATING):
                 original = rotate_of(file, name)
                 if original is not None:
-                    mark = partial(mark_rotary, interleaved=_interleaved(file, original, skeleton))
+                    mark = partial(
+                        mark_one_rotary if takes_one(original) else mark_rotary,
+                        interleaved=_interleaved(file, original, skeleton),
+                    )
                     replaced.append((sys.modules[file], name, original))
                     setattr(sys.modules[file], name, here_only(mark, original))
         with own_attention_traced(skeleton.model):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.onnx import symbolic_helper
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -17,11 +18,31 @@ from qbl_trl.errors import ExportError
 NAME = "torch"
 BATCH = 2
 OPSET = 18
+CacheSizes = list[tuple[int, int, int] | None]  # heads, key size and value size of each layer; None: another's
 _INPUTS = ("input_ids", "attention_mask", "past_key_values")
 _PAST = 3  # tokens of the traced cache: no other axis has this size by default
 
 _BATCH, _TOKENS, _CACHED = "batch_size", "sequence_length", "past_sequence_length"
 _ALL_TOKENS = f"{_CACHED} + {_TOKENS}"
+
+
+@symbolic_helper.parse_args("v")
+def _expm1(g: Any, x: Any) -> Any:
+    return g.op("Sub", g.op("Exp", x), g.op("CastLike", g.op("Constant", value_t=torch.tensor(1.0)), x))
+
+
+@symbolic_helper.parse_args("v", "is", "v", "f")
+def _rms_norm(g: Any, x: Any, normalized_shape: list[int], weight: Any, epsilon: float) -> Any:
+    axes = g.op("Constant", value_t=torch.arange(-len(normalized_shape), 0))
+    floor = g.op("CastLike", g.op("Constant", value_t=torch.tensor(epsilon)), x)
+    mean = g.op("Add", g.op("ReduceMean", g.op("Mul", x, x), axes, keepdims_i=1), floor)
+    y = g.op("Div", x, g.op("Sqrt", mean))
+    return y if symbolic_helper._is_none(weight) else g.op("Mul", y, weight)
+
+
+# What torch's tracer does not write.
+for _name, _symbolic in (("expm1", _expm1), ("rms_norm", _rms_norm)):
+    torch.onnx.register_custom_op_symbolic(f"aten::{_name}", _symbolic, OPSET)  # type: ignore[attr-defined]
 
 
 def check_supported(model: PreTrainedModel) -> None:
@@ -36,14 +57,14 @@ def write_graph(
     model: PreTrainedModel,
     path: Path,
     dtype: torch.dtype,
-    caches: list[tuple[int, int, int]],
+    caches: CacheSizes,
     tokens: int,
 ) -> None:
     """Trace a model into a file.
 
     Args:
         dtype: float type of inputs and outputs.
-        caches: heads, key size and value size of each layer.
+        caches: of each layer.
         tokens: of each row of the example that is traced.
     """
     example: dict[str, Tensor] = {
@@ -56,8 +77,9 @@ def write_graph(
         "logits": {0: _BATCH, 1: _TOKENS},
     }
     outputs = ["logits"]
-    for layer, (heads, *sizes) in enumerate(caches):
-        for kind, size in zip(("key", "value"), sizes, strict=True):
+    for layer, sizes in enumerate(caches):
+        heads, *widths = sizes or (0,)
+        for kind, size in zip(("key", "value"), widths, strict=False):
             name = f"{layer}.{kind}"
             example[f"past_key_values.{name}"] = torch.zeros(BATCH, heads, _PAST, size, dtype=dtype)
             axes[f"past_key_values.{name}"] = {0: _BATCH, 2: _CACHED}
@@ -68,7 +90,7 @@ def write_graph(
         axes["position_ids"] = {0: _BATCH, 1: _TOKENS}
     with torch.no_grad():
         torch.onnx.export(
-            _Step(model, list(example)),
+            _Step(model, list(example), caches),
             tuple(example.values()),
             str(path),
             input_names=list(example),
@@ -82,18 +104,25 @@ def write_graph(
 class _Step(nn.Module):
     """Logits of new tokens and the cache with them, from tensors in the order of `names`."""
 
-    def __init__(self, model: PreTrainedModel, names: list[str]) -> None:
+    def __init__(self, model: PreTrainedModel, names: list[str], caches: CacheSizes) -> None:
         super().__init__()
-        self.model, self.names = model, names
+        self.model, self.names, self.caches = model, names, caches
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given: dict[str, Any] = dict(zip(self.names, tensors, strict=True))
-        past = [given.pop(name) for name in self.names if name.startswith("past_key_values")]
+        past = iter([given.pop(name) for name in self.names if name.startswith("past_key_values")])
         cache = DynamicCache()
-        cache.layers = [_filled(keys, values) for keys, values in zip(past[::2], past[1::2], strict=True)]
+        cache.layers = [_another() if size is None else _filled(next(past), next(past)) for size in self.caches]
         made = self.model(**given, past_key_values=cache, use_cache=True)
-        kept = [(layer.keys, layer.values) for layer in made.past_key_values.layers]
-        return made.logits, *(tensor for pair in kept for tensor in pair)
+        own = [layer for layer, size in zip(made.past_key_values.layers, self.caches, strict=True) if size is not None]
+        return made.logits, *(tensor for layer in own for tensor in (layer.keys, layer.values))
+
+
+def _another() -> Any:
+    """Stands for keys and values that another layer has."""
+    from transformers.cache_utils import DummyLayer  # of transformers 5
+
+    return DummyLayer()
 
 
 def _filled(keys: Tensor, values: Tensor) -> DynamicLayer:

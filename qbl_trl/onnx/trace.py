@@ -19,6 +19,7 @@ from qbl_trl.onnx.alibi import bias_rounded
 from qbl_trl.onnx.complex_rotary import rotated_in_real_numbers
 from qbl_trl.onnx.experts import every_expert_asked, traced_tokens
 from qbl_trl.onnx.skeleton import Skeleton, Unfusable
+from qbl_trl.onnx.torch_tracer import CacheSizes
 from qbl_trl.random_state import same_random_state
 
 # Optimum pins transformers to 4.57.
@@ -102,26 +103,35 @@ def _as_integer(model: ir.Model, node: ir.Node, index: int) -> None:
     node.replace_input_with(index, cast.outputs[0])
 
 
-def _state_caches(model: ir.Model, sizes: list[tuple[int, int, int]]) -> None:
+def _state_caches(model: ir.Model, sizes: CacheSizes) -> None:
     """Write the caches' sizes where the tracer lost them."""
     outputs = {value.name: value for value in model.graph.outputs}
-    for layer, (heads, *widths) in enumerate(sizes):
-        for kind, width in zip(("key", "value"), widths, strict=True):
+    for layer, size in enumerate(sizes):
+        heads, *widths = size or (0,)
+        for kind, width in zip(("key", "value"), widths, strict=False):
             value = outputs.get(f"present.{layer}.{kind}")
             if value is not None and value.shape is not None and len(value.shape) == 4:
                 value.shape = ir.Shape([value.shape[0], heads, value.shape[2], width])
 
 
-def cache_sizes(model: Any) -> list[tuple[int, int, int]]:
-    """Heads, key size and value size of every layer's cache, found by running the model."""
+def cache_sizes(model: Any) -> CacheSizes:
+    """Heads, key size and value size of every layer's cache, found by running the model; None: another layer's."""
     ids = torch.zeros(1, 3, dtype=torch.long)
     with torch.no_grad():
         cache = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
     cache = getattr(cache, "self_attention_cache", cache)
-    layers = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in getattr(cache, "layers", ())]
-    if not layers or any(keys is None or values is None for keys, values in layers):
-        raise TypeError(f"a {type(cache).__name__} that holds more than keys and values")
-    return [(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in layers]  # type: ignore[union-attr]
+    sizes: CacheSizes = []
+    for layer in getattr(cache, "layers", ()):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if type(layer).__name__ == "DummyLayer":
+            sizes.append(None)
+            continue
+        if keys is None or values is None:
+            raise TypeError(f"a {type(cache).__name__} that holds more than keys and values")
+        sizes.append((keys.shape[1], keys.shape[3], values.shape[3]))
+    if not any(sizes):
+        raise TypeError(f"a {type(cache).__name__} that holds no keys and values")
+    return sizes
 
 
 @contextmanager

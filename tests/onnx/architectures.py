@@ -156,6 +156,44 @@ ARCHITECTURES = {
     ),
 }
 
+PER_LAYER = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 100, "num_hidden_layers": 4}
+PER_LAYER |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+NEWER = {  # which transformers 4.57 does not have, or whose caches it shares in a way of its own
+    "gemma4 with shared caches": (
+        "Gemma4Text",
+        {**GATED, "head_dim": 16, "global_head_dim": 32, "sliding_window": 6, **PER_LAYER},
+        "gqa",
+    ),
+    "gemma4 with experts": (
+        "Gemma4Text",
+        {**GATED, "head_dim": 16, "global_head_dim": 32, "sliding_window": 6, "hidden_size_per_layer_input": 0}
+        | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+        "gqa",
+    ),
+    "gemma3n with shared caches": (
+        "Gemma3nText",
+        {**GATED, "head_dim": 16, "sliding_window": 6, **PER_LAYER, "laurel_rank": 32, "altup_num_inputs": 2}
+        | {"activation_sparsity_pattern": [0.0] * 4},
+        "gqa",
+    ),
+    "ministral3, which scales queries behind the rotation": (
+        "Ministral3",
+        {**GATED, "head_dim": 16, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1, "rope_theta": 1e4}},
+        "gqa",
+    ),
+    "glm4 with experts": (
+        "Glm4Moe",
+        {**MOE, "head_dim": 32, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+        | {"n_group": 1, "topk_group": 1, "partial_rotary_factor": 0.5},
+        "gqa",
+    ),
+    "granite with windows and two rotations": ("GraniteSWA", {**GATED, "sliding_window": 6}, "gqa"),
+    "minimax_m2": ("MiniMaxM2", {**MOE, "num_local_experts": 4, "rotary_dim": 16}, "gqa"),
+    "apertus, whose activation is learned": ("Apertus", GATED, "gqa"),
+}
+if not BEFORE_5:
+    ARCHITECTURES |= NEWER
+
 FUSED = [name for name, row in ARCHITECTURES.items() if row[2] == "gqa"]
 PADDED = {  # fused too, and of interest for what they make of padding
     "gemma without positions": ("Gemma", {**GATED, "head_dim": 16}, "gqa"),

@@ -20,7 +20,7 @@ def quantize(model: PreTrainedModel, p: int | None = 32, e: int = 2, symmetric: 
     """Replace every linear layer but the head by a packed one, with a random merged delta where p is given."""
     generator = torch.Generator().manual_seed(1)
     for name, layer in list(model.named_modules()):
-        if type(layer) is nn.Linear and name not in ("lm_head", "embed_out"):
+        if type(layer) is nn.Linear and name not in ("lm_head", "embed_out") and layer.in_features % 32 == 0:
             packed = GroupQuantLinear.from_affine(
                 min_max(layer.weight.data * 5, 32, 4, symmetric, torch.float16),
                 bits=4,

@@ -10,6 +10,7 @@ import transformers
 
 from qbl_trl import GroupQuantConfig, export_onnx, verify
 from qbl_trl.errors import ExportError
+from qbl_trl.generation import BEFORE_5
 from qbl_trl.onnx.companions import Held
 from qbl_trl.onnx.gate import Gate
 from qbl_trl.onnx.session import OnnxLogits
@@ -106,11 +107,10 @@ def test_angles_that_grow_with_the_text_are_refused_where_they_begin_to_grow(tmp
         difference(model, tmp_path / "out", 20)
 
 
+@pytest.mark.skipif(not BEFORE_5, reason="transformers 5 refuses sdpa where scores are capped")
 def test_half_precision_is_held_against_the_attention_that_is_written(tmp_path):
     # Scores are capped by eager attention only.
-    model = decoder("Gemma2", **GATED, head_dim=16, attn_logit_softcapping=0.01, query_pre_attn_scalar=1)
-    for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.data *= 10
+    model = decoder("Gemma2", **GATED, head_dim=16, attn_logit_softcapping=0.01, query_pre_attn_scalar=0.01)
     with pytest.raises(ExportError, match=r"differ from .* the model runs sdpa; load it with attn_implementation"):
         export_onnx(model, tmp_path / "out", dtype="float16", attention="standard")
     assert not list(tmp_path.iterdir())
@@ -156,18 +156,25 @@ def test_a_model_without_keys_and_values_is_refused_before_any_work(tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
+def untraceable():
+    model = tiny_llama()
+    model.model.layers[0].mlp.act_fn = torch.special.bessel_j0
+    return model
+
+
 def test_a_trace_that_fails_prints_nothing(tmp_path, capfd):
+    model = untraceable()
     with pytest.raises(ExportError, match="could not be traced"):
-        export_onnx(decoder("Apertus", **GATED), tmp_path / "out")
+        export_onnx(model, tmp_path / "out")
     printed = capfd.readouterr()
     assert "graph(" not in printed.out + printed.err
 
 
 def test_a_model_that_the_tracer_cannot_follow_is_refused_with_its_reason(tmp_path):
-    model = decoder("Apertus", **GATED)
-    with pytest.raises(ExportError, match=r"a ApertusForCausalLM could not be traced: .*'aten::expm1'"):
+    model = untraceable()
+    with pytest.raises(ExportError, match=r"a LlamaForCausalLM could not be traced: .*'aten::special_bessel_j0'"):
         export_onnx(model, tmp_path / "out")
-    with pytest.raises(ExportError, match=r'"gqa" does not fit this model: .*expm1.*; "auto" tries the others$'):
+    with pytest.raises(ExportError, match=r'"gqa" does not fit this model: .*bessel_j0.*; "auto" tries the others$'):
         export_onnx(model, tmp_path / "out", attention="gqa")
     assert not list(tmp_path.iterdir())
 
@@ -306,6 +313,7 @@ def test_weights_that_are_nowhere_are_named(tmp_path):
         export_onnx(model, tmp_path / "out")
 
 
+@pytest.mark.skipif(not BEFORE_5, reason="transformers 5 shares them in a way that a graph can")
 def test_layers_that_share_a_cache_are_refused_by_count(tmp_path):
     settings = {**GATED, "head_dim": 16, "sliding_window": 30, "num_kv_shared_layers": 1, "num_hidden_layers": 3}
     settings |= {"laurel_rank": 32, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 101}

@@ -11,6 +11,7 @@ import transformers
 
 from qbl_trl import export_onnx, verify
 from qbl_trl.errors import ExportError
+from qbl_trl.generation import BEFORE_5
 from qbl_trl.onnx.companions import warn_of_towers
 from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.parity import logits_of
@@ -188,6 +189,7 @@ def test_a_graph_without_position_ids_counts_the_text_and_not_the_buffer(tmp_pat
         text = generator.get_sequence(0).tolist()
 
 
+@pytest.mark.skipif(not BEFORE_5, reason="Gemma is given positions where Optimum does not trace it")
 @pytest.mark.parametrize("logits", ["all", "last"])
 def test_a_buffer_is_shared_only_where_the_graph_is_right_in_one(tmp_path, monkeypatch, logits):
     model = build("Gemma", {**GATED, "head_dim": 16})
