@@ -85,7 +85,7 @@ def _first_fitting(sites: list[Site], skeleton: Skeleton, kinds: tuple[str, ...]
                 if kind == "gqa":
                     check_group_query(site, skeleton, provider)
                 else:
-                    _check_attention(site)
+                    _check_attention(site, [other for other in sites if other.present_key is site.present_key])
         except Unfusable as refusal:
             reasons.append(str(refusal))
         else:
@@ -93,7 +93,9 @@ def _first_fitting(sites: list[Site], skeleton: Skeleton, kinds: tuple[str, ...]
     raise Unfusable("; ".join(reasons))
 
 
-def _check_attention(site: Site) -> None:
+def _check_attention(site: Site, sharing: list[Site]) -> None:
+    if len(sharing) > 1:
+        raise Unfusable(f"{site.node.name}: the Attention operator has no keys and values of another layer")
     if site.sink is not None:
         raise Unfusable(f"{site.node.name}: the Attention operator has no attention sinks")
 

@@ -96,7 +96,9 @@ def _counts_on(node: NodeProto, before: list[NodeProto]) -> bool:
 
 
 def _reads_cache(nodes: list[NodeProto]) -> bool:
-    return any(name.startswith("past_key_values") for node in nodes for name in node.input)
+    """Whether they ask how long the cache is; what attention made of it is no length."""
+    attended = any(node.op_type == "GroupQueryAttention" for node in nodes)
+    return not attended and any(name.startswith("past_key_values") for node in nodes for name in node.input)
 
 
 def _counts(graph: GraphProto) -> list[NodeProto]:

@@ -167,7 +167,13 @@ NEWER = {  # which transformers 4.57 does not have, or whose caches it shares in
     "gemma4 with experts": (
         "Gemma4Text",
         {**GATED, "head_dim": 16, "global_head_dim": 32, "sliding_window": 6, "hidden_size_per_layer_input": 0}
-        | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+        | {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        },
         "gqa",
     ),
     "gemma3n with shared caches": (
@@ -187,14 +193,19 @@ NEWER = {  # which transformers 4.57 does not have, or whose caches it shares in
         | {"n_group": 1, "topk_group": 1, "partial_rotary_factor": 0.5},
         "gqa",
     ),
-    "granite with windows and two rotations": ("GraniteSWA", {**GATED, "sliding_window": 6}, "gqa"),
+    "granite with windows, sinks and two rotations": ("GraniteSWA", {**GATED, "sliding_window": 6}, "gqa"),
     "minimax_m2": ("MiniMaxM2", {**MOE, "num_local_experts": 4, "rotary_dim": 16}, "gqa"),
-    "apertus, whose activation is learned": ("Apertus", GATED, "gqa"),
+    "apertus, whose activation is learned": (
+        "Apertus",
+        {**GATED, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        "gqa",
+    ),
 }
 if not BEFORE_5:
     ARCHITECTURES |= NEWER
 
 FUSED = [name for name, row in ARCHITECTURES.items() if row[2] == "gqa"]
+GENAI = [name for name in FUSED if not name.startswith("gemma4")]  # whose caches have several sizes
 PADDED = {  # fused too, and of interest for what they make of padding
     "gemma without positions": ("Gemma", {**GATED, "head_dim": 16}, "gqa"),
     "pegasus with positions as sinusoids": ("Pegasus", {**TOKENS, **BART}, "gqa"),

@@ -10,7 +10,7 @@ import torch
 from qbl_trl import export_onnx
 from qbl_trl.onnx.gate import Gate
 from qbl_trl.onnx.session import OnnxLogits
-from tests.onnx.architectures import ARCHITECTURES, FUSED, PADDED, build, build_named
+from tests.onnx.architectures import ARCHITECTURES, GENAI, PADDED, build, build_named
 from tests.onnx.models import PAD, merged_llama, operators
 from tests.tiny import tiny_tokenizer, tokens
 
@@ -40,7 +40,7 @@ def one_by_one(model):
     return torch.stack([row[-MORE.shape[1] - 1 :] for row in whole])
 
 
-@pytest.mark.parametrize("case", [*FUSED, *PADDED])
+@pytest.mark.parametrize("case", [*GENAI, *PADDED])
 @pytest.mark.parametrize("options", [{}, {"logits": "last"}], ids=["all", "last"])
 def test_rows_of_different_lengths_are_read_as_if_alone(exported, case, options):
     made = exported(case, **options)
