@@ -5,7 +5,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lint types bench bench-full integration core5 clean
+.PHONY: demo test check lint types bench bench-full integration test5 clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,16 +29,16 @@ types: $(VENV)/installed
 
 check: lint types test
 
-# The core (train, merge, save, load) on transformers 5, where optimum-onnx cannot be installed.
+# The same on transformers 5, where Optimum cannot be installed: graphs are traced by torch alone.
 $(VENV)-5/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-5
 	$(VENV)-5/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-5/bin/python -m pip install --quiet -c constraints.txt torch
-	$(VENV)-5/bin/python -m pip install --quiet -c constraints.txt -e ".[dev]" "transformers==5.23.0"
+	$(VENV)-5/bin/python -m pip install --quiet -c constraints.txt -e ".[dev,onnx5]" "transformers==5.23.0"
 	touch $@
 
-core5: $(VENV)-5/installed
-	$(VENV)-5/bin/python -m pytest tests --ignore tests/onnx
+test5: $(VENV)-5/installed
+	$(VENV)-5/bin/python -m pytest tests
 
 integration: $(VENV)/installed
 	$(BIN)/python -m pytest integration

@@ -37,10 +37,13 @@ _EXPORT_PACKAGES = {"onnx", "onnx_ir", "onnxruntime", "optimum"}
 
 
 def explain_missing(what: str, error: ModuleNotFoundError) -> None:
-    """Raise PackageError with what to install, if the module that is missing comes with the onnx extra."""
+    """Raise PackageError with what to install, if the module that is missing comes with an extra for exports."""
     if error.name is not None and error.name.partition(".")[0] in _EXPORT_PACKAGES:
+        from qbl_trl.generation import BEFORE_5  # here: a command line's help is there before transformers is
+
+        extra = "onnx" if BEFORE_5 else "onnx5"
         raise PackageError(
-            f'{what} needs {error.name}: pip install "qbl-trl[onnx]" (or "qbl-trl[onnx-gpu]")'
+            f'{what} needs {error.name}: pip install "qbl-trl[{extra}]" (or "qbl-trl[{extra}-gpu]")'
         ) from error
 
 

@@ -14,7 +14,7 @@ def before_5(version: str) -> bool:
         return major < 5
     raise ImportError(
         f"qbl_trl works with transformers 4.57, and with 5 from 5.14 on; {version} is installed. "
-        'pip install "transformers~=4.57.6" (ONNX export needs that one), or --upgrade transformers'
+        'pip install "transformers~=4.57.6" (ORTModelForCausalLM of Optimum needs that one), or --upgrade transformers'
     )
 
 

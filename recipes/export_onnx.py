@@ -4,11 +4,13 @@
     python recipes/export_onnx.py --model outputs/adapter --output outputs/onnx --provider cuda --dtype float16
 
 `--model` is a merged model, or an adapter folder: its adapters then stay beside the 4-bit weights. The same folder runs
-in ORTModelForCausalLM (below) and in ONNX Runtime GenAI. torch and ONNX Runtime each keep a pool of threads; left to
-themselves they fight over the same cores, so both are set here.
+in ORTModelForCausalLM, which answers here where transformers is 4.57, and in ONNX Runtime GenAI, which does elsewhere.
+torch and ONNX Runtime each keep a pool of threads; left to themselves they fight over the same cores, so both are set.
 """
 
 import argparse
+import importlib.util
+import json
 from pathlib import Path
 
 import torch
@@ -61,7 +63,9 @@ def main(args: argparse.Namespace) -> None:
     if args.prompt and not any(args.output.glob("tokenizer*")):
         raise SystemExit(f"--prompt needs a tokenizer, and {args.model} has none; name one with --tokenizer")
     if args.prompt:
-        print(answer(args.output, args.prompt, args.provider, args.max_new_tokens, args.threads))
+        optimum = importlib.util.find_spec("optimum.onnxruntime") if importlib.util.find_spec("optimum") else None
+        answered = answer if optimum else answer_by_genai
+        print(answered(args.output, args.prompt, args.provider, args.max_new_tokens, args.threads))
 
 
 def answer(folder: Path, prompt: str, provider: str, max_new_tokens: int, threads: int) -> str:
@@ -88,6 +92,27 @@ def answer(folder: Path, prompt: str, provider: str, max_new_tokens: int, thread
         inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=max_new_tokens, do_sample=False
     )
     return tokenizer.decode(made[0][inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def answer_by_genai(folder: Path, prompt: str, provider: str, max_new_tokens: int, threads: int) -> str:
+    """The same by ONNX Runtime GenAI."""
+    import onnxruntime_genai as genai
+    from transformers import AutoTokenizer
+
+    config = genai.Config(str(folder))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+    config.clear_providers()
+    if provider == "cuda":
+        config.append_provider("cuda")
+    model, tokenizer = genai.Model(config), AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer(prompt)["input_ids"]
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=len(tokens) + max_new_tokens, do_sample=False)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(tokens)
+    while not generator.is_done():
+        generator.generate_next_token()
+    return tokenizer.decode(generator.get_sequence(0)[len(tokens) :], skip_special_tokens=True)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class QBLoRACallback(TrainerCallback):
     Args:
         config: the adapter to place; None to watch the balanced adapters that are there.
         merged_output_dir: where to write the merged 4-bit model when training ends; None to verify only.
-        onnx_output_dir: where to export the merged model to when training ends (needs the [onnx] extra).
+        onnx_output_dir: where to export the merged model to when training ends (needs the [onnx] or [onnx5] extra).
         onnx_options: keyword arguments of `export_onnx`.
         save_merged: also write the merged model into every checkpoint, as checkpoint-N/merged.
         eval_merged_loss: at every evaluation, also the loss of the merged model, as `eval_merged_loss`.

@@ -1,4 +1,4 @@
-"""Exports are skipped where the [onnx] extra is not installed; tests that only read a folder share one."""
+"""Exports are skipped without the [onnx] or [onnx5] extra; tests that only read a folder share one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedModel
 
 for name in ("onnx_ir", "onnxruntime"):
-    pytest.importorskip(name, reason="needs the [onnx] extra")
+    pytest.importorskip(name, reason="needs the [onnx] or [onnx5] extra")
 
 
 @dataclass(frozen=True)

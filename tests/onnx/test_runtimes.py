@@ -229,6 +229,16 @@ def test_the_recipe_binds_caches_that_optimum_guesses_wrong(tmp_path, monkeypatc
     assert answer == tiny_tokenizer().decode(expected, skip_special_tokens=True)
 
 
+def test_the_recipe_answers_by_genai_too(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime_genai")
+    model = merged_llama()
+    export_onnx(model, tmp_path / "out", tokenizer=tiny_tokenizer())
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "recipes"))
+    answer = importlib.import_module("export_onnx").answer_by_genai(tmp_path / "out", "w5 w6 w7", "cpu", 4, 1)
+    expected = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)[0, 3:]
+    assert answer == tiny_tokenizer().decode(expected, skip_special_tokens=True)
+
+
 @pytest.mark.parametrize("logits", ["all", "last"])
 @pytest.mark.parametrize("provider", ["cpu", "cuda"])
 def test_a_buffer_is_shared_where_it_can_be(tmp_path, logits, provider):

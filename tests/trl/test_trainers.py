@@ -208,7 +208,7 @@ def test_a_reward_model_keeps_its_trained_head_in_the_merge(tmp_path):
 
 
 def test_an_export_of_what_generates_no_text_is_refused_before_the_training(tmp_path):
-    pytest.importorskip("optimum.onnxruntime")
+    pytest.importorskip("onnxruntime")
     outputs = {"merged_output_dir": tmp_path / "merged", "onnx_output_dir": tmp_path / "onnx"}
     with pytest.raises(ConfigError, match=r"exports decoders .* LlamaForSequenceClassification is none; leave it out"):
         reward(tmp_path, QBLoRACallback(adapter(task_type="SEQ_CLS"), **outputs))
