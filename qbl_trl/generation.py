@@ -1,5 +1,8 @@
 """Which generation of transformers runs: 5 names settings otherwise, and initializes tensors instead of modules."""
 
+import inspect
+from typing import Any
+
 import transformers
 
 
@@ -19,3 +22,15 @@ def before_5(version: str) -> bool:
 
 
 BEFORE_5 = before_5(transformers.__version__)
+_CACHES = ("past_key_values", "cache")  # the second from 5.24 on
+
+
+def cache_argument(model: Any) -> str | None:
+    """The name by which a decoder's forward takes its cache, None where it takes none."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in _CACHES if name in parameters), None)
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a decoder's output holds, None where it holds none."""
+    return next((held for name in _CACHES if (held := getattr(output, name, None)) is not None), None)

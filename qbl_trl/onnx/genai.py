@@ -16,7 +16,8 @@ _BUFFERED = 4096  # tokens of cache that are asked for at once where nobody says
 
 
 def write_genai_config(config: Any, generation: Any, folder: Path, provider: str, shares: bool, length: int) -> None:
-    """Describe the graph of `folder` to ONNX Runtime GenAI, where it can be: all its caches have one size there.
+    """Describe the graph of `folder` to ONNX Runtime GenAI, where it can be: keys and values of a layer have one size
+    there, which from 0.18 on may be another in another layer (Gemma 4).
 
     A graph that was written for it is kept where it is of use: over a buffer that past and present share.
 
@@ -29,14 +30,14 @@ def write_genai_config(config: Any, generation: Any, folder: Path, provider: str
     graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
     names = {value.name for value in graph.input}
     caches = [value.type.tensor_type.shape.dim for value in graph.output if value.name.startswith("present.")]
-    sizes = {(dims[1].dim_value, dims[3].dim_value) for dims in caches}
-    one_size = len(sizes) == 1 and 0 not in next(iter(sizes))
-    if not (shares and one_size):
+    sizes = [(dims[1].dim_value, dims[3].dim_value) for dims in caches]
+    alike = sizes[::2] == sizes[1::2] and all(map(all, sizes))
+    if not (shares and alike):
         own.unlink(missing_ok=True)
-    if not one_size:
-        logger.info("no genai_config.json: ONNX Runtime GenAI has one size for all keys and values, this graph several")
+    if not alike or not (len({*sizes}) == 1 or own.is_file()):
+        logger.info("no genai_config.json: ONNX Runtime GenAI does not know caches of the sizes that this graph has")
         return
-    heads, width = sizes.pop()
+    heads, width = sizes[0]
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in names}
     eos = _first_set(getattr(generation, "eos_token_id", None), config.eos_token_id)
     pad = _first_set(getattr(generation, "pad_token_id", None), config.pad_token_id, eos)

@@ -21,6 +21,7 @@ from qbl_trl.onnx.own_layers import said_again
 from qbl_trl.onnx.threads import here_only
 
 _PLAIN = ("dbrx", "falcon", "nemotron", "olmoe", "phimoe", "qwen2_moe", "stablelm")
+_CACHES = ("layer_past", "past_key_values", "cache")  # names that layers have for one
 _ONE_WINDOW = ("phimoe",)  # all layers have the window that the configuration names
 
 
@@ -69,7 +70,9 @@ def _saying_again(layer: nn.Module) -> Callable[..., Any]:
 
     def again(*args: Any, **kwargs: Any) -> Any:
         given = named.bind(*args, **kwargs).arguments
-        return instead(layer, **{**given, **given.pop("kwargs", {})})  # type: ignore[misc]
+        given |= given.pop("kwargs", {})
+        caches = [given.pop(name) for name in _CACHES if name in given]
+        return instead(layer, **given, cache=caches[0] if caches else None)  # type: ignore[misc]
 
     return again
 

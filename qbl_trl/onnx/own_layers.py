@@ -57,28 +57,26 @@ def _projected(layer: Any, x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tenso
     return query, key, value
 
 
-def _gpt_neo(layer: Any, hidden_states: Tensor, layer_past: Any = None, **_: Any) -> tuple[Tensor, None]:
+def _gpt_neo(layer: Any, hidden_states: Tensor, cache: Any = None, **_: Any) -> tuple[Tensor, None]:
     local = layer.config.attention_layers[layer.layer_id] == "local"
     window = layer.config.window_size if local else 0
     heads = _projected(layer, hidden_states, layer.num_heads)
-    return layer.out_proj(_attended(layer_past, layer.layer_id, heads, 1.0, window=window)), None
+    return layer.out_proj(_attended(cache, layer.layer_id, heads, 1.0, window=window)), None
 
 
-def _gptj(
-    layer: Any, hidden_states: Tensor, position_ids: Tensor, layer_past: Any = None, **_: Any
-) -> tuple[Tensor, None]:
+def _gptj(layer: Any, hidden_states: Tensor, position_ids: Tensor, cache: Any = None, **_: Any) -> tuple[Tensor, None]:
     heads = _projected(layer, hidden_states, layer.num_attention_heads)
-    return _rotated_pairs(layer, heads, position_ids, layer_past), None
+    return _rotated_pairs(layer, heads, position_ids, cache), None
 
 
 def _codegen(
-    layer: Any, hidden_states: Tensor, position_ids: Tensor, layer_past: Any = None, **_: Any
+    layer: Any, hidden_states: Tensor, position_ids: Tensor, cache: Any = None, **_: Any
 ) -> tuple[Tensor, None]:
     x, parts = layer.qkv_proj(hidden_states), 4
     turns = x.view(*x.shape[:2], parts, 3, layer.embed_dim // parts)  # query, value, key in each part
     turns = turns.index_select(3, torch.tensor([0, 2, 1]))
     heads = _side_by_side(x, turns, layer.embed_dim, layer.num_attention_heads)
-    return _rotated_pairs(layer, heads, position_ids, layer_past), None
+    return _rotated_pairs(layer, heads, position_ids, cache), None
 
 
 def _rotated_pairs(layer: Any, heads: tuple[Tensor, Tensor, Tensor], position_ids: Tensor, cache: Any) -> Tensor:
@@ -88,7 +86,8 @@ def _rotated_pairs(layer: Any, heads: tuple[Tensor, Tensor, Tensor], position_id
     cos, sin = mark_tables(query, position_ids, SINUSOIDS, width)
     turned = mark_rotary(query[..., :width], key[..., :width], cos, sin, interleaved=True)
     query, key = (torch.cat([new, old[..., width:]], -1) for new, old in zip(turned, (query, key), strict=True))
-    y: Tensor = layer.out_proj(_attended(cache, layer.layer_idx, (query, key, value), 1 / float(layer.scale_attn)))
+    scale = float(layer.scaling) if hasattr(layer, "scaling") else 1 / float(layer.scale_attn)
+    y: Tensor = layer.out_proj(_attended(cache, layer.layer_idx, (query, key, value), scale))
     return y
 
 
@@ -99,37 +98,35 @@ def _side_by_side(x: Tensor, turns: Tensor, width: int, heads: int) -> tuple[Ten
     return query, key, value
 
 
-def _xglm(layer: Any, hidden_states: Tensor, past_key_values: Any = None, **_: Any) -> tuple[Tensor, None]:
+def _xglm(layer: Any, hidden_states: Tensor, cache: Any = None, **_: Any) -> tuple[Tensor, None]:
     heads = _projected(layer, hidden_states, layer.num_heads)
-    return layer.out_proj(_attended(past_key_values, layer.layer_idx, heads, layer.scaling)), None
+    return layer.out_proj(_attended(cache, layer.layer_idx, heads, layer.scaling)), None
 
 
 def _bloom(
-    layer: Any, hidden_states: Tensor, residual: Tensor, alibi: Tensor, layer_past: Any = None, **_: Any
+    layer: Any, hidden_states: Tensor, residual: Tensor, alibi: Tensor, cache: Any = None, **_: Any
 ) -> tuple[Tensor, None]:
     x, heads = layer.query_key_value(hidden_states), layer.num_heads
     turns = x.view(*x.shape[:2], heads, 3, layer.head_dim)
     split = _side_by_side(x, turns, layer.hidden_size, heads)
-    y = _attended(layer_past, layer.layer_idx, split, layer.inv_norm_factor, bias=alibi)
+    y = _attended(cache, layer.layer_idx, split, layer.inv_norm_factor, bias=alibi)
     return layer.dense(y) + residual, None
 
 
-def _mpt(
-    layer: Any, hidden_states: Tensor, position_bias: Tensor, past_key_values: Any = None, **_: Any
-) -> tuple[Tensor, None]:
+def _mpt(layer: Any, hidden_states: Tensor, position_bias: Tensor, cache: Any = None, **_: Any) -> tuple[Tensor, None]:
     x = layer.Wqkv(hidden_states)
     if layer.clip_qkv:
         x = x.clamp(min=-layer.clip_qkv, max=layer.clip_qkv)
     query, key, value = (_heads(part, layer.n_heads) for part in x.split(layer.hidden_size, -1))
-    y = _attended(past_key_values, layer.layer_idx, (query, key, value), layer.softmax_scale, bias=position_bias)
+    y = _attended(cache, layer.layer_idx, (query, key, value), layer.softmax_scale, bias=position_bias)
     return layer.out_proj(y), None
 
 
-def _ctrl(layer: Any, v: Tensor, k: Tensor, q: Tensor, layer_past: Any = None, **_: Any) -> tuple[Tensor, None]:
+def _ctrl(layer: Any, v: Tensor, k: Tensor, q: Tensor, cache: Any = None, **_: Any) -> tuple[Tensor, None]:
     projected = (layer.Wq(q), layer.Wk(k), layer.Wv(v))
     query, key, value = (_heads(x, layer.num_heads) for x in projected)
     scale = float(query.shape[-1]) ** -0.5
-    return layer.dense(_attended(layer_past, layer.layer_idx, (query, key, value), scale)), None
+    return layer.dense(_attended(cache, layer.layer_idx, (query, key, value), scale)), None
 
 
 _LAYERS: dict[str, Callable[..., Any]] = {  # by modeling file and class

@@ -37,6 +37,7 @@ def write_right_padded(source: Path, target: Path) -> None:
     for node in attentions:
         bias = f"right/{node.input[_BIAS]}" if node.input[_BIAS] in biased else ""
         node.input[_SEQLENS], node.input[_BIAS], node.input[_QUERIES] = "right/seqlens", bias, "right/queries"
+    _state_sizes(graph)
     nodes = [*_counts(graph), *_without_padding(nodes, biased), *_placed_by_rows(nodes)]
     nodes = needed(nodes, (value.name for value in graph.output))
     read = {name for node in nodes for name in values_read(node)}
@@ -46,6 +47,16 @@ def write_right_padded(source: Path, target: Path) -> None:
     graph.node.extend(nodes)
     graph.initializer.extend(kept)
     onnx.save(model, target)
+
+
+def _state_sizes(graph: GraphProto) -> None:
+    """Give caches the sizes they have, which GenAI reads off them: for ORTModelForCausalLM they may be left open."""
+    made = {value.name: value.type.tensor_type.shape.dim for value in graph.output}
+    for value in graph.input:
+        present = made.get(value.name.replace("past_key_values", "present"))
+        if value.name.startswith("past_key_values") and present is not None:
+            for axis in (1, 3):
+                value.type.tensor_type.shape.dim[axis].CopyFrom(present[axis])
 
 
 def _without_padding(nodes: list[NodeProto], values: set[str]) -> list[NodeProto]:

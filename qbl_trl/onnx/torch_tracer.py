@@ -14,12 +14,12 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from qbl_trl.errors import ExportError
+from qbl_trl.generation import cache_argument, cache_of
 
 NAME = "torch"
 BATCH = 2
 OPSET = 18
 CacheSizes = list[tuple[int, int, int] | None]  # heads, key size and value size of each layer; None: another's
-_INPUTS = ("input_ids", "attention_mask", "past_key_values")
 _PAST = 3  # tokens of the traced cache: no other axis has this size by default
 
 _BATCH, _TOKENS, _CACHED = "batch_size", "sequence_length", "past_sequence_length"
@@ -47,7 +47,8 @@ for _name, _symbolic in (("expm1", _expm1), ("rms_norm", _rms_norm)):
 
 def check_supported(model: PreTrainedModel) -> None:
     """Raise ExportError if the model is no decoder with a cache of keys and values."""
-    missing = sorted(set(_INPUTS) - set(inspect.signature(model.forward).parameters))
+    missing = sorted({"input_ids", "attention_mask"} - set(inspect.signature(model.forward).parameters))
+    missing += [] if cache_argument(model) else ["past_key_values"]
     if missing or model._is_stateful:
         why = f"its forward takes no {', '.join(missing)}" if missing else "its cache is no cache of keys and values"
         raise ExportError(f"decoders of type {model.config.model_type!r} have no graph: {why}")
@@ -113,8 +114,8 @@ class _Step(nn.Module):
         past = iter([given.pop(name) for name in self.names if name.startswith("past_key_values")])
         cache = DynamicCache()
         cache.layers = [_another() if size is None else _filled(next(past), next(past)) for size in self.caches]
-        made = self.model(**given, past_key_values=cache, use_cache=True)
-        own = [layer for layer, size in zip(made.past_key_values.layers, self.caches, strict=True) if size is not None]
+        made = self.model(**given, **{str(cache_argument(self.model)): cache}, use_cache=True)
+        own = [layer for layer, size in zip(cache_of(made).layers, self.caches, strict=True) if size is not None]
         return made.logits, *(tensor for layer in own for tensor in (layer.keys, layer.values))
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError
-from qbl_trl.generation import BEFORE_5
+from qbl_trl.generation import BEFORE_5, cache_of
 from qbl_trl.onnx.alibi import bias_rounded
 from qbl_trl.onnx.complex_rotary import rotated_in_real_numbers
 from qbl_trl.onnx.experts import every_expert_asked, traced_tokens
@@ -118,7 +118,7 @@ def cache_sizes(model: Any) -> CacheSizes:
     """Heads, key size and value size of every layer's cache, found by running the model; None: another layer's."""
     ids = torch.zeros(1, 3, dtype=torch.long)
     with torch.no_grad():
-        cache = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True))
     cache = getattr(cache, "self_attention_cache", cache)
     sizes: CacheSizes = []
     for layer in getattr(cache, "layers", ()):

@@ -205,7 +205,6 @@ if not BEFORE_5:
     ARCHITECTURES |= NEWER
 
 FUSED = [name for name, row in ARCHITECTURES.items() if row[2] == "gqa"]
-GENAI = [name for name in FUSED if not name.startswith("gemma4")]  # whose caches have several sizes
 PADDED = {  # fused too, and of interest for what they make of padding
     "gemma without positions": ("Gemma", {**GATED, "head_dim": 16}, "gqa"),
     "pegasus with positions as sinusoids": ("Pegasus", {**TOKENS, **BART}, "gqa"),

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from qbl_trl import export_onnx
+from qbl_trl.generation import BEFORE_5
 from qbl_trl.onnx.gate import Gate
 from qbl_trl.onnx.session import OnnxLogits
-from tests.onnx.architectures import ARCHITECTURES, GENAI, PADDED, build, build_named
+from tests.onnx.architectures import ARCHITECTURES, FUSED, PADDED, build, build_named
 from tests.onnx.models import PAD, merged_llama, operators
 from tests.tiny import tiny_tokenizer, tokens
 
@@ -40,7 +41,7 @@ def one_by_one(model):
     return torch.stack([row[-MORE.shape[1] - 1 :] for row in whole])
 
 
-@pytest.mark.parametrize("case", [*GENAI, *PADDED])
+@pytest.mark.parametrize("case", [*FUSED, *PADDED])
 @pytest.mark.parametrize("options", [{}, {"logits": "last"}], ids=["all", "last"])
 def test_rows_of_different_lengths_are_read_as_if_alone(exported, case, options):
     made = exported(case, **options)
@@ -86,7 +87,10 @@ def test_a_graph_that_reads_padding_is_left_out(tmp_path, monkeypatch):
         assert config["model"]["decoder"]["filename"] == "model.onnx"
 
 
-@pytest.mark.parametrize("case", ["mistral with a window", "pegasus with positions as sinusoids"])
+NEW = [] if BEFORE_5 else ["gemma4 with shared caches", "gemma3n with shared caches"]
+
+
+@pytest.mark.parametrize("case", ["mistral with a window", "pegasus with positions as sinusoids", *NEW])
 def test_onnx_runtime_genai_generates_for_a_batch_of_different_lengths(tmp_path, case):
     genai = pytest.importorskip("onnxruntime_genai")
     model = build_named(case)

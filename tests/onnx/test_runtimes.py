@@ -15,7 +15,7 @@ from qbl_trl.generation import BEFORE_5
 from qbl_trl.onnx.companions import warn_of_towers
 from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.parity import logits_of
-from tests.onnx.architectures import ARCHITECTURES, FUSED, GATED, GENAI, TOKENS, VISION, build
+from tests.onnx.architectures import ARCHITECTURES, FUSED, GATED, TOKENS, VISION, build
 from tests.onnx.models import PAD, both_generate, merged_llama, ort_model, padded_batch
 from tests.tiny import tiny_tokenizer
 
@@ -52,8 +52,7 @@ def test_every_fused_decoder_goes_on_over_its_cache_by_one_token_and_by_several(
     made = exported(case)
     graph, (ids, mask) = OnnxLogits(made.folder), padded_batch()
     expected = logits_of(made.model)(ids, mask)
-    genai = made.folder / "genai_config.json"
-    shared = case in GENAI and json.loads(genai.read_text())["search"]["past_present_share_buffer"]
+    shared = json.loads((made.folder / "genai_config.json").read_text())["search"]["past_present_share_buffer"]
     counts_buffer = ARCHITECTURES[case][0] == "Bart"  # for places, in model.onnx; model_genai.onnx does not
     for buffer in (0, 16) if shared and not counts_buffer else (0,):
         cache, found = graph.empty_cache(2, buffer), []
