@@ -185,11 +185,31 @@ class EmbeddingMarker(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.num_embeddings, self.embedding_dim, self.scale = name, num_embeddings, embedding_dim, scale
-        self.register_buffer("weight", torch.zeros(1, dtype=dtype), persistent=False)
+        self.like = torch.zeros(1, dtype=dtype)
+        self.weight = _Table(self)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """What the table holds, not multiplied."""
+        y: Tensor = _emit(_Embedding, ids, self.like, self.name, self.embedding_dim)
+        return y
 
     def forward(self, ids: Tensor) -> Tensor:
-        y: Tensor = _emit(_Embedding, ids, self.weight, self.name, self.embedding_dim)
-        return y if self.scale == 1 else y * self.scale
+        return self.rows(ids) if self.scale == 1 else self.rows(ids) * self.scale
+
+
+class _Table:
+    """The weight of an embedding: a model may read one row of it (Gemma 4, where images will be)."""
+
+    def __init__(self, marker: EmbeddingMarker) -> None:
+        self._marker = marker
+        self.dtype, self.device = marker.like.dtype, marker.like.device
+        self.shape = torch.Size([marker.num_embeddings, marker.embedding_dim])
+
+    def __getitem__(self, key: Any) -> Tensor:
+        row, *rest = key if isinstance(key, tuple) else (key,)
+        if not isinstance(row, int) or any(part != slice(None) for part in rest):
+            raise TypeError("more than a row of an embedding is read")
+        return self._marker.rows(torch.tensor([row]))[0]
 
 
 class NormMarker(nn.Module):

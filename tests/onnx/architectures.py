@@ -251,3 +251,29 @@ VISION = {
         text_config={**GATED, "head_dim": 16, "sliding_window": 6}, vision_config={"hidden_size": 32, **TOWER}
     ),
 }
+NEWER_VISION = {
+    "gemma4, which reads a row of its embedding": lambda: transformers.Gemma4Config(
+        text_config=NEWER["gemma4 with shared caches"][1],
+        vision_config={"hidden_size": 32, "head_dim": 16, "num_key_value_heads": 2, **TOWER},
+        audio_config=None,
+        image_token_id=99,
+        audio_token_id=98,
+        video_token_id=97,
+    ),
+    "mistral3 over ministral3": lambda: transformers.Mistral3Config(
+        text_config=transformers.Ministral3Config(**GATED, head_dim=16).to_dict(),
+        vision_config=transformers.PixtralVisionConfig(hidden_size=32, **TOWER).to_dict(),
+        image_token_index=99,
+    ),
+    "qwen3-vl": lambda: transformers.Qwen3VLConfig(
+        text_config={**GATED, "head_dim": 16, "rope_parameters": {"rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+        vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64}
+        | {"deepstack_visual_indexes": [0]},
+        image_token_id=99,
+        video_token_id=98,
+        vision_start_token_id=97,
+        vision_end_token_id=96,
+    ),
+}
+if not BEFORE_5:
+    VISION |= NEWER_VISION
