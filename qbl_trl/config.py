@@ -318,7 +318,7 @@ class GroupQuantConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_checkpoint(cls, source: str | os.PathLike[str]) -> "GroupQuantConfig":
-        """The configuration of a GPTQ, AWQ, AutoRound, HQQ, compressed-tensors or GGUF checkpoint (a folder or file).
+        """The configuration of a GPTQ, AWQ, AutoRound, HQQ, compressed-tensors, MLX or GGUF checkpoint.
 
         Raises:
             CheckpointError: if the format is not known or cannot be read without changing its codes.

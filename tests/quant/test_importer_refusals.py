@@ -326,15 +326,6 @@ def test_layers_that_were_split_before_they_were_quantized_are_refused_by_name(t
     assert not (tmp_path / "out").exists()
 
 
-def test_an_mlx_checkpoint_is_called_one(tmp_path):
-    settings = {"bits": 4, "group_size": 32}
-    foreign.write_folder(tmp_path / "in", foreign.awq_tensors, settings, affines())
-    config = json.loads((tmp_path / "in" / "config.json").read_text()) | {"quantization": settings}
-    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="an MLX checkpoint is not read"):
-        describe_checkpoint(tmp_path / "in")
-
-
 def test_a_tensor_of_an_unusual_type_is_no_reason_to_refuse(tmp_path):
     foreign.write_folder(tmp_path / "in", foreign.awq_tensors, AWQ, affines())
     file = tmp_path / "in" / "model.safetensors"

@@ -1,4 +1,4 @@
-"""Checkpoints of other quantizers, read code for code: GPTQ, AWQ, AutoRound, HQQ, compressed-tensors and GGUF."""
+"""Checkpoints of other quantizers, read code for code: GPTQ, AWQ, AutoRound, HQQ, compressed-tensors, MLX, GGUF."""
 
 from qbl_trl.quant.importers.convert import convert_checkpoint
 from qbl_trl.quant.importers.modules import take_over

@@ -39,7 +39,7 @@ def convert_checkpoint(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a GPTQ, AWQ, AutoRound, HQQ, compressed-tensors or GGUF checkpoint as a folder for `from_pretrained`.
+    """Write a GPTQ, AWQ, AutoRound, HQQ, compressed-tensors, MLX or GGUF checkpoint as a folder for `from_pretrained`.
 
     Codes and scales are taken over bit for bit; see the reader of each format for zero points.
 

@@ -56,7 +56,7 @@ class FolderReader(Reader):
             if tensor.endswith(f".{self.marker}"):
                 name = tensor.removesuffix(f".{self.marker}")
                 self._formats[name] = self._format(name)
-        self._unpacked = {name for name in self._formats if _is_head(name)} | self._routers()
+        self._unpacked = {name for name in self._formats if self.is_float(name)} | self._routers()
         if not self.formats():
             raise CheckpointError(f"{folder}: says {self.kind}, but no tensor is called *.{self.marker}")
         self._check_tensors()
@@ -99,6 +99,10 @@ class FolderReader(Reader):
     def group_size_of(self, name: str) -> int:
         """The group size that the file states for one layer."""
         return int(self.own(name).get("group_size") or self.stated_group_size)
+
+    def is_float(self, name: str) -> bool:
+        """Whether a packed matrix becomes a float one."""
+        return _is_head(name)
 
     def zeros_kind(self, name: str) -> str:
         """How the layer's zero points are stored; "packed" unless the format says otherwise."""

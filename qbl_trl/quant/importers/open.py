@@ -14,17 +14,19 @@ from qbl_trl.quant.importers.awq import AWQReader
 from qbl_trl.quant.importers.compressed import CompressedReader
 from qbl_trl.quant.importers.gptq import GPTQReader
 from qbl_trl.quant.importers.hqq import HQQReader
+from qbl_trl.quant.importers.mlx import MLXReader
 from qbl_trl.quant.importers.reader import Reader
 from qbl_trl.quant.importers.shards import Shards, read_json
 from qbl_trl.quant.importers.spelling import Respelled
 from qbl_trl.quant.linear import GroupQuantLinear
 
-KINDS = "GPTQ, AWQ, AutoRound, HQQ, compressed-tensors (folders), GGUF (a file or a folder with one)"
+KINDS = "GPTQ, AWQ, AutoRound, HQQ, compressed-tensors, MLX (folders), GGUF (a file or a folder with one)"
 _READERS: dict[str, Callable[[Path, dict[str, Any]], Reader]] = {
     "gptq": GPTQReader,
     "awq": AWQReader,
     "hqq": HQQReader,
     "compressed-tensors": CompressedReader,
+    "mlx": MLXReader,
 }
 _OLD_FILES = ("quantize_config.json", "quant_config.json")  # AutoGPTQ, AutoAWQ before config.json held it
 
@@ -56,8 +58,6 @@ def open_reader(source: str | os.PathLike[str]) -> Reader:
         method = "awq" if "awq" in str(packing) else "gptq"
         if packing not in (None, "auto"):
             quantization = quantization | {"packing_format": packing}
-    if method == "mlx":
-        raise CheckpointError(f"{path}: an MLX checkpoint is not read; quantize the model that it was made from")
     if method not in _READERS:
         raise CheckpointError(f"{path}: quantization method {method!r} cannot be imported; allowed: {KINDS}")
     return Respelled(_READERS[method](path, quantization))
@@ -127,8 +127,10 @@ def _quantization(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     names = ("quantization_config", "compression_config")  # the second: compressed-tensors before 0.5
     found = next((config[name] for name in names if isinstance(config.get(name), dict)), None)
-    if found is not None or "quantization" in config:
-        return {"quant_method": "mlx" if "quantization" in config else "none"} | (found or {})
+    if isinstance(config.get("quantization"), dict):
+        return {"quant_method": "mlx"} | config["quantization"] | (found or {})
+    if found is not None:
+        return {"quant_method": "none"} | found
     for name in _OLD_FILES:
         if (folder / name).is_file():
             method = "awq" if name == "quant_config.json" else "gptq"

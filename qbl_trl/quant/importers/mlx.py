@@ -1,0 +1,77 @@
+"""MLX checkpoints (mlx-lm), mode "affine".
+
+| tensor | shape | content |
+| --- | --- | --- |
+| weight | (N, K bits / 32) uint32 | codes along K, little-endian |
+| scales | (N, G) float | s; a quantizer may make it negative |
+| biases | (N, G) float | b: w = s q + b, so that the zero point is -b / s |
+
+Embeddings are quantized as linear layers are. They become float32, which is exact, as heads do.
+
+Source: mlx, python/mlx/nn/layers/quantized.py, and the documentation of mlx.core.quantize.
+"""
+
+from typing import Any
+
+import torch
+
+from qbl_trl.errors import CheckpointError
+from qbl_trl.quant.affine import Affine
+from qbl_trl.quant.importers.folders import CODES_ARE_KEPT, FolderReader
+from qbl_trl.quant.importers.reader import build, split_words
+from qbl_trl.quant.linear import GroupQuantLinear
+
+_GROUP_SIZE, _BITS = 64, 4  # where none are stated
+
+
+class MLXReader(FolderReader):
+    """Reads MLX folders, in which every quantized module has `scales`."""
+
+    kind = "mlx"
+    marker, parts, scales = "scales", ("weight", "scales", "biases"), "scales"
+    words = (torch.float16, torch.bfloat16, torch.float32)
+
+    def check(self) -> None:
+        modes = {self.quantization.get("mode")} | {self.own(name).get("mode") for name in self.quantization}
+        others = sorted(str(mode) for mode in modes - {None, "affine"})
+        if others:
+            raise CheckpointError(
+                f"{self.folder}: MLX mode {', '.join(others)} is not read; allowed: affine. {CODES_ARE_KEPT}"
+            )
+
+    @property
+    def stated_group_size(self) -> int:
+        return int(self.quantization.get("group_size") or _GROUP_SIZE)
+
+    def own(self, name: str) -> dict[str, Any]:
+        stated = self.quantization.get(name)
+        return dict(stated) if isinstance(stated, dict) else {}
+
+    def config(self) -> dict[str, Any]:
+        return {key: value for key, value in super().config().items() if key != "quantization"}
+
+    def is_float(self, name: str) -> bool:
+        last = name.rpartition(".")[2]
+        return "embed" in last or last == "wte" or super().is_float(name)
+
+    def geometry(self, name: str) -> tuple[int, int, int, int]:
+        if self.shards.dtype(f"{name}.weight") != torch.uint32 or f"{name}.biases" not in self.shards:
+            raise self.misshapen(name)
+        bits = int(self.own(name).get("bits") or self.quantization.get("bits") or _BITS)
+        out_features, words = self.shards.shape(f"{name}.weight")
+        return bits, out_features, words * 32 // bits, self.shards.shape(f"{name}.scales")[1]
+
+    def zeros_kind(self, name: str) -> str:
+        return "float32"
+
+    def read_layer(self, name: str) -> GroupQuantLinear:
+        bits, own_size, size = self.sizes(name)
+        codes = split_words(self.part(name, "weight").view(torch.int32), bits, 1)
+        scales, offsets = self.part(name, "scales"), self.part(name, "biases").float()
+        if bool(((scales == 0) & (offsets != 0)).any()):
+            raise CheckpointError(
+                f"{self.folder}: {name} has groups without a scale, whose weights no zero point gives. {CODES_ARE_KEPT}"
+            )
+        zeros = -offsets / scales.float().where(scales != 0, 1)
+        affine = Affine(codes, scales, zeros)
+        return build(affine, bits=bits, own_size=own_size, group_size=size, symmetric=False, bias=self.bias(name))

@@ -1,0 +1,93 @@
+"""MLX checkpoints: weights are s q + b there, embeddings too."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import qbl_trl  # noqa: F401  (registers the quantizer)
+from qbl_trl.errors import CheckpointError
+from qbl_trl.quant.importers import convert_checkpoint, describe_checkpoint
+from qbl_trl.quant.linear import GroupQuantLinear
+from tests.quant import foreign
+from tests.quant.foreign import affines, random_affine
+from tests.tiny import logits, tokens
+
+SETTINGS = {"group_size": 32, "bits": 4, "mode": "affine"}
+
+
+def mlx_tensors(affine, bits=4):
+    """A negative scale in every other group, as MLX's quantizer makes them where the least weight is the largest."""
+    codes, scales, zeros = affine
+    scales = scales * (1 - 2 * (torch.arange(scales.shape[1]) % 2)).to(scales.dtype)
+    biases = (-scales.float() * zeros.float()).to(scales.dtype)
+    return {"weight": foreign.word_matrix(codes, bits).view(torch.uint32), "scales": scales, "biases": biases}
+
+
+def values(tensors, name):
+    """What MLX computes with, in float32."""
+    codes = tensors[f"{name}.weight"].view(torch.int32).unsqueeze(-1) >> torch.arange(0, 32, 4) & 15
+    scales, biases = (tensors[f"{name}.{part}"].float()[..., None] for part in ("scales", "biases"))
+    return (codes.flatten(1).unflatten(1, (-1, 32)) * scales + biases).flatten(1)
+
+
+def write(folder, tied=False, **settings):
+    """A folder, the float model that it stands for, and the names of its layers."""
+    reference, written = foreign.write_folder(folder, mlx_tensors, {}, affines())
+    file, tensors = folder / "model.safetensors", load_file(folder / "model.safetensors")
+    tables = ["model.embed_tokens"] if tied else ["model.embed_tokens", "lm_head"]
+    shape = tensors["model.embed_tokens.weight"].shape
+    for seed, name in enumerate(tables, 50):
+        packed = mlx_tensors(random_affine(*shape, 4, seed))
+        tensors |= {f"{name}.{part}": value for part, value in packed.items()}
+    if tied:
+        tensors.pop("lm_head.weight", None)
+    save_file(tensors, file, metadata={"format": "mlx"})
+    told = SETTINGS | settings
+    config = json.loads((folder / "config.json").read_text()) | {"quantization": told, "quantization_config": told}
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}))
+    for name in written:
+        reference.get_submodule(name).weight.data = values(tensors, name)
+    reference.model.embed_tokens.weight.data = values(tensors, tables[0])
+    reference.lm_head.weight = torch.nn.Parameter(values(tensors, tables[-1]))
+    return reference, written, tensors
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_codes_and_scales_come_over_and_weights_are_those_of_mlx(tmp_path, tied):
+    reference, written, tensors = write(tmp_path / "in", tied)
+    convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert not hasattr(model.config, "quantization")
+    for name, affine in written.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, GroupQuantLinear)
+        assert torch.equal(layer.affine().codes, affine.codes)
+        assert torch.equal(layer.scales, tensors[f"{name}.scales"])
+        # -b / s in float32, times s
+        torch.testing.assert_close(layer.dequantize(), values(tensors, name), rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(model, tokens()), logits(reference, tokens()), rtol=0, atol=1e-5)  # float32 sums
+
+
+def test_settings_of_one_layer_count(tmp_path):
+    write(tmp_path / "in", **{"model.layers.0.mlp.up_proj": {"group_size": 32, "bits": 6}})
+    with pytest.raises(CheckpointError, match=r"up_proj has 6-bit codes; this package stores 2, 4 or 8 bits"):
+        describe_checkpoint(tmp_path / "in")
+
+
+def test_other_modes_are_refused_by_name(tmp_path):
+    write(tmp_path / "in", mode="mxfp4")
+    with pytest.raises(CheckpointError, match="MLX mode mxfp4 is not read; allowed: affine"):
+        describe_checkpoint(tmp_path / "in")
+
+
+def test_a_group_of_one_value_is_no_zero_point(tmp_path):
+    _, written, tensors = write(tmp_path / "in")
+    name = next(iter(written))
+    tensors[f"{name}.scales"][0, 0] = 0
+    save_file(tensors, tmp_path / "in" / "model.safetensors", metadata={"format": "mlx"})
+    with pytest.raises(CheckpointError, match="groups without a scale"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
