@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from qbl_trl import QBLoRAConfig, merge
 from qbl_trl.quant.importers import convert_checkpoint, read_layers
 from qbl_trl.quant.linear import GroupQuantLinear
 from tests.quant.foreign import gptq_tensors, random_affine, write_folder
-from tests.tiny import logits, tiny_llama, tokens
+from tests.tiny import SIZES, logits, tiny_llama, tokens
 
 TEXT = (
     "The Union is stronger when its people are, and the work of a generation is measured by what it leaves to the "
@@ -256,6 +257,7 @@ def test_gptqmodel(tmp_path, bits, checkpoint_format):
 AUTO_ROUND = """
 import sys
 import torch
+import transformers
 from auto_round import AutoRound
 source, target, format, symmetric = sys.argv[1:]
 settings = {"bits": 4, "group_size": 32, "sym": symmetric == "1", "iters": 0, "disable_opt_rtn": True}
@@ -293,3 +295,33 @@ def test_auto_round(tmp_path, format, symmetric):
         assert (wrong <= 0.55 * layer.scales.float().abs().unsqueeze(-1))[inside].all(), name
     reference = logits(model, tokens(2, 16))
     assert (logits(ours, tokens(2, 16)) - reference).norm() < 0.2 * reference.norm()
+
+
+MLX = """
+import json, sys
+import mlx.core as mx
+from mlx_lm import convert, load
+source, target, ids = sys.argv[1:]
+convert(source, target, quantize=True, q_bits=4, q_group_size=32)
+model, _ = load(target)
+print("LOGITS", json.dumps(model(mx.array(json.loads(ids))).astype(mx.float32).tolist()))
+"""
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Mixtral"])
+def test_mlx(tmp_path, kind):
+    needs("mlx_lm")
+    tokenizer, ids = AutoTokenizer.from_pretrained(smollm2()), tokens(1, 16)
+    sizes = {**SIZES, "vocab_size": len(tokenizer), "head_dim": 16, "tie_word_embeddings": kind == "Qwen3"}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes, **({"num_local_experts": 4} if kind == "Mixtral" else {}))
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path / "float")
+    tokenizer.save_pretrained(tmp_path / "float")
+    folders = [str(tmp_path / "float"), str(tmp_path / "mlx")]
+    command = [sys.executable, "-c", MLX, *folders, json.dumps(ids.tolist())]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    expected = torch.tensor(json.loads(result.stdout.split("LOGITS ")[-1]))
+    convert_checkpoint(tmp_path / "mlx", tmp_path / "ours")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    torch.testing.assert_close(logits(ours, ids), expected, rtol=0, atol=1e-5)  # float32 on both sides

@@ -12,7 +12,8 @@ from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.importers import convert_checkpoint, describe_checkpoint
 from qbl_trl.quant.linear import GroupQuantLinear
 from tests.quant import foreign
-from tests.quant.foreign import affines, random_affine
+from tests.quant.foreign import affines, linear_layers, random_affine
+from tests.quant.test_importer_experts import MIXTURE, write_mixture
 from tests.tiny import logits, tokens
 
 SETTINGS = {"group_size": 32, "bits": 4, "mode": "affine"}
@@ -91,3 +92,36 @@ def test_a_group_of_one_value_is_no_zero_point(tmp_path):
     with pytest.raises(CheckpointError, match="groups without a scale"):
         convert_checkpoint(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def stack_experts(folder):
+    """What `write_mixture` wrote, with the experts of a layer in one tensor."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if ".experts.0." in name]:
+        own = [name.replace(".experts.0.", f".experts.{index}.") for index in range(MIXTURE["num_experts"])]
+        tensors[name.replace(".experts.0.", ".switch_mlp.")] = torch.stack([tensors.pop(expert) for expert in own])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "mlx"})
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_experts_of_one_tensor_become_layers_with_its_settings(tmp_path, bits):
+    written = write_mixture(tmp_path / "in", "qwen3_moe", MIXTURE, lambda name: name, mlx_tensors, SETTINGS)
+    stack_experts(tmp_path / "in")
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    own = {"model.layers.0.mlp.switch_mlp.up_proj": {"group_size": 32, "bits": bits}}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config | {"quantization": SETTINGS | own}))
+    if bits == 6:
+        with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.experts\.0\.up_proj has 6-bit codes"):
+            describe_checkpoint(tmp_path / "in")
+        return
+    tensors = load_file(tmp_path / "in" / "model.safetensors")
+    convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    layers = linear_layers(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32))
+    assert sum("experts" in name for name in written) == 2 * 4 * 3
+    for name, affine in written.items():
+        assert torch.equal(layers[name].affine().codes, affine.codes)
+        assert torch.equal(layers[name].scales.abs(), affine.scales)
+    stacked = "model.layers.1.mlp.switch_mlp.down_proj"
+    third = {f"layer.{part}": tensors[f"{stacked}.{part}"][3] for part in ("weight", "scales", "biases")}
+    layer = layers["model.layers.1.mlp.experts.3.down_proj"]
+    torch.testing.assert_close(layer.dequantize(), values(third, "layer"), rtol=0, atol=1e-6)

@@ -6,22 +6,30 @@
 | scales | (N, G) float | s; a quantizer may make it negative |
 | biases | (N, G) float | b: w = s q + b, so that the zero point is -b / s |
 
-Embeddings are quantized as linear layers are. They become float32, which is exact, as heads do.
+Embeddings are quantized as linear layers are. They become float32, which is exact, as heads do. Experts of a mixture
+lie in one tensor of three dimensions, `switch_mlp.up_proj`, and become layers of their own.
 
 Source: mlx, python/mlx/nn/layers/quantized.py, and the documentation of mlx.core.quantize.
 """
 
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import Affine
+from qbl_trl.quant.checkpoint import Stored
 from qbl_trl.quant.importers.folders import CODES_ARE_KEPT, FolderReader
 from qbl_trl.quant.importers.reader import build, split_words
+from qbl_trl.quant.importers.shards import Shards
 from qbl_trl.quant.linear import GroupQuantLinear
 
 _GROUP_SIZE, _BITS = 64, 4  # where none are stated
+_STACKED, _EXPERT = ".switch_mlp.", re.compile(r"\.experts\.\d+\.")
 
 
 class MLXReader(FolderReader):
@@ -30,6 +38,9 @@ class MLXReader(FolderReader):
     kind = "mlx"
     marker, parts, scales = "scales", ("weight", "scales", "biases"), "scales"
     words = (torch.float16, torch.bfloat16, torch.float32)
+
+    def __init__(self, folder: Path, quantization: Mapping[str, Any]) -> None:
+        super().__init__(folder, quantization, _ExpertsApart(folder))
 
     def check(self) -> None:
         modes = {self.quantization.get("mode")} | {self.own(name).get("mode") for name in self.quantization}
@@ -44,7 +55,7 @@ class MLXReader(FolderReader):
         return int(self.quantization.get("group_size") or _GROUP_SIZE)
 
     def own(self, name: str) -> dict[str, Any]:
-        stated = self.quantization.get(name)
+        stated = self.quantization.get(_EXPERT.sub(_STACKED, name))
         return dict(stated) if isinstance(stated, dict) else {}
 
     def config(self) -> dict[str, Any]:
@@ -75,3 +86,25 @@ class MLXReader(FolderReader):
         zeros = -offsets / scales.float().where(scales != 0, 1)
         affine = Affine(codes, scales, zeros)
         return build(affine, bits=bits, own_size=own_size, group_size=size, symmetric=False, bias=self.bias(name))
+
+
+class _ExpertsApart(Shards):
+    """Tensors of a folder, those of stacked experts one by one: `switch_mlp.up_proj.weight` (E, ...) as
+    `experts.3.up_proj.weight` (...)."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._slices: dict[str, tuple[str, int]] = {}
+        for name, (file, dtype, shape) in list(self._stored.items()):
+            if _STACKED in name and shape:
+                del self._stored[name]
+                for index in range(shape[0]):
+                    own = name.replace(_STACKED, f".experts.{index}.")
+                    self._stored[own], self._slices[own] = Stored(file, dtype, shape[1:]), (name, index)
+
+    def _read(self, file: Any, name: str) -> Tensor:
+        if name not in self._slices:
+            return super()._read(file, name)
+        stacked, index = self._slices[name]
+        tensor: Tensor = file.get_slice(stacked)[index]
+        return tensor

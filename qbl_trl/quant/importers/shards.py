@@ -51,9 +51,12 @@ class Shards:
         try:
             if file not in self._open:
                 self._open[file] = safe_open(file, framework="pt")
-            tensor: Tensor = self._open[file].get_tensor(name)
+            return self._read(self._open[file], name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: {name} cannot be read: {error}; fetch the file again") from error
+
+    def _read(self, file: Any, name: str) -> Tensor:
+        tensor: Tensor = file.get_tensor(name)
         return tensor
 
     def _find(self, name: str) -> Stored:
