@@ -4,6 +4,7 @@ Inputs, outputs and their names are those that Optimum gives and ORTModelForCaus
 """
 
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,7 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ExportError(f"decoders of type {model.config.model_type!r} have no graph: {why}")
 
 
-def write_graph(
-    model: PreTrainedModel,
-    path: Path,
-    dtype: torch.dtype,
-    caches: CacheSizes,
-    tokens: int,
-) -> None:
+def write_graph(model: PreTrainedModel, path: Path, dtype: torch.dtype, caches: CacheSizes, tokens: int) -> None:
     """Trace a model into a file.
 
     Args:
@@ -78,14 +73,11 @@ def write_graph(
         "logits": {0: _BATCH, 1: _TOKENS},
     }
     outputs = ["logits"]
-    for layer, sizes in enumerate(caches):
-        heads, *widths = sizes or (0,)
-        for kind, size in zip(("key", "value"), widths, strict=False):
-            name = f"{layer}.{kind}"
-            example[f"past_key_values.{name}"] = torch.zeros(BATCH, heads, _PAST, size, dtype=dtype)
-            axes[f"past_key_values.{name}"] = {0: _BATCH, 2: _CACHED}
-            axes[f"present.{name}"] = {0: _BATCH, 2: _ALL_TOKENS}
-            outputs.append(f"present.{name}")
+    for name, heads, width in named_sizes(caches):
+        example[f"past_key_values.{name}"] = torch.zeros(BATCH, heads, _PAST, width, dtype=dtype)
+        axes[f"past_key_values.{name}"] = {0: _BATCH, 2: _CACHED}
+        axes[f"present.{name}"] = {0: _BATCH, 2: _ALL_TOKENS}
+        outputs.append(f"present.{name}")
     if "position_ids" in inspect.signature(model.forward).parameters:
         example["position_ids"] = torch.arange(_PAST, _PAST + tokens).expand(BATCH, tokens)
         axes["position_ids"] = {0: _BATCH, 1: _TOKENS}
@@ -100,6 +92,14 @@ def write_graph(
             opset_version=OPSET,
             dynamo=False,
         )
+
+
+def named_sizes(caches: CacheSizes) -> Iterator[tuple[str, int, int]]:
+    """Name, heads and size of every cache, keys before values: ("0.key", 3, 64), ("0.value", 3, 64), ..."""
+    for layer, size in enumerate(caches):
+        if size is not None:
+            heads, keys, values = size
+            yield from ((f"{layer}.key", heads, keys), (f"{layer}.value", heads, values))
 
 
 class _Step(nn.Module):

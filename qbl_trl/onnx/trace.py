@@ -19,7 +19,7 @@ from qbl_trl.onnx.alibi import bias_rounded
 from qbl_trl.onnx.complex_rotary import rotated_in_real_numbers
 from qbl_trl.onnx.experts import every_expert_asked, traced_tokens
 from qbl_trl.onnx.skeleton import Skeleton, Unfusable
-from qbl_trl.onnx.torch_tracer import CacheSizes
+from qbl_trl.onnx.torch_tracer import CacheSizes, named_sizes
 from qbl_trl.random_state import same_random_state
 
 # Optimum pins transformers to 4.57.
@@ -106,12 +106,10 @@ def _as_integer(model: ir.Model, node: ir.Node, index: int) -> None:
 def _state_caches(model: ir.Model, sizes: CacheSizes) -> None:
     """Write the caches' sizes where the tracer lost them."""
     outputs = {value.name: value for value in model.graph.outputs}
-    for layer, size in enumerate(sizes):
-        heads, *widths = size or (0,)
-        for kind, width in zip(("key", "value"), widths, strict=False):
-            value = outputs.get(f"present.{layer}.{kind}")
-            if value is not None and value.shape is not None and len(value.shape) == 4:
-                value.shape = ir.Shape([value.shape[0], heads, value.shape[2], width])
+    for name, heads, width in named_sizes(sizes):
+        value = outputs.get(f"present.{name}")
+        if value is not None and value.shape is not None and len(value.shape) == 4:
+            value.shape = ir.Shape([value.shape[0], heads, value.shape[2], width])
 
 
 def cache_sizes(model: Any) -> CacheSizes:
