@@ -18,7 +18,9 @@ from qbl_trl.folders import refuse_graph
 from qbl_trl.loading import load_adapter, open_model
 from qbl_trl.model_files import valid_generation
 from qbl_trl.onnx.caches import served
+from qbl_trl.onnx.layers import LinearSource
 from qbl_trl.onnx.rotary import is_rotary
+from qbl_trl.onnx.sources import Taken, linear_sources
 from qbl_trl.onnx.tables import Tables, with_tables
 from qbl_trl.tokenizers import open_tokenizer, save_tokenizer
 
@@ -49,6 +51,7 @@ class Held:
             raise ExportError(f"{absent} is on no device (meta); load the model whole, without offloading")
         self.config, self.generation_config = decoder.config, decoder.generation_config
         self.traces: dict[tuple[torch.dtype, bool, bool], ir.Model] = {}
+        self._taken: Taken = {}
         self._tables: Tables | None = None
 
     def model(self) -> torch.nn.Module:
@@ -58,6 +61,10 @@ class Held:
             if self._tables is not None:
                 self.take(self._tables)
         return self._model
+
+    def linears(self) -> dict[str, LinearSource]:
+        """The decoder's linear layers. Those of other libraries are taken over once."""
+        return linear_sources(self.decoder(), self._taken)
 
     def take(self, tables: Tables) -> None:
         """Hold a copy from now on that has these in the places of its embedding and head."""
@@ -72,6 +79,7 @@ class Held:
         """Drop the weights, where they can be read again."""
         if not isinstance(self._given, torch.nn.Module):
             self._model = None
+            self._taken.clear()
             gc.collect()  # traced modules lie in cycles
 
 

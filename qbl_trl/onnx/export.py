@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from qbl_trl.arithmetic import plain_arithmetic
 from qbl_trl.errors import ExportError
@@ -29,7 +28,6 @@ from qbl_trl.onnx.reference import float32_reference
 from qbl_trl.onnx.report import ExportReport
 from qbl_trl.onnx.rewrite import Options
 from qbl_trl.onnx.rotary import steady_length
-from qbl_trl.onnx.sources import linear_sources
 from qbl_trl.onnx.tables import check_tables, head_inputs, packed_tables
 from qbl_trl.onnx.trace import check_supported
 from qbl_trl.onnx.weights import with_whole_zeros
@@ -142,7 +140,7 @@ def export_onnx(
         check_supported(held.decoder())
         companions.warn_of_towers(held.decoder())
         # Refuses what cannot be lowered before work starts. No source is kept: it would keep the model's weights.
-        quantized = any(not isinstance(source.base, DenseBase) for source in linear_sources(held.decoder()).values())
+        quantized = any(not isinstance(source.base, DenseBase) for source in held.linears().values())
         options = Options(
             dtype=torch.float32,
             lowering=lowering,
@@ -160,7 +158,7 @@ def export_onnx(
             dtype=float_type,
             accuracy_level=accuracy_level,
             prompt_level=prompt_accuracy_level,
-            digits=accuracy_level == 4 and lowering == "auto" and provider == "cpu" and _has_digits(held.decoder()),
+            digits=accuracy_level == 4 and lowering == "auto" and provider == "cpu" and _has_digits(held),
         )
         text_config = held.config.get_text_config()
         readable = int(min(options.max_length, steady_length(held.decoder())))
@@ -247,6 +245,6 @@ def _kinds(attention: str, provider: str) -> tuple[str, ...]:
     return () if attention == "standard" else (attention,)
 
 
-def _has_digits(decoder: PreTrainedModel) -> bool:
-    sources = choose_branches(linear_sources(decoder), "auto").values()
+def _has_digits(held: companions.Held) -> bool:
+    sources = choose_branches(held.linears(), "auto").values()
     return any(layout_for(with_whole_zeros(source)) for source in sources)

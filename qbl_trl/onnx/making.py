@@ -21,7 +21,6 @@ from qbl_trl.onnx.retype import float16_to_bfloat16
 from qbl_trl.onnx.rewrite import Options, Rewritten, rewrite
 from qbl_trl.onnx.right_padding import write_right_padded
 from qbl_trl.onnx.skeleton import Unfusable, build_skeleton, fused_attention_traced
-from qbl_trl.onnx.sources import linear_sources
 from qbl_trl.onnx.threads import TRACING
 from qbl_trl.onnx.trace import Untraceable, trace
 from qbl_trl.parity import ParityReport
@@ -166,7 +165,7 @@ def _set_levels(folder: Path, options: Options) -> None:
 def _trace_and_rewrite(held: Held, options: Options) -> tuple[ir.Model, Rewritten]:
     model, fused = held.decoder(), bool(options.attention)
     traced = torch.float16 if options.dtype == torch.bfloat16 else options.dtype
-    skeleton = build_skeleton(model, linear_sources(model), traced, fused, options.spelled_out)
+    skeleton = build_skeleton(model, held.linears(), traced, fused, options.spelled_out)
     form = (traced, fused, options.spelled_out)
     if form not in held.traces:
         with TRACING, fused_attention_traced(skeleton) if fused else nullcontext():

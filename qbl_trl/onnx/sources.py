@@ -31,15 +31,20 @@ from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.targets import read_elsewhere
 
+Taken = dict[nn.Module, GroupQuantLinear]  # layers of other libraries -> the same as ours
 
-def linear_source(name: str, module: nn.Module) -> LinearSource | None:
+
+def linear_source(name: str, module: nn.Module, taken: Taken | None = None) -> LinearSource | None:
     """Describe a linear layer, or return None for a module that is none (its own code is then traced).
+
+    Args:
+        taken: layers that were taken over before, and where those that are now are kept.
 
     Raises:
         ExportError: if it is a quantized layer that has no exact lowering.
     """
     if isinstance(module, BalancedLinear):
-        inner = linear_source(name, module.get_base_layer())
+        inner = linear_source(name, module.get_base_layer(), taken)
         if inner is None:
             raise _unsupported(name, module.get_base_layer())
         if module.disable_adapters or module.merged:
@@ -49,10 +54,13 @@ def linear_source(name: str, module: nn.Module) -> LinearSource | None:
     if isinstance(module, GroupQuantLinear):
         return _group_source(name, module)
     if (kind := foreign_kind(module)) in LAYER_KINDS:
-        try:
-            return _group_source(name, take_over(module, kind, name))
-        except CheckpointError as error:
-            raise ExportError(str(error)) from error
+        taken = {} if taken is None else taken
+        if module not in taken:
+            try:
+                taken[module] = take_over(module, kind, name)
+            except CheckpointError as error:
+                raise ExportError(str(error)) from error
+        return _group_source(name, taken[module])
     if isinstance(module, Conv1D):
         rows, columns = module.weight.shape
         return LinearSource(name, rows, columns, DenseBase(Stored.of(module.weight), True), Stored.of(module.bias))
@@ -97,8 +105,11 @@ def embedding_source(name: str, module: nn.Module) -> EmbeddingSource | None:
     return None
 
 
-def linear_sources(model: nn.Module) -> dict[str, LinearSource]:
+def linear_sources(model: nn.Module, taken: Taken | None = None) -> dict[str, LinearSource]:
     """Every linear layer of a model by name; the inside of an adapter layer belongs to the adapter layer.
+
+    Args:
+        taken: see `linear_source`.
 
     Raises:
         ExportError: if a quantized layer has no exact lowering, or single rows of an embedding were trained.
@@ -111,7 +122,7 @@ def linear_sources(model: nn.Module) -> dict[str, LinearSource]:
     found: dict[str, LinearSource] = {}
     not_called = tuple("." + name for name in read_elsewhere(model))
     for name, module in _outermost(model):
-        source = None if f".{name}".endswith(not_called) else linear_source(name, module)
+        source = None if f".{name}".endswith(not_called) else linear_source(name, module, taken)
         if source is not None:
             found[name] = source
     return found

@@ -150,7 +150,7 @@ def test_a_cache_with_keys_of_another_size_than_values_is_not_described_to_genai
 
 def test_a_model_without_keys_and_values_is_refused_before_any_work(tmp_path, monkeypatch):
     model = decoder("Mamba", hidden_size=64, state_size=16, num_hidden_layers=1, vocab_size=100)
-    monkeypatch.setattr("qbl_trl.onnx.export.linear_sources", lambda model: pytest.fail("work began"))
+    monkeypatch.setattr(Held, "linears", lambda held: pytest.fail("work began"))
     with pytest.raises(ExportError, match=r"decoders of type 'mamba'.*(takes no past_key|no cache of keys and values)"):
         export_onnx(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ The layers here are stand-ins: the tensors of the format, and the product with w
 own are in tests/adapter/test_bases.py and integration/test_importers.py.
 """
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from qbl_trl import QBLoRAConfig, merge
+from qbl_trl import QBLoRAConfig, export_onnx, merge
 from qbl_trl.adapter.bases import describe, foreign_kind
 from qbl_trl.errors import CheckpointError, ConfigError, ExportError
 from qbl_trl.onnx.sources import linear_source
@@ -209,3 +210,15 @@ def test_a_linear_layer_without_a_weight_is_no_kind_of_layer():
     assert foreign_kind(layer) is None
     with pytest.raises(ConfigError, match="cannot hold a balanced adapter"):
         describe(layer)
+
+
+def test_an_export_takes_every_layer_over_once(tmp_path, monkeypatch):
+    pytest.importorskip("onnx_ir", reason="needs the [onnx] or [onnx5] extra")
+    sources = importlib.import_module("qbl_trl.onnx.sources")
+    model, taken = tiny_llama(hidden_size=K, head_dim=N // 4), []
+    for layer in model.model.layers:
+        _, layer.self_attn.q_proj = torchao()
+    monkeypatch.setattr(sources, "take_over", lambda layer, *named: taken.append(layer) or take_over(layer, *named))
+    report = export_onnx(model, tmp_path / "out", accuracy_level=4)
+    assert report.parity.max_abs_difference < 1e-5  # float32 on both sides
+    assert len(taken) == len({*taken}) == len(model.model.layers)
