@@ -289,7 +289,7 @@ def mark_rotary(
     return _emit(_Rotary, q, cos, sin, interleaved), _emit(_Rotary, k, cos, sin, interleaved)
 
 
-def mark_one_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, unsqueeze_dim: int = 1, interleaved: bool) -> Tensor:
+def mark_one_rotary(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, *, interleaved: bool) -> Tensor:
     """The same for a function of one tensor, (B, H, S, D), or (B, S, H, D) where `unsqueeze_dim` is 2."""
     heads = x.transpose(1, 2) if unsqueeze_dim == 2 else x
     y: Tensor = _emit(_Rotary, heads, cos, sin, interleaved)

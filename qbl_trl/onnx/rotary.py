@@ -14,6 +14,7 @@ A traced rotary embedding of the last two types would keep the angles of the tex
 import copy
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -196,9 +197,11 @@ def _kind(module: nn.Module) -> str:
 def _switch(module: nn.Module) -> int:
     if _kind(module) != "longrope":
         return 0
-    config = module.config
-    own = getattr(config, "original_max_position_embeddings", None)
-    return int(own or config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+    config: Any = module.config
+    stated = getattr(config, "rope_parameters", None) or {}  # in transformers 5, by type of layers where there are some
+    stated = stated.get(getattr(module, "layer_type", None)) or stated
+    name = "original_max_position_embeddings"
+    return int(stated.get(name) or getattr(config, name, None) or config.max_position_embeddings)
 
 
 def _limit(module: nn.Module) -> int | None:

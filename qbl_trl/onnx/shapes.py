@@ -45,7 +45,9 @@ def _spread(node: ir.Node) -> None:
     whole = values[0].shape if values else None
     if whole is None or len(whole) != 3 or not isinstance(whole[2], int):
         return
+    constants = [known for value in node.inputs if (known := constant_of(value)) is not None]
     joined = not node.domain and node.op_type in _JOINED and all(_has_width(value, whole[2]) for value in values)
+    joined = joined and all(known.size == 1 or known.shape[-1:] == (known.size,) == (whole[2],) for known in constants)
     if joined or (node.domain, node.op_type) in _KEPT:
         node.outputs[0].shape, node.outputs[0].type = whole, values[0].type
     for output, start, stop in cuts(node):

@@ -22,6 +22,7 @@ from qbl_trl.onnx.skeleton import Skeleton, Unfusable
 from qbl_trl.onnx.torch_tracer import CacheSizes, named_sizes
 from qbl_trl.random_state import same_random_state
 
+_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")  # of a cache; they hold keys and values
 # Optimum pins transformers to 4.57.
 _tracer: Any = importlib.import_module(f"qbl_trl.onnx.{'optimum' if BEFORE_5 else 'torch'}_tracer")
 
@@ -34,9 +35,9 @@ class Untraceable(ExportError):
     """
 
     def __init__(self, brief: str) -> None:
-        self.brief = brief
+        self.brief = brief.rstrip(".")
         super().__init__(
-            f"{brief}. Nothing was written. If the float model cannot be traced either, this is a limit of "
+            f"{self.brief}. Nothing was written. If the float model cannot be traced either, this is a limit of "
             f"{_tracer.NAME}"
         )
 
@@ -64,7 +65,7 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
         try:
             sizes = cache_sizes(skeleton.model)
             _tracer.write_graph(skeleton.model, path, dtype, sizes, tokens)
-        except Unfusable:
+        except (Unfusable, ExportError):
             raise
         except Exception as error:
             if isinstance(error, OSError) and error.errno is not None:
@@ -121,14 +122,15 @@ def cache_sizes(model: Any) -> CacheSizes:
     sizes: CacheSizes = []
     for layer in getattr(cache, "layers", ()):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if type(layer).__name__ == "DummyLayer":
-            sizes.append(None)
-            continue
-        if keys is None or values is None:
-            raise TypeError(f"a {type(cache).__name__} that holds more than keys and values")
-        sizes.append((keys.shape[1], keys.shape[3], values.shape[3]))
+        kind = type(layer).__name__
+        if kind != "DummyLayer" and (kind not in _LAYERS or keys is None or values is None):
+            raise ExportError(
+                f"the cache of a {type(model).__name__} holds more than keys and values ({kind}), which no graph takes "
+                "and gives; nothing was written"
+            )
+        sizes.append(None if keys is None or values is None else (keys.shape[1], keys.shape[3], values.shape[3]))
     if not any(sizes):
-        raise TypeError(f"a {type(cache).__name__} that holds no keys and values")
+        raise ExportError(f"a {type(model).__name__} gives no cache of keys and values; nothing was written")
     return sizes
 
 

@@ -16,7 +16,7 @@ from qbl_trl.onnx.gate import Gate
 from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.parity import ParityReport
 from qbl_trl.quant.hf_quantizer import quantize_model_
-from tests.onnx.architectures import ARCHITECTURES, build
+from tests.onnx.architectures import ARCHITECTURES, DEEPSEEK, LATENT, MOE, build
 from tests.onnx.models import merged_llama
 from tests.tiny import tiny_gpt2, tiny_llama
 
@@ -96,6 +96,25 @@ def test_longrope_is_refused_where_the_operator_counts_positions_itself(tmp_path
     with pytest.raises(ExportError, match=r"longrope change once a text is longer than 64; \"auto\" tries the others"):
         export_onnx(merged_llama(rope_scaling=scaling), tmp_path / "out", attention="gqa", provider="cuda")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(BEFORE_5, reason="transformers 5 reads the length among the other parameters")
+@pytest.mark.parametrize("attention", ["attention", "gqa", "standard"])
+def test_longrope_switches_at_the_length_that_its_parameters_name(tmp_path, attention):
+    scaling = {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 16, **FACTORS}
+    model = merged_llama(rope_parameters={**scaling, "rope_theta": 1e4})
+    export_onnx(model, tmp_path / "out", attention=attention)
+    for length in (16, 17, 40):
+        assert difference(model, tmp_path / "out", length) < 5e-6
+
+
+@pytest.mark.skipif(BEFORE_5, reason="not in transformers 4.57")
+def test_a_cache_that_holds_more_than_keys_and_values_is_named(tmp_path):
+    sizes = {**MOE, **DEEPSEEK, **LATENT, "num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 32}
+    model = decoder("DeepseekV32", **sizes, index_topk=8)
+    with pytest.raises(ExportError, match=r"holds more than keys and values \(Dynamic\w+\), which no graph takes"):
+        export_onnx(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("attention", ["attention", "gqa", "standard"])

@@ -103,3 +103,17 @@ def test_they_are_copied_behind_what_leaves_the_first_two_axes_where_they_are():
 @pytest.mark.parametrize(("source", "axis"), [("another", 0), ("behind a softmax", 0), ("itself", 1), ("moved", 0)])
 def test_rows_that_may_be_others_are_asked_for(source, axis):
     assert reshaped(source, axis) is None
+
+
+@pytest.mark.parametrize(
+    ("width", "constant", "known"), [(8, (8,), True), (8, (), True), (1, (8,), False), (8, (3, 1, 8), False)]
+)
+def test_a_product_with_a_constant_has_a_shape_where_the_constant_does_not_widen_it(width, constant, known):
+    kind = ir.TensorType(ir.DataType.FLOAT)
+    x = ir.Value(name="x", shape=ir.Shape(["b", "s", width]), type=kind)
+    graph = ir.Graph([x], [], nodes=[], opset_imports={"": 18})
+    editor = Editor(ir.Model(graph, ir_version=10), torch.float32)
+    product = ir.node("Mul", [x, editor.constant(np.ones(constant, np.float32), np.float32)])
+    graph.append(product)
+    answer_shapes(editor, Skeleton(torch.nn.Identity(), {}))
+    assert (product.outputs[0].shape is not None) == known
