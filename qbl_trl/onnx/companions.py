@@ -151,9 +151,8 @@ def max_positions(decoder: PreTrainedModel, wanted: int | None) -> int:
     config = decoder.config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
     own = next((int(found) for name in names if (found := getattr(config, name, None))), None)
-    kept = getattr(
-        config, "keep_window_size", None
-    )  # Doge chooses keys of longer texts, by a branch that no trace holds
+    # Doge chooses among the keys of longer texts, by a branch that no trace holds.
+    kept = getattr(config, "keep_window_size", None)
     if kept is not None and (wanted or own or kept) > kept:
         raise ExportError(
             f"export_onnx: a {type(decoder).__name__} attends in another way to texts of more than {kept} tokens "
