@@ -177,7 +177,13 @@ def export_onnx(
         if embedding_bits is not None:
             floats = gate.reference
             held.take(packed_tables(held.decoder(), embedding_bits, read))
-            gate = Gate.on_noise(float32_reference(held.model()), text_config.vocab_size, readable)
+            try:
+                gate = Gate.on_noise(float32_reference(held.model()), text_config.vocab_size, readable)
+            except RuntimeError as error:  # Gemma 4 with its towers reads a row of it
+                raise ExportError(
+                    f"embedding_bits={embedding_bits}: a {type(held.decoder()).__name__} does not run over a packed "
+                    f"embedding, whose weight it reads itself ({str(error).splitlines()[0]}); leave it out"
+                ) from error
             tables_cost = compare(floats, gate.reference, gate.mask)
         step(bar, "tracing, writing and checking the graph")
         with (

@@ -4,15 +4,17 @@ import onnx
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import AutoModelForImageTextToText
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, export_onnx, merge, verify
 from qbl_trl.errors import ExportError
+from qbl_trl.generation import BEFORE_5
 from qbl_trl.onnx import export
 from qbl_trl.onnx.companions import causal_lm
 from qbl_trl.onnx.reference import float32_reference
 from qbl_trl.onnx.tables import Tables, head_inputs, packed_tables, with_tables
 from qbl_trl.quant.hf_quantizer import quantize_model_
-from tests.onnx.architectures import ARCHITECTURES, build
+from tests.onnx.architectures import ARCHITECTURES, VISION, build
 from tests.onnx.models import greedy, merged_llama, operators, padded_batch
 from tests.onnx.test_export import FP32
 from tests.tiny import logits, tiny_llama
@@ -175,4 +177,12 @@ def test_what_cannot_be_packed_is_refused_by_name(tmp_path):
         export_onnx(narrow, tmp_path / "onnx", embedding_bits=4)
     with pytest.raises(ExportError, match="embedding_bits=3 is not known; allowed: None, 4, 8"):
         export_onnx(narrow, tmp_path / "onnx", embedding_bits=3)
+    assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.skipif(BEFORE_5, reason="not in transformers 4.57")
+def test_a_model_that_reads_its_embeddings_weight_itself_is_refused(tmp_path):
+    model = AutoModelForImageTextToText.from_config(VISION["gemma4, which reads a row of its embedding"]()).eval()
+    with pytest.raises(ExportError, match=r"embedding_bits=4: a Gemma4\w+ does not run over a packed embedding"):
+        export_onnx(model, tmp_path / "onnx", embedding_bits=4)
     assert not (tmp_path / "onnx").exists()
