@@ -146,7 +146,8 @@ def max_positions(decoder: PreTrainedModel, wanted: int | None) -> int:
     """The longest text of a graph: as wanted, or the one the model was made for.
 
     Raises:
-        ExportError: if the model has learned positions, or biases instead, and not for as many tokens.
+        ExportError: if the model has learned positions, or biases instead, and not for as many tokens; if it attends
+            in another way to texts that long.
     """
     config = decoder.config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qbl_trl.arithmetic import plain_arithmetic
-from qbl_trl.errors import ExportError
+from qbl_trl.errors import ExportError, QblError
 from qbl_trl.folders import check_apart, check_free, folder_bytes, new_folder
 from qbl_trl.onnx import companions
 from qbl_trl.onnx.branches import choose_branches
@@ -180,6 +180,8 @@ def export_onnx(
             try:
                 gate = Gate.on_noise(float32_reference(held.model()), text_config.vocab_size, readable)
             except RuntimeError as error:  # Gemma 4 with its towers reads a row of it
+                if isinstance(error, QblError | torch.OutOfMemoryError):
+                    raise
                 raise ExportError(
                     f"embedding_bits={embedding_bits}: a {type(held.decoder()).__name__} does not run over a packed "
                     f"embedding, whose weight it reads itself ({str(error).splitlines()[0]}); leave it out"

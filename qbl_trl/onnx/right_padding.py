@@ -81,9 +81,9 @@ def _placed_by_rows(nodes: list[NodeProto]) -> list[NodeProto]:
 
     What is made of places keeps its one axis of them, now B * S long, up to the table that it is read from.
     """
-    placed, made = list[NodeProto](), set[str]()
+    placed, made, counted = list[NodeProto](), set[str](), set[str]()
     for node in nodes:
-        if _counts_on(node, placed):
+        if _counts_on(node, placed, counted):
             placed.append(protos.node("Reshape", ["right/places", "right/flat"], node.output[0]))
             made.add(node.output[0])
             continue
@@ -93,14 +93,19 @@ def _placed_by_rows(nodes: list[NodeProto]) -> list[NodeProto]:
             node.input[1] = rows
         elif made & set(node.input):
             made.update(node.output)
+        if node.op_type == "Range":
+            counted.update(node.output)
         placed.append(node)
     return placed
 
 
-def _counts_on(node: NodeProto, before: list[NodeProto]) -> bool:
-    """Whether a node counts new tokens, (S,), on from the length of the cache: Range(length, ...), Range + length."""
+def _counts_on(node: NodeProto, before: list[NodeProto], counted: set[str]) -> bool:
+    """Whether a node counts new tokens, (S,), on from the length of the cache: Range(length, ...), Range + length.
+
+    Args:
+        counted: outputs of the Ranges before it.
+    """
     if node.op_type == "Add":
-        counted = {name for other in before if other.op_type == "Range" for name in other.output}
         first, second = node.input if node.input[0] in counted else reversed(node.input)
         return first in counted and not _reads_cache(needed(before, [first])) and _reads_cache(needed(before, [second]))
     return node.op_type == "Range" and _reads_cache(needed(before, node.input))

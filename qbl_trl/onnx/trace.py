@@ -51,6 +51,7 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
     Raises:
         Untraceable: if the trace fails.
         Unfusable: if a placeholder does not fit the model.
+        ExportError: if the model's cache has no form, or there is no room for the trace.
     """
     tokens = traced_tokens(skeleton.model.config)
     with (
