@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qbl_trl.onnx.graph import Editor
+from qbl_trl.onnx.layer_caches import STATES
 
 # As optimum-onnx 0.1.0 reads configurations (onnxruntime/modeling_decoder.py).
 _READS_HEAD_DIM = {"gemma", "gemma3_text", "gpt_oss", "nemotron"}
@@ -49,10 +50,13 @@ def accept_guessed_caches(editor: Editor, config: Any) -> int:
     """Reshape cache inputs where the guess is wrong; returns how many there were."""
     count, targets = 0, dict[tuple[int, int], ir.Value]()
     for value in list(editor.graph.inputs):
-        if not (value.name or "").startswith("past_key_values") or value.shape is None or len(value.shape) != 4:
+        name = value.name or ""
+        if not name.startswith("past_key_values") or name.endswith(STATES) or value.shape is None:
+            continue
+        if len(value.shape) != 4:
             continue
         real = (value.shape[1], value.shape[3])
-        guessed = guessed_sizes(config, "key" if str(value.name).endswith("key") else "value")
+        guessed = guessed_sizes(config, "key" if name.endswith("key") else "value")
         if real != guessed and all(isinstance(size, int) for size in real):
             _reshape(editor, value, targets)
             count += 1

@@ -151,6 +151,7 @@ def export_onnx(
             max_length=companions.max_positions(held.decoder(), max_length),
             spelled_out=float_type != torch.float32,
             grouped_steps=(attention, provider, named, kv_cache_dtype) == ("auto", "cpu", "float32", None),
+            fused_recurrences=attention != "standard",
             int8_cache=kv_cache_dtype is not None,
         )
         wanted = replace(

@@ -8,6 +8,7 @@ from typing import Any
 import onnx
 
 from qbl_trl.onnx.files import GENAI_FILE, MODEL_FILE
+from qbl_trl.onnx.layer_caches import STATES
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +18,8 @@ _BUFFERED = 4096  # tokens of cache that are asked for at once where nobody says
 
 def write_genai_config(config: Any, generation: Any, folder: Path, provider: str, shares: bool, length: int) -> None:
     """Describe the graph of `folder` to ONNX Runtime GenAI, where it can be: keys and values of a layer have one size
-    there, which from 0.18 on may be another in another layer (Gemma 4).
+    there, which from 0.18 on may be another in another layer (Gemma 4). States of convolutions and recurrences it knows
+    in pairs, alike in all layers that have them; convolutions alone as those of LFM2.
 
     A graph that was written for it is kept where it is of use: over a buffer that past and present share.
 
@@ -29,13 +31,15 @@ def write_genai_config(config: Any, generation: Any, folder: Path, provider: str
     own = folder / GENAI_FILE
     graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
     names = {value.name for value in graph.input}
-    caches = [value.type.tensor_type.shape.dim for value in graph.output if value.name.startswith("present.")]
-    sizes = [(dims[1].dim_value, dims[3].dim_value) for dims in caches]
-    alike = sizes[::2] == sizes[1::2] and all(map(all, sizes))
-    if not (shares and alike):
+    made = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in graph.output}
+    caches = [sizes for name, sizes in made.items() if name.endswith((".key", ".value"))]
+    sizes = [(heads, width) for _, heads, _, width in caches]
+    alike = bool(sizes) and sizes[::2] == sizes[1::2] and all(map(all, sizes))
+    states = _type_with_states(made)
+    if not (shares and alike) or states is None:
         own.unlink(missing_ok=True)
-    if not alike or not (len({*sizes}) == 1 or own.is_file()):
-        logger.info("no genai_config.json: ONNX Runtime GenAI does not know caches of the sizes that this graph has")
+    if not alike or states is None or not (len({*sizes}) == 1 or own.is_file()):
+        logger.info("no genai_config.json: ONNX Runtime GenAI does not know caches of the kinds or sizes of this graph")
         return
     heads, width = sizes[0]
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in names}
@@ -51,23 +55,16 @@ def write_genai_config(config: Any, generation: Any, folder: Path, provider: str
                 "filename": own.name if own.is_file() else MODEL_FILE,
                 "head_size": width,
                 "hidden_size": config.hidden_size,
-                "inputs": {
-                    **inputs,
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
-                },
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
-                },
+                "inputs": {**inputs, **_named("past", "past_key_values", states)},
+                "outputs": {"logits": "logits", **_named("present", "present", states)},
                 "num_attention_heads": config.num_attention_heads,
                 "num_hidden_layers": len(caches) // 2,  # those with keys and values of their own: the first
                 "num_key_value_heads": heads,
+                **(_layers(made) if states == "lfm2" else {}),
             },
             "eos_token_id": eos,
             "pad_token_id": pad[0] if isinstance(pad, list) else pad,
-            "type": config.model_type if config.model_type in _TYPES else "decoder",
+            "type": states or (config.model_type if config.model_type in _TYPES else "decoder"),
             "vocab_size": config.vocab_size,
         },
         "search": {
@@ -84,6 +81,41 @@ def write_genai_config(config: Any, generation: Any, folder: Path, provider: str
         },
     }
     (folder / "genai_config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
+def _type_with_states(made: dict[str, list[int]]) -> str | None:
+    """The type of model whose states ONNX Runtime GenAI has a place for: "" without states, None where it has none."""
+    states = {name: sizes for name, sizes in made.items() if name.endswith(STATES)}
+    kinds = [{tuple(sizes) for name, sizes in states.items() if name.endswith(kind)} for kind in STATES]
+    if all(len(kind) == 1 for kind in kinds) and 2 * len({_layer(name) for name in states}) == len(states):
+        return "decoder"
+    convolutions, recurrences = kinds
+    if len(convolutions) == 1 and not recurrences and len({_layer(name) for name in made} - {None}) == _count(made):
+        return "lfm2"
+    return None if states else ""
+
+
+def _layer(name: str) -> int | None:
+    """The layer whose cache an output is."""
+    _, *place = name.split(".")
+    return int(place[0]) if place else None
+
+
+def _count(made: dict[str, list[int]]) -> int:
+    return 1 + max(layer for name in made if (layer := _layer(name)) is not None)
+
+
+def _named(time: str, prefix: str, states: str | None) -> dict[str, str]:
+    """What inputs or outputs are called; those of states are taken from the names of keys but for LFM2."""
+    kinds = {"key": "key", "value": "value", **({"conv": "conv_state"} if states == "lfm2" else {})}
+    return {f"{time}_{kind}_names": f"{prefix}.%d.{name}" for kind, name in kinds.items()}
+
+
+def _layers(made: dict[str, list[int]]) -> dict[str, Any]:
+    """Of all layers, which attend and which convolve."""
+    attend = {_layer(name) for name in made if name.endswith(".key")}
+    types = ["full_attention" if layer in attend else "conv" for layer in range(_count(made))]
+    return {"num_hidden_layers": len(types), "layer_types": types}
 
 
 def _first_set(*values: Any) -> Any:

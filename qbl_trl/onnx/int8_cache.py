@@ -46,7 +46,7 @@ def quantize_caches(path: Path, ranges: Ranges) -> None:
     protos.constant(graph, "cache/one", np.array(1, np.float32))
     protos.constant(graph, "cache/zero", np.array(0, np.int8))
     for value in [*graph.input, *graph.output]:
-        if value.name in ranges or value.name.startswith("present."):
+        if value.name.replace("present.", "past_key_values.") in ranges:
             value.type.tensor_type.elem_type = TensorProto.INT8
     _rewrite(graph, reads_texts=True)
     onnx.save(model, path)

@@ -23,6 +23,7 @@ and an expert that no token reaches would be missing from the graph. So narrow o
 """
 
 # ruff: noqa: ARG004 - torch.autograd.Function passes to `forward` what only `symbolic` needs
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -215,13 +216,30 @@ class _Table:
 class NormMarker(nn.Module):
     """Stands for a root-mean-square norm over the last dimension."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.name = name
+        self.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)  # models ask for its type
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _emit(_Norm, x, self.name)
         return y
+
+
+class GatedNormMarker(NormMarker):
+    """Stands for a root-mean-square norm with a gate, before or after it: norm(x a(gate)) or norm(x) a(gate).
+
+    Args:
+        activation: a, of the gate.
+    """
+
+    def __init__(self, name: str, dtype: torch.dtype, activation: Callable[[Tensor], Tensor], gate_first: bool) -> None:
+        super().__init__(name, dtype)
+        self.activation, self.gate_first = activation, gate_first
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        opened = self.activation(gate)
+        return super().forward(x * opened) if self.gate_first else super().forward(x) * opened
 
 
 class GeluMarker(nn.Module):

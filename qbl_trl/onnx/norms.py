@@ -4,10 +4,11 @@ sum = a + b;  y = sum / sqrt(mean(sum^2) + epsilon) * weight        one node, bo
 """
 
 import onnx_ir as ir
+import torch
 
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute, produced_by
 from qbl_trl.onnx.markers import TRACE_DOMAIN
-from qbl_trl.onnx.skeleton import Norm
+from qbl_trl.onnx.norm_modules import Norm
 
 RMS_NORM_OPSET = 23  # the opset that introduces RMSNormalization
 
@@ -17,7 +18,9 @@ def lower_norms(editor: Editor, norms: dict[str, Norm]) -> None:
     for node in [node for node in editor.graph if node.domain == TRACE_DOMAIN and node.op_type == "Norm"]:
         name = attribute(node, "name")
         norm = norms[name]
-        gamma = editor.weight(f"{name}.weight", tuple(norm.weight.shape), editor.dtype, _reader(norm))
+        wide = node.outputs[0].dtype == ir.DataType.FLOAT  # of what a recurrence gives, whatever the graph's type
+        kind = torch.float32 if wide else editor.dtype
+        gamma = editor.weight(f"{name}.weight", tuple(norm.weight.shape), kind, _reader(norm))
         added = produced_by(node.inputs[0], "Add")
         if added is not None and _rank(node.outputs[0]) in (None, 3) and _same_shape(added):
             inputs = [*added.inputs, gamma]

@@ -13,7 +13,8 @@ from optimum.utils import DummyPastKeyValuesGenerator, DummyTextInputGenerator, 
 from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError
-from qbl_trl.onnx.torch_tracer import BATCH, OPSET, CacheSizes
+from qbl_trl.onnx.layer_caches import LayerCaches
+from qbl_trl.onnx.torch_tracer import BATCH, OPSET
 
 NAME = "Optimum"
 _TASK = "text-generation-with-past"
@@ -43,7 +44,7 @@ def _is_known(model_type: str) -> bool:
     return _TASK in tasks
 
 
-def write_graph(model: PreTrainedModel, path: Path, dtype: torch.dtype, caches: CacheSizes, tokens: int) -> None:
+def write_graph(model: PreTrainedModel, path: Path, dtype: torch.dtype, caches: LayerCaches, tokens: int) -> None:
     """Trace a model into a file.
 
     Args:
@@ -72,13 +73,13 @@ class _AnyDecoder(LlamaOnnxConfig):  # type: ignore[misc]
     DUMMY_PKV_GENERATOR_CLASS = DummyPastKeyValuesGenerator
 
 
-def _correct_caches(config: Any, sizes: CacheSizes) -> None:
+def _correct_caches(config: Any, caches: LayerCaches) -> None:
     """Let the example inputs have the caches the model really makes; Optimum takes some sizes from wrong settings."""
     original = config.generate_dummy_inputs
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         inputs = original(*args, **kwargs)
-        own = [size for size in sizes if size is not None]
+        own = [layer.keys for layer in caches if layer.keys is not None]
         if len(inputs["past_key_values"]) != len(own):
             raise TypeError(f"{len(own)} caches for {len(inputs['past_key_values'])} layers; shared ones have no form")
         inputs["past_key_values"] = [

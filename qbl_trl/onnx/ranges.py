@@ -19,6 +19,7 @@ from torch import Tensor
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.files import MODEL_FILE
 from qbl_trl.onnx.gate import Gate
+from qbl_trl.onnx.layer_caches import STATES
 from qbl_trl.onnx.session import OnnxLogits
 
 Cache = Mapping[str, np.ndarray]  # keys and values (B, heads, T, features) by the same names
@@ -107,6 +108,8 @@ def largest(caches: Iterable[Cache], turned: Mapping[str, tuple[int, bool]]) -> 
     found = dict[str, np.ndarray]()
     for cache in caches:
         for name, values in cache.items():
+            if name.endswith(STATES):
+                continue
             here = spread_over_pairs(values.astype(np.float32), *turned.get(name, (0, False))).max((0, 2))
             found[name] = np.maximum(found.get(name, 0.0), here)
     return found

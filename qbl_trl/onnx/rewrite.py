@@ -20,6 +20,7 @@ from qbl_trl.onnx.markers import TRACE_DOMAIN
 from qbl_trl.onnx.masks import Masks
 from qbl_trl.onnx.norms import RMS_NORM_OPSET, lower_norms
 from qbl_trl.onnx.packing import pack_projections
+from qbl_trl.onnx.recurrences import lower_recurrences
 from qbl_trl.onnx.rotary import lower_rotary_tables
 from qbl_trl.onnx.shapes import answer_shapes
 from qbl_trl.onnx.skeleton import Skeleton
@@ -46,6 +47,7 @@ class Options:
         digits: whether block deltas may be written in 8 bits, see `digits.py`.
         prompt_level: accuracy level of prompts, see `prompts.py`; None: the same as `accuracy_level`.
         grouped_steps: let GroupQueryAttention give way where `grouped.py` is faster.
+        fused_recurrences: convolutions and recurrences become operators of ONNX Runtime, not standard ones.
         int8_cache: the cache gets 8 bits after the graph is written, and only GroupQueryAttention reads such a one.
     """
 
@@ -60,6 +62,7 @@ class Options:
     digits: bool = False
     prompt_level: int | None = None
     grouped_steps: bool = False
+    fused_recurrences: bool = True
     int8_cache: bool = False
 
     @property
@@ -90,6 +93,7 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> Rewritten:
     if skeleton.model.config.model_type in _COUNTS_MASK:
         Masks(editor).answer_positions()
     lower_activations(editor)
+    lower_recurrences(editor, fused=options.fused_recurrences)
     attention = "standard", ""
     if options.attention:
         attention = fuse_attention(editor, skeleton, options.attention, options.max_length, options.provider)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.files import MODEL_FILE, graph_files
+from qbl_trl.onnx.layer_caches import STATES
 from qbl_trl.parity import Logits, positions
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -137,12 +138,14 @@ class OnnxLogits:
         return torch.cat(parts, 1)
 
     def empty_cache(self, batch: int, buffer: int = 0) -> dict[str, Any]:
-        """Keys and values of no token."""
+        """Keys and values of no token, states that hold nothing."""
         cache = {}
         for name, value in self.inputs.items():
             if name.startswith("past_key_values"):
-                present = self.outputs[name.replace("past_key_values", "present")].shape
-                cache[name] = np.zeros([batch, present[1], buffer, present[3]], _NUMPY[value.type])
+                _, *sizes = self.outputs[name.replace("past_key_values", "present")].shape
+                if not name.endswith(STATES):
+                    sizes[1] = buffer
+                cache[name] = np.zeros([batch, *sizes], _NUMPY[value.type])
         return cache
 
     def step(self, input_ids: Tensor, attention_mask: Tensor, cache: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:

@@ -24,6 +24,7 @@ from qbl_trl.onnx.activations import gelu_form
 from qbl_trl.onnx.layers import EmbeddingSource, LinearSource
 from qbl_trl.onnx.markers import (
     EmbeddingMarker,
+    GatedNormMarker,
     GeluMarker,
     LinearMarker,
     NormMarker,
@@ -34,6 +35,7 @@ from qbl_trl.onnx.markers import (
     mark_one_rotary,
     mark_rotary,
 )
+from qbl_trl.onnx.norm_modules import Norm, gated_norm, rms_norm
 from qbl_trl.onnx.own_attention import calls_torch, own_attention_traced
 from qbl_trl.onnx.own_layers import own_tables, said_again
 from qbl_trl.onnx.rotary import NoTable, Rotary, by_type, changes_with_length, gives_tables, is_rotary
@@ -52,14 +54,6 @@ class Unfusable(Exception):
 
     A signal between modules of this package: it becomes text of the report, or an ExportError.
     """
-
-
-@dataclass
-class Norm:
-    """A root-mean-square norm: y = x / sqrt(mean(x^2) + epsilon) * weight, with weight (K,)."""
-
-    weight: Tensor
-    epsilon: float
 
 
 @dataclass
@@ -132,10 +126,12 @@ def _marker(name: str, module: nn.Module, made: Skeleton, dtype: torch.dtype, fu
     if embedding is not None:
         made.embeddings[name] = embedding
         return EmbeddingMarker(name, embedding.num_embeddings, embedding.embedding_dim, dtype, embedding.scale)
-    norm = _rms_norm(module)
-    if norm is not None:
+    if (norm := rms_norm(module)) is not None:
         made.norms[name] = norm
-        return NormMarker(name)
+        return NormMarker(name, dtype)
+    if (gated := gated_norm(module)) is not None:
+        made.norms[name] = gated.norm
+        return GatedNormMarker(name, dtype, gated.activation, gated.gate_first)
     form = gelu_form(module)
     if form is not None:
         return GeluMarker(form)
@@ -186,26 +182,6 @@ def _rotary(name: str, module: nn.Module, fused: bool) -> Rotary | None:
             raise Unfusable(f"{name}: its table holds no angle twice, in halves or side by side")
         return None
     return rotary
-
-
-def _rms_norm(module: nn.Module) -> Norm | None:
-    """Recognize a norm by what it computes, not by its name alone: its output is compared with the formula."""
-    weight = getattr(module, "weight", None)
-    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if "RMSNorm" not in type(module).__name__ or not isinstance(weight, Tensor) or weight.dim() != 1:
-        return None
-    if not isinstance(epsilon, float):
-        return None
-    x = torch.randn(2, weight.shape[0], generator=torch.Generator().manual_seed(0))
-    gains = weight.detach().float().cpu()
-    with torch.no_grad():
-        y = module(x.to(weight)).float().cpu()
-    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
-    tolerance = 1e-5 if weight.dtype == torch.float32 else 3e-2
-    for gain in (gains, gains + 1):  # Gemma stores its weight minus one
-        if torch.allclose(normed * gain, y, rtol=tolerance, atol=tolerance):
-            return Norm(gain, epsilon)
-    return None
 
 
 @contextmanager

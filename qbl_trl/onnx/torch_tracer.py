@@ -4,7 +4,6 @@ Inputs, outputs and their names are those that Optimum gives and ORTModelForCaus
 """
 
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.onnx import symbolic_helper
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from qbl_trl.errors import ExportError
 from qbl_trl.generation import cache_argument, cache_of
+from qbl_trl.onnx.layer_caches import KEPT_IN_FLOAT32, LayerCaches, filled, held, named_tensors
 
 NAME = "torch"
 BATCH = 2
 OPSET = 18
-CacheSizes = list[tuple[int, int, int] | None]  # heads, key size and value size of each layer; None: another's
 _PAST = 3  # tokens of the traced cache: no other axis has this size by default
 
 _BATCH, _TOKENS, _CACHED = "batch_size", "sequence_length", "past_sequence_length"
@@ -47,15 +45,15 @@ for _name, _symbolic in (("expm1", _expm1), ("rms_norm", _rms_norm)):
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Raise ExportError if the model is no decoder with a cache of keys and values."""
+    """Raise ExportError if the model is no decoder with a cache."""
     missing = sorted({"input_ids", "attention_mask"} - set(inspect.signature(model.forward).parameters))
     missing += [] if cache_argument(model) else ["past_key_values"]
-    if missing or model._is_stateful:
-        why = f"its forward takes no {', '.join(missing)}" if missing else "its cache is no cache of keys and values"
+    if missing:
+        why = f"its forward takes no {', '.join(missing)}"
         raise ExportError(f"decoders of type {model.config.model_type!r} have no graph: {why}")
 
 
-def write_graph(model: PreTrainedModel, path: Path, dtype: torch.dtype, caches: CacheSizes, tokens: int) -> None:
+def write_graph(model: PreTrainedModel, path: Path, dtype: torch.dtype, caches: LayerCaches, tokens: int) -> None:
     """Trace a model into a file.
 
     Args:
@@ -73,10 +71,13 @@ def write_graph(model: PreTrainedModel, path: Path, dtype: torch.dtype, caches: 
         "logits": {0: _BATCH, 1: _TOKENS},
     }
     outputs = ["logits"]
-    for name, heads, width in named_sizes(caches):
-        example[f"past_key_values.{name}"] = torch.zeros(BATCH, heads, _PAST, width, dtype=dtype)
-        axes[f"past_key_values.{name}"] = {0: _BATCH, 2: _CACHED}
-        axes[f"present.{name}"] = {0: _BATCH, 2: _ALL_TOKENS}
+    for name, shape in named_tensors(caches):
+        kind = torch.float32 if name.endswith(KEPT_IN_FLOAT32) else dtype
+        sizes = [_PAST if size is None else size for size in shape]
+        example[f"past_key_values.{name}"] = torch.zeros(BATCH, *sizes, dtype=kind)
+        growing = {1 + axis for axis, size in enumerate(shape) if size is None}
+        axes[f"past_key_values.{name}"] = {0: _BATCH, **dict.fromkeys(growing, _CACHED)}
+        axes[f"present.{name}"] = {0: _BATCH, **dict.fromkeys(growing, _ALL_TOKENS)}
         outputs.append(f"present.{name}")
     if "position_ids" in inspect.signature(model.forward).parameters:
         example["position_ids"] = torch.arange(_PAST, _PAST + tokens).expand(BATCH, tokens)
@@ -94,18 +95,10 @@ def write_graph(model: PreTrainedModel, path: Path, dtype: torch.dtype, caches: 
         )
 
 
-def named_sizes(caches: CacheSizes) -> Iterator[tuple[str, int, int]]:
-    """Name, heads and size of every cache, keys before values: ("0.key", 3, 64), ("0.value", 3, 64), ..."""
-    for layer, size in enumerate(caches):
-        if size is not None:
-            heads, keys, values = size
-            yield from ((f"{layer}.key", heads, keys), (f"{layer}.value", heads, values))
-
-
 class _Step(nn.Module):
     """Logits of new tokens and the cache with them, from tensors in the order of `names`."""
 
-    def __init__(self, model: PreTrainedModel, names: list[str], caches: CacheSizes) -> None:
+    def __init__(self, model: PreTrainedModel, names: list[str], caches: LayerCaches) -> None:
         super().__init__()
         self.model, self.names, self.caches = model, names, caches
 
@@ -113,21 +106,7 @@ class _Step(nn.Module):
         given: dict[str, Any] = dict(zip(self.names, tensors, strict=True))
         past = iter([given.pop(name) for name in self.names if name.startswith("past_key_values")])
         cache = DynamicCache()
-        cache.layers = [_another() if size is None else _filled(next(past), next(past)) for size in self.caches]
+        cache.layers = [filled(layer, {name: next(past) for name, _ in layer.tensors()}) for layer in self.caches]
         made = self.model(**given, **{str(cache_argument(self.model)): cache}, use_cache=True)
-        own = [layer for layer, size in zip(cache_of(made).layers, self.caches, strict=True) if size is not None]
-        return made.logits, *(tensor for layer in own for tensor in (layer.keys, layer.values))
-
-
-def _another() -> Any:
-    """Stands for keys and values that another layer has."""
-    from transformers.cache_utils import DummyLayer  # of transformers 5
-
-    return DummyLayer()
-
-
-def _filled(keys: Tensor, values: Tensor) -> DynamicLayer:
-    layer = DynamicLayer()
-    layer.keys, layer.values = keys, values
-    layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
-    return layer
+        layers = zip(self.caches, cache_of(made).layers, strict=True)
+        return made.logits, *(tensor for layer, now in layers for tensor in held(layer, now))

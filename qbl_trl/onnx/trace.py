@@ -14,15 +14,15 @@ import torch
 from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError
-from qbl_trl.generation import BEFORE_5, cache_of
+from qbl_trl.generation import BEFORE_5
 from qbl_trl.onnx.alibi import bias_rounded
 from qbl_trl.onnx.complex_rotary import rotated_in_real_numbers
 from qbl_trl.onnx.experts import every_expert_asked, traced_tokens
+from qbl_trl.onnx.layer_caches import LayerCaches, layer_caches, named_tensors
+from qbl_trl.onnx.recurrent import recurrences_traced
 from qbl_trl.onnx.skeleton import Skeleton, Unfusable
-from qbl_trl.onnx.torch_tracer import CacheSizes, named_sizes
 from qbl_trl.random_state import same_random_state
 
-_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")  # of a cache; they hold keys and values
 # Optimum pins transformers to 4.57.
 _tracer: Any = importlib.import_module(f"qbl_trl.onnx.{'optimum' if BEFORE_5 else 'torch'}_tracer")
 
@@ -61,11 +61,12 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
         every_expert_asked(),
         bias_rounded(skeleton.model),
         rotated_in_real_numbers(skeleton.model),
+        recurrences_traced(skeleton.model),
     ):
         path = Path(folder, "model.onnx")
         try:
-            sizes = cache_sizes(skeleton.model)
-            _tracer.write_graph(skeleton.model, path, dtype, sizes, tokens)
+            caches = layer_caches(skeleton.model)
+            _tracer.write_graph(skeleton.model, path, dtype, caches, tokens)
         except (Unfusable, ExportError):
             raise
         except Exception as error:
@@ -76,7 +77,7 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
             raise Untraceable(f"a {type(skeleton.model).__name__} could not be traced: {reason}") from error
         model = ir.load(path)
         ir.external_data.load_to_model(model)
-    _state_caches(model, sizes)
+    _state_caches(model, caches)
     _count_booleans(model)
     return model
 
@@ -105,34 +106,16 @@ def _as_integer(model: ir.Model, node: ir.Node, index: int) -> None:
     node.replace_input_with(index, cast.outputs[0])
 
 
-def _state_caches(model: ir.Model, sizes: CacheSizes) -> None:
+def _state_caches(model: ir.Model, caches: LayerCaches) -> None:
     """Write the caches' sizes where the tracer lost them."""
     outputs = {value.name: value for value in model.graph.outputs}
-    for name, heads, width in named_sizes(sizes):
+    for name, shape in named_tensors(caches):
         value = outputs.get(f"present.{name}")
-        if value is not None and value.shape is not None and len(value.shape) == 4:
-            value.shape = ir.Shape([value.shape[0], heads, value.shape[2], width])
-
-
-def cache_sizes(model: Any) -> CacheSizes:
-    """Heads, key size and value size of every layer's cache, found by running the model; None: another layer's."""
-    ids = torch.zeros(1, 3, dtype=torch.long)
-    with torch.no_grad():
-        cache = cache_of(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True))
-    cache = getattr(cache, "self_attention_cache", cache)
-    sizes: CacheSizes = []
-    for layer in getattr(cache, "layers", ()):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        kind = type(layer).__name__
-        if kind != "DummyLayer" and (kind not in _LAYERS or keys is None or values is None):
-            raise ExportError(
-                f"the cache of a {type(model).__name__} holds more than keys and values ({kind}), which no graph takes "
-                "and gives; nothing was written"
+        if value is not None and value.shape is not None and len(value.shape) == 1 + len(shape):
+            known = list(value.shape)
+            value.shape = ir.Shape(
+                [known[0], *(known[1 + axis] if size is None else size for axis, size in enumerate(shape))]
             )
-        sizes.append(None if keys is None or values is None else (keys.shape[1], keys.shape[3], values.shape[3]))
-    if not any(sizes):
-        raise ExportError(f"a {type(model).__name__} gives no cache of keys and values; nothing was written")
-    return sizes
 
 
 @contextmanager

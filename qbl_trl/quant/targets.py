@@ -28,8 +28,10 @@ _READ_ELSEWHERE = {
     **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa"), ("weights_proj",)),
     **dict.fromkeys(("siglip2", "siglip2_vision_model"), ("patch_embedding",)),
     "switch_transformers": ("wo",),
-    # by the fused kernels of state space models
-    **dict.fromkeys(("falcon_mamba", "mamba"), ("x_proj", "dt_proj", "out_proj")),
+    **dict.fromkeys(("falcon_mamba", "mamba"), ("dt_proj",)),
+}
+_READ_BY_KERNELS = {  # of state space models, fused; called where these are not
+    **dict.fromkeys(("falcon_mamba", "mamba"), ("x_proj", "out_proj")),
     **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "zamba2"), ("mamba.out_proj",)),
     **dict.fromkeys(("mamba2", "nemotron_h"), ("out_proj",)),
 }
@@ -136,10 +138,13 @@ def _kept_in_float(model: nn.Module) -> set[str]:
     whose weight is read by others."""
     lists = [getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")]
     wanted = {name.removesuffix(".weight") for names in lists if isinstance(names, (list, set)) for name in names}
-    return wanted | set(read_elsewhere(model))
+    return wanted | {*read_elsewhere(model), *_of_type(model, _READ_BY_KERNELS)}
 
 
 def read_elsewhere(model: nn.Module) -> tuple[str, ...]:
     """Last parts of the names of layers whose weight is read by others, and never called."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    return _READ_ELSEWHERE.get(str(kind), ())
+    return _of_type(model, _READ_ELSEWHERE)
+
+
+def _of_type(model: nn.Module, names: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    return names.get(str(getattr(getattr(model, "config", None), "model_type", None)), ())

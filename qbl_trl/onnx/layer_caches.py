@@ -1,0 +1,145 @@
+"""What each layer of a decoder keeps between steps: keys and values, states of fixed size, or both.
+
+| tensor | shape | of |
+| --- | --- | --- |
+| key, value | (B, heads, tokens, size) | attention |
+| conv_state | (B, channels, K - 1) | a causal convolution over K tokens: its latest inputs |
+| recurrent_state | (B, heads, d_k, d_v) float32 | a linear recurrence, see `recurrent.py` |
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from qbl_trl.errors import ExportError
+from qbl_trl.generation import cache_of
+
+KEPT_IN_FLOAT32 = "recurrent_state"
+STATES = ("conv_state", KEPT_IN_FLOAT32)
+_ATTENTION = ("DynamicLayer", "DynamicSlidingWindowLayer")
+_RECURRENT = (
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+)
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """The tensors of one layer, without their batch.
+
+    Attributes:
+        keys: heads, key size and value size; None: no keys and values of its own.
+        states: shapes by name.
+    """
+
+    keys: tuple[int, int, int] | None = None
+    states: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int | None, ...]]]:
+        """Names and shapes, None for the axis that grows: keys before values, then states."""
+        if self.keys is not None:
+            heads, keys, values = self.keys
+            yield from (("key", (heads, None, keys)), ("value", (heads, None, values)))
+        yield from self.states.items()
+
+
+LayerCaches = list[LayerCache]
+
+
+def named_tensors(caches: LayerCaches) -> Iterator[tuple[str, tuple[int | None, ...]]]:
+    """Every tensor of a cache as graphs name it: ("0.key", (3, None, 64)), ("0.value", (3, None, 64)), ..."""
+    for place, layer in enumerate(caches):
+        yield from ((f"{place}.{name}", shape) for name, shape in layer.tensors())
+
+
+def layer_caches(model: Any) -> LayerCaches:
+    """What every layer keeps, found by running the model.
+
+    Raises:
+        ExportError: if it is something else, or nothing.
+    """
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    with torch.no_grad():
+        cache = cache_of(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True))
+    found = [_read(model, layer) for layer in getattr(cache, "layers", ())]
+    if not any(layer.keys or layer.states for layer in found):
+        raise ExportError(
+            f"a {type(model).__name__} gives no cache that a graph could take and give; nothing was written"
+        )
+    return found
+
+
+def _read(model: Any, layer: Any) -> LayerCache:
+    kind, keys, values = type(layer).__name__, getattr(layer, "keys", None), getattr(layer, "values", None)
+    if kind == "DummyLayer":
+        return LayerCache()
+    if kind in _RECURRENT and layer.number_of_states == 1:
+        attends = keys is not None and values is not None and keys.numel()
+        sizes = (keys.shape[1], keys.shape[3], values.shape[3]) if attends else None  # type: ignore[union-attr]
+        convolved, state = layer.conv_states[0], layer.recurrent_states[0]
+        kept: dict[str, tuple[int, ...]] = {}
+        if convolved is not None:  # transformers keeps one more than its convolution reads again
+            kept["conv_state"] = (convolved.shape[1], convolved.shape[2] - 1)
+        if state is not None:
+            kept[KEPT_IN_FLOAT32] = tuple(state.shape[1:])
+        return LayerCache(sizes, kept)
+    if kind not in _ATTENTION or keys is None or values is None:
+        raise ExportError(
+            f"the cache of a {type(model).__name__} holds more than keys, values and states ({kind}), which no graph "
+            "takes and gives; nothing was written"
+        )
+    return LayerCache((keys.shape[1], keys.shape[3], values.shape[3]))
+
+
+def filled(cache: LayerCache, tensors: dict[str, Tensor]) -> Any:
+    """A layer of a cache in transformers that holds tensors, by name."""
+    if cache.states:
+        return _with_states(cache, tensors)
+    if cache.keys is None:  # another layer's stand for its own
+        from transformers.cache_utils import DummyLayer  # of transformers 5
+
+        return DummyLayer()
+    return _with_keys(DynamicLayer(), tensors)
+
+
+def held(cache: LayerCache, layer: Any) -> list[Tensor]:
+    """What a layer holds by now, in the order of `LayerCache.tensors`."""
+    own: dict[str, Any] = {"key": getattr(layer, "keys", None), "value": getattr(layer, "values", None)}
+    if cache.states:
+        own |= {"conv_state": layer.conv_states[0], KEPT_IN_FLOAT32: layer.recurrent_states[0]}
+    return [own[name] for name, _ in cache.tensors()]
+
+
+def _with_keys(layer: Any, tensors: dict[str, Tensor]) -> Any:
+    layer.keys, layer.values = tensors["key"], tensors["value"]
+    layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
+    return layer
+
+
+def _with_states(cache: LayerCache, tensors: dict[str, Tensor]) -> Any:
+    """Its states are replaced, not written over: a graph has no place for that."""
+    from transformers import cache_utils  # names of transformers 5
+
+    kind = "LinearAttentionLayer" if cache.keys is None else "LinearAttentionAndFullAttentionLayer"
+    layer = getattr(cache_utils, kind)()
+    if cache.keys is not None:
+        _with_keys(layer, tensors)
+    layer.conv_states[0], layer.recurrent_states[0] = (tensors.get(name) for name in STATES)
+    layer.has_previous_state[0] = True
+
+    def update_conv_state(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        whole = torch.cat([layer.conv_states[0], x], -1)
+        layer.conv_states[0] = whole[..., -cache.states["conv_state"][-1] :]
+        return whole
+
+    def update_recurrent_state(state: Tensor, *_: Any, **__: Any) -> Tensor:
+        layer.recurrent_states[0] = state
+        return state
+
+    layer.update_conv_state, layer.update_recurrent_state = update_conv_state, update_recurrent_state
+    return layer

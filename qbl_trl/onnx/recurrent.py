@@ -1,0 +1,200 @@
+"""Layers that keep a state of fixed size between steps: short convolutions and linear recurrences.
+
+Modeling files of transformers 5 compute them by functions of a few names, which emit placeholders during a trace:
+
+    causal_conv1d_fn                            y_t = act(sum_j w_j x_{t - K + 1 + j} + b), channel by channel
+    torch_chunk_gated_delta_rule,
+    chunk_kimi_delta_attention                  S_t = e^g S + k (beta (v - e^g S^T k))^T    y = S_t^T q / sqrt(d)
+    mamba2_chunk_scan                           S_t = e^(dt A) S + B (dt x)^T               y = S_t^T C + D x
+
+One placeholder stands for all recurrences: a state S (d_k, d_v) of each head decays, may lose what it holds under a key
+(where there is a beta), takes in key and value, and is read by a query. Models hand states on in that layout too.
+
+| node | inputs | outputs | attributes |
+| --- | --- | --- | --- |
+| CausalConv | x (B, C, T), weight (C, K), bias (C,) | (B, C, T) | silu |
+| UnitLength | x (..., d) | x / sqrt(sum x^2 + 1e-6) | width |
+| Recurrence | query, key, value, decay, state, beta | as value, state | heads of the first three, by_key, scale |
+
+    query, key (B, S, G, d_k)    value (B, S, H, d_v)    decay (B, S, H), by_key (B, S, H, d_k)    beta (B, S, H)
+
+Recurrences compute in float32 whatever the model's type, as the models' own code does: states collect what is rounded.
+"""
+
+# ruff: noqa: ARG004 - torch.autograd.Function passes to `forward` what only `symbolic` needs
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+from transformers.activations import ACT2FN
+
+from qbl_trl.onnx.markers import TRACE_DOMAIN
+from qbl_trl.onnx.threads import here_only
+
+_FUSED_ACTIVATIONS = ("silu", "swish")
+_UNBOUNDED = (0.0, float("inf"))  # where a softplus lies anyway
+
+
+class _CausalConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:  # type: ignore[override]
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, weight: Any, bias: Any, silu: bool) -> Any:
+        given = [x, weight] if bias is None else [x, weight, bias]
+        return g.op(f"{TRACE_DOMAIN}::CausalConv", *given, silu_i=int(silu)).setType(x.type())
+
+
+class _UnitLength(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, width: int) -> Tensor:  # type: ignore[override]
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, width: int) -> Any:
+        return g.op(f"{TRACE_DOMAIN}::UnitLength", x, width_i=width).setType(x.type())
+
+
+class _Recurrence(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        decay: Tensor,
+        state: Tensor,
+        beta: Tensor | None,
+        heads: tuple[int, int, int],
+        by_key: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(value), torch.zeros_like(state)
+
+    @staticmethod
+    def symbolic(
+        g: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        decay: Any,
+        state: Any,
+        beta: Any,
+        heads: tuple[int, int, int],
+        by_key: bool,
+        scale: float,
+    ) -> tuple[Any, Any]:
+        given = [query, key, value, decay, state, *(() if beta is None else (beta,))]
+        attributes = {"heads_i": heads, "by_key_i": int(by_key), "scale_f": scale}
+        y, after = g.op(f"{TRACE_DOMAIN}::Recurrence", *given, **attributes, outputs=2)
+        return y.setType(value.type()), after.setType(state.type())
+
+
+@contextmanager
+def recurrences_traced(model: nn.Module) -> Iterator[None]:
+    """While open, a model's modeling files emit placeholders for convolutions and recurrences."""
+    replaced: list[tuple[Any, str, Any]] = []
+    files = {type(module).__module__ for module in model.modules()}
+    try:
+        for file, (name, function) in product(sorted(files), _INSTEAD.items()):
+            original = getattr(sys.modules[file], name, None)
+            if original is not None:
+                replaced.append((sys.modules[file], name, original))
+                setattr(sys.modules[file], name, here_only(function, original))
+        yield
+    finally:
+        for module, name, original in replaced:
+            setattr(module, name, original)
+
+
+def _convolve(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any
+) -> Tensor:
+    fused = activation in _FUSED_ACTIVATIONS
+    y: Tensor = _CausalConv.apply(_as(hidden_states, weight.dtype), weight, bias, fused)  # type: ignore[no-untyped-call]
+    if activation is not None and not fused:
+        y = ACT2FN[activation](y)
+    return _as(y, hidden_states.dtype)
+
+
+def _delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    chunk_size: int = 64,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    dtype, width = query.dtype, int(key.shape[-1])
+    query, key, value, g, beta = (_as(x, torch.float32) for x in (query, key, value, g, beta))
+    if use_qk_l2norm_in_kernel:
+        query, key = (_UnitLength.apply(x, width) for x in (query, key))  # type: ignore[no-untyped-call]
+    y, state = _recur(query, key, value, g, initial_state, beta, width**-0.5)
+    return _as(y, dtype), state if output_final_state else None
+
+
+def _mamba2(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int = 0,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = _UNBOUNDED,
+    return_final_states: bool = False,
+    **_: Any,
+) -> Any:
+    step = _as(dt, torch.float32)
+    step = step if dt_bias is None else step + _as(dt_bias, torch.float32)
+    step = softplus(step) if dt_softplus else step
+    if not dt_softplus or tuple(dt_limit) != _UNBOUNDED:
+        step = torch.clamp(step, *dt_limit)
+    x, A, B, C = (_as(given, torch.float32) for given in (hidden_states, A, B, C))
+    y, state = _recur(C, B, x * step[..., None], A * step, initial_states, None, 1.0)
+    if D is not None:
+        y = y + x * _as(D, torch.float32)[:, None]
+    return (y, state) if return_final_states else y
+
+
+def _recur(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    state: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    if state is None:  # not traced: a model is asked for what it keeps
+        state = value.new_zeros(value.shape[0], value.shape[2], key.shape[-1], value.shape[3])
+    heads = tuple(int(x.shape[2]) for x in (query, key, value))
+    given = (query, key, value, decay, state, beta, heads, decay.dim() == 4, scale)
+    y, after = _Recurrence.apply(*given)  # type: ignore[no-untyped-call]
+    return y, after
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tracer writes a cast to the type that a tensor has already."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+_INSTEAD: dict[str, Callable[..., Any]] = {
+    "causal_conv1d_fn": _convolve,
+    "mamba2_chunk_scan": _mamba2,
+    "torch_chunk_gated_delta_rule": _delta_rule,
+    "chunk_kimi_delta_attention": _delta_rule,
+}
