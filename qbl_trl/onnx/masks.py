@@ -7,6 +7,9 @@ query_lengths   (B,) = S, int32
 step(window)    (B, 1, 1, T): padding for the last query alone, and keys `window` and more before it
 grows_by_one    (1,): one new token over a past that is shorter than the text by that token
 last_token      (B, 1, 1): which of the new tokens is the last that is no padding
+after_text      (B, 1, 1): how many of the new tokens there are up to that one
+ends_in_text    (B, 1, 1): whether that is all of them
+text            (B, S, 1): 1 for new tokens, 0 for padding, in float32
 position_ids    (B, S): which token of its text each new one is, from 0; -1 for padding
 last_place      (B, 1) = T - 1: where the last token stands in the cache
 rows            (4,) = B, 1, 1, 1: the shape of one value for every row
@@ -137,6 +140,25 @@ class Masks:
             last = self._add("ReduceMax", [self._add("Mul", [seen, order]), constant([1])], keepdims=1)
             self._made["last token"] = self._add("Unsqueeze", [last, constant([2])])
         return self._made["last token"]
+
+    def after_text(self) -> ir.Value:
+        """How many of the new tokens lie up to the last that is no padding, for every row, (B, 1, 1)."""
+        if "after text" not in self._made:
+            self._made["after text"] = self._add("Add", [self.last_token(), self.editor.constant(1)])
+        return self._made["after text"]
+
+    def ends_in_text(self) -> ir.Value:
+        """Whether no padding follows on a row's text, (B, 1, 1) of booleans."""
+        if "ends in text" not in self._made:
+            self._made["ends in text"] = self._add("Equal", [self.after_text(), self._steps()])
+        return self._made["ends in text"]
+
+    def text(self) -> ir.Value:
+        """1 for new tokens, 0 for padding, (B, S, 1) float32 whatever the graph's type."""
+        if "text" not in self._made:
+            seen = self._add("Cast", [self._of_new(self.mask)], to=ir.DataType.FLOAT)
+            self._made["text"] = self._add("Unsqueeze", [seen, self.editor.constant([2])])
+        return self._made["text"]
 
     def positions(self, value: ir.Value | None) -> ir.Value:
         """Positions as (B, S): as they are where they are an input, repeated for every row where they are not."""

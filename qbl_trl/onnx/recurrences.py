@@ -13,91 +13,122 @@ import onnx_ir as ir
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute, produced_by
 from qbl_trl.onnx.markers import TRACE_DOMAIN
+from qbl_trl.onnx.masks import Masks
 
 _EPSILON = 1e-6  # of models that norm queries and keys
+_GATED = 5  # inputs of a recurrence that only decays; of others, the rate comes behind
 
 
 def lower_recurrences(editor: Editor, fused: bool) -> None:
-    """Replace every placeholder.
+    """Replace every placeholder. Padding leaves states as they are, on whichever side of a text it stands.
 
     Raises:
         ExportError: if a convolution does not go on from a state of the cache.
     """
-    for node in [node for node in editor.graph if node.domain == TRACE_DOMAIN]:
-        if node.op_type == "CausalConv":
-            _convolution(editor, node, fused)
-        elif node.op_type == "Recurrence":
-            _fused_recurrence(editor, node) if fused else _scan(editor, node)
-        elif node.op_type == "UnitLength":
-            width = attribute(node, "width")
-            gain = editor.constant(np.full(width, width**-0.5), np.float32)
-            norm = {"axis": -1, "epsilon": _EPSILON / width}
-            y = editor.add(node, "RMSNormalization", [node.inputs[0], gain], norm, like=node.inputs[0]).outputs[0]
-            editor.replace(node.outputs[0], y)
-            editor.remove(node)
+    lowered = {"CausalConv": _convolution, "Recurrence": _recurrence, "UnitLength": _unit_length}
+    nodes = [node for node in editor.graph if node.domain == TRACE_DOMAIN and node.op_type in lowered]
+    masks = Masks(editor) if nodes else None
+    for node in nodes:
+        lowered[node.op_type](editor, node, masks, fused)  # type: ignore[arg-type]
+        editor.remove(node)
 
 
-def _convolution(editor: Editor, node: ir.Node, fused: bool) -> None:
+def _unit_length(editor: Editor, node: ir.Node, _: Masks, __: bool) -> None:
+    width = attribute(node, "width")
+    gain = editor.constant(np.full(width, width**-0.5), np.float32)
+    norm = {"axis": -1, "epsilon": _EPSILON / width}
+    y = editor.add(node, "RMSNormalization", [node.inputs[0], gain], norm, like=node.inputs[0]).outputs[0]
+    editor.replace(node.outputs[0], y)
+
+
+def _convolution(editor: Editor, node: ir.Node, masks: Masks, fused: bool) -> None:
     """The model cuts the tokens of the past off what is convolved; the operators never make them."""
     joined = produced_by(node.inputs[0], "Concat")
     cuts = [use.node for use in node.outputs[0].uses()]
-    if joined is None or len(joined.inputs) != 2 or any(cut.op_type != "Slice" for cut in cuts):
+    kept = [] if joined is None else [use.node for use in joined.outputs[0].uses() if use.node is not node]
+    if joined is None or len(joined.inputs) != 2 or any(cut.op_type != "Slice" for cut in (*cuts, *kept)):
         raise ExportError(f"{node.name}: a convolution that does not go on from a cached state; nothing was written")
-    past, x = joined.inputs
+    (past, x), whole = joined.inputs, joined.outputs[0]
     weight = editor.add(node, "Unsqueeze", [node.inputs[1], editor.constant([1])], like=node.inputs[1]).outputs[0]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
+    latest = _latest(editor, node, masks, whole, past)
     if fused:
         activation = {"activation": "silu" if attribute(node, "silu") else "none"}
-        made = editor.add(
+        y, state = editor.add(
             node, "CausalConvWithState", [x, weight, bias, past], activation, domain=MS_DOMAIN, outputs=2, like=x
-        )
-        y = made.outputs[0]
-        for use in list(joined.outputs[0].uses()):
-            if use.node is not node and use.node.op_type == "Slice":
-                editor.replace(use.node.outputs[0], made.outputs[1])
+        ).outputs
+        # Past and present may be one buffer: what is written last has waited for the operator to read it.
+        choice = [masks.ends_in_text(), state, latest]
+        latest = editor.add(node, "Where", choice, name="state", like=x).outputs[0]
     else:
-        channels = {"group": int(node.inputs[1].shape[0])}  # type: ignore[union-attr, index, arg-type]
-        inputs = [joined.outputs[0], weight, *([] if bias is None else [bias])]
-        y = editor.add(node, "Conv", inputs, channels, like=x).outputs[0]
+        channels, _ = _sizes(past)
+        inputs = [whole, weight, *([] if bias is None else [bias])]
+        y = editor.add(node, "Conv", inputs, {"group": channels}, like=x).outputs[0]
         if attribute(node, "silu"):
             gate = editor.add(node, "Sigmoid", [y], like=x).outputs[0]
             y = editor.add(node, "Mul", [y, gate], like=x).outputs[0]
-    y.shape = x.shape  # type: ignore[union-attr]
-    for cut in cuts:
-        editor.replace(cut.outputs[0], y)
-        editor.remove(cut)
-    editor.remove(node)
+    y.shape = None if x is None else x.shape
+    for old, new in (*((cut, y) for cut in cuts), *((cut, latest) for cut in kept)):
+        editor.replace(old.outputs[0], new)
+        editor.remove(old)
 
 
-def _fused_recurrence(editor: Editor, node: ir.Node) -> None:
-    """Heads side by side in one axis, as the operator takes them."""
+def _latest(editor: Editor, node: ir.Node, masks: Masks, whole: ir.Value, past: ir.Value | None) -> ir.Value:
+    """Of past and new inputs, (B, C, K - 1 + S), the last K - 1 up to the end of each row's text."""
+    channels, length = _sizes(past)
+    first = editor.constant(np.arange(length)[None, None])
+    places = editor.add(node, "Add", [masks.after_text(), first], name="state", like=first).outputs[0]
+    for_all = editor.constant([1, channels, 1])
+    places = editor.add(node, "Expand", [places, for_all], name="state", like=first).outputs[0]
+    return editor.add(node, "GatherElements", [whole, places], {"axis": 2}, name="state", like=past).outputs[0]
+
+
+def _sizes(state: ir.Value | None) -> tuple[int, int]:
+    """Channels and length of a convolution's state, (B, C, K - 1)."""
+    _, channels, length = state.shape  # type: ignore[union-attr, misc]
+    return int(channels), int(length)
+
+
+def _recurrence(editor: Editor, node: ir.Node, masks: Masks, fused: bool) -> None:
+    """Padding does not decay a state (e^0 = 1) nor add to it, at a rate of 0 or a value of 0."""
     query, key, value, decay, state, *beta = node.inputs
-    flat = editor.constant([0, 0, -1])
-    packed = [editor.add(node, "Reshape", [x, flat], like=x).outputs[0] for x in (query, key, value)]
+    text, flat = masks.text(), editor.constant([0, 0, -1])
     if attribute(node, "by_key"):
         decay = editor.add(node, "Reshape", [decay, flat], like=decay).outputs[0]
+    decay = editor.add(node, "Mul", [decay, text], like=decay).outputs[0]
+    packed = [editor.add(node, "Reshape", [x, flat], like=x).outputs[0] for x in (query, key, value)]
+    if beta:
+        beta = [editor.add(node, "Mul", [beta[0], text], like=beta[0]).outputs[0]]
+    else:
+        packed[2] = editor.add(node, "Mul", [packed[2], text], like=value).outputs[0]
+    y, after = (_linear_attention if fused else _scan)(editor, node, [*packed, state, decay, *beta])
+    editor.replace(node.outputs[0], y)
+    editor.replace(node.outputs[1], after)
+
+
+def _linear_attention(editor: Editor, node: ir.Node, inputs: list[ir.Value | None]) -> tuple[ir.Value, ir.Value]:
     query_heads, _, heads = attribute(node, "heads")
     attributes = {
         "q_num_heads": query_heads,
         "kv_num_heads": heads,
         "scale": attribute(node, "scale"),
-        "update_rule": "gated_delta" if beta else "gated",
+        "update_rule": "gated_delta" if len(inputs) > _GATED else "gated",
     }
-    made = editor.add(
-        node, "LinearAttention", [*packed, state, decay, *beta], attributes, domain=MS_DOMAIN, outputs=2, like=value
-    )
-    editor.replace(node.outputs[1], made.outputs[1])
+    like = node.inputs[2]
+    y, after = editor.add(node, "LinearAttention", inputs, attributes, domain=MS_DOMAIN, outputs=2, like=like).outputs
     apart = editor.constant([0, 0, heads, -1])
-    editor.replace(node.outputs[0], editor.add(node, "Reshape", [made.outputs[0], apart], like=value).outputs[0])
-    editor.remove(node)
+    return editor.add(node, "Reshape", [y, apart], like=like).outputs[0], after
 
 
-def _scan(editor: Editor, node: ir.Node) -> None:
+def _scan(editor: Editor, node: ir.Node, inputs: list[ir.Value | None]) -> tuple[ir.Value, ir.Value]:
     """Token by token, each head for itself."""
-    query, key, value, decay, state, *beta = node.inputs
-    query_heads, key_heads, heads = attribute(node, "heads")
-    query, key = (_repeated(editor, node, x, own, heads) for x, own in ((query, query_heads), (key, key_heads)))
-    grows = editor.add(node, "Exp", [decay], like=decay).outputs[0]
+    *packed, state, decay = inputs[:_GATED]
+    counts, beta = attribute(node, "heads"), inputs[_GATED:]
+    heads, like = counts[2], node.inputs[2]
+    query, key, value = (_apart(editor, node, x, own, heads) for x, own in zip(packed, counts, strict=True))
+    if attribute(node, "by_key"):
+        decay = _apart(editor, node, decay, heads, heads)
+    grows = editor.add(node, "Exp", [decay], like=like).outputs[0]
     missing = [-1] if attribute(node, "by_key") else [-1, -2]  # of (B, H, d_k, d_v)
     read, taken = [query, key, value, grows, *beta], ("query", "key", "value", "decay", "beta")
     body = _Body(f"{node.name}/token")
@@ -117,22 +148,20 @@ def _scan(editor: Editor, node: ir.Node) -> None:
         "scan_input_axes": [1] * len(read),
         "scan_output_axes": [1],
     }
-    made = editor.add(node, "Scan", [state, *read], attributes, outputs=2, like=value)
+    state, found = editor.add(node, "Scan", [state, *read], attributes, outputs=2, like=like).outputs
     scale = editor.constant(attribute(node, "scale"), np.float32)
-    scaled = editor.add(node, "Mul", [made.outputs[1], scale], like=value).outputs[0]
-    editor.replace(node.outputs[1], made.outputs[0])
-    editor.replace(node.outputs[0], scaled)
-    editor.remove(node)
+    return editor.add(node, "Mul", [found, scale], like=like).outputs[0], state
 
 
-def _repeated(editor: Editor, node: ir.Node, x: ir.Value | None, own: int, heads: int) -> ir.Value | None:
-    """(B, S, own, D) -> (B, S, heads, D): every head as often as others share it."""
-    if own == heads:
+def _apart(editor: Editor, node: ir.Node, x: ir.Value | None, own: int, heads: int) -> ir.Value:
+    """(B, S, own * D) -> (B, S, heads, D): every head as often as others share it."""
+    if own != heads:
+        shared = editor.add(node, "Reshape", [x, editor.constant([0, 0, own, 1, -1])], like=x).outputs[0]
+        often = editor.constant([1, 1, 1, heads // own, 1])
+        x = editor.add(node, "Expand", [shared, often], like=x).outputs[0]
+        x = editor.add(node, "Reshape", [x, editor.constant([0, 0, heads, -1])], like=x).outputs[0]
         return x
-    apart = editor.add(node, "Unsqueeze", [x, editor.constant([3])], like=x).outputs[0]
-    often = editor.constant([1, 1, 1, heads // own, 1])
-    spread = editor.add(node, "Expand", [apart, often], like=x).outputs[0]
-    return editor.add(node, "Reshape", [spread, editor.constant([0, 0, heads, -1])], like=x).outputs[0]
+    return editor.add(node, "Reshape", [x, editor.constant([0, 0, heads, -1])], like=x).outputs[0]
 
 
 class _Body:

@@ -7,14 +7,11 @@ A row's next token then stands at the row's own end, over what was padding, and 
 but for a bias that a model has of its own (alibi), which is made once more for a mask that hides nothing. Places of new
 tokens that a graph counts from the length of its cache, for learned positions (Bart), are counted by rows as well.
 
-States of convolutions and recurrences are those of a row's own end.
-
 Nothing ever reads padding, so that windows and places count text alone. Over the same weights as the graph it is made
 from, which is for padding on the left, and without the choices of `grouped.py`: GenAI's cache does not grow.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -27,7 +24,6 @@ from qbl_trl.onnx.layer_caches import STATES
 from qbl_trl.onnx.masks import BIASED
 
 _SEQLENS, _BIAS, _QUERIES = 5, 10, 16  # inputs of GroupQueryAttention
-_VALUE, _DECAY, _BETA = 2, 4, 5  # of LinearAttention
 
 
 def write_right_padded(source: Path, target: Path) -> None:
@@ -43,7 +39,7 @@ def write_right_padded(source: Path, target: Path) -> None:
         bias = f"right/{node.input[_BIAS]}" if node.input[_BIAS] in biased else ""
         node.input[_SEQLENS], node.input[_BIAS], node.input[_QUERIES] = "right/seqlens", bias, "right/queries"
     _state_sizes(graph)
-    nodes = [*_counts(graph), *_without_padding(nodes, biased), *_kept_by_rows(graph, _placed_by_rows(nodes))]
+    nodes = [*_counts(graph), *_without_padding(nodes, biased), *_placed_by_rows(nodes)]
     nodes = needed(nodes, (value.name for value in graph.output))
     read = {name for node in nodes for name in values_read(node)}
     kept = [weight for weight in graph.initializer if weight.name in read]
@@ -104,50 +100,6 @@ def _placed_by_rows(nodes: list[NodeProto]) -> list[NodeProto]:
     return placed
 
 
-def _kept_by_rows(graph: GraphProto, nodes: list[NodeProto]) -> list[NodeProto]:
-    """The nodes, with states that padding leaves as they are: convolutions keep the latest inputs that are text."""
-    kept = list[NodeProto]()
-    for node in nodes:
-        if node.op_type == "LinearAttention":
-            kept += _untouched(node)
-        kept.append(node)
-        if node.op_type == "CausalConvWithState":
-            kept += _latest(graph, node)
-    return kept
-
-
-def _untouched(node: NodeProto) -> list[NodeProto]:
-    """Let padding neither decay a state (decay 0: e^0 = 1) nor add to it: at a rate of 0, or a value of 0."""
-    changes = []
-    for place in (_DECAY, _BETA if len(node.input) > _BETA else _VALUE):
-        name = f"right/{node.name}/{place}"
-        changes.append(protos.node("Mul", [node.input[place], "right/is_text"], name))
-        node.input[place] = name
-    return changes
-
-
-def _latest(graph: GraphProto, node: NodeProto) -> list[NodeProto]:
-    """The state after a convolution: of past and new inputs, those before the end of each row's text."""
-    x, _, _, past = node.input
-    present, places = node.output[1], f"right/{node.output[1]}/places"
-    node.output[1] = f"right/{present}"
-    _, channels, length = (dim.dim_value for dim in _shape_of(graph, past))
-    protos.constant(graph, f"right/first_{length}", np.arange(length)[None, None])
-    protos.constant(graph, f"right/rows_of_{channels}", np.array([1, channels, 1]))
-    return [
-        protos.node("Concat", [past, x], f"right/{present}/all", axis=2),
-        protos.node("Add", ["right/end_of_text", f"right/first_{length}"], f"{places}/one"),
-        protos.node("Expand", [f"{places}/one", f"right/rows_of_{channels}"], places),
-        protos.node("GatherElements", [f"right/{present}/all", places], f"{places}/read", axis=2),
-        # Past and present may be one buffer: what is written last has waited for the convolution to read it.
-        protos.node("Where", ["right/unpadded", node.output[1], f"{places}/read"], present),
-    ]
-
-
-def _shape_of(graph: GraphProto, name: str) -> Any:
-    return next(value.type.tensor_type.shape.dim for value in graph.input if value.name == name)
-
-
 def _counts_on(node: NodeProto, before: list[NodeProto], counted: set[str]) -> bool:
     """Whether a node counts new tokens, (S,), on from the length of the cache: Range(length, ...), Range + length.
 
@@ -170,8 +122,6 @@ def _counts(graph: GraphProto) -> list[NodeProto]:
     """From the mask: seqlens_k and query_seqlens, (B,) int32, and the places of new tokens in their rows, (B, S)."""
     for name, value in (("zero", [0]), ("one", 1), ("axis", [1]), ("end", [2**62]), ("flat", [-1])):
         protos.constant(graph, f"right/{name}", np.array(value))
-    for name, value in (("last_axis", [2]), ("axes", [1, 2])):
-        protos.constant(graph, f"right/{name}", np.array(value))
     new = ["right/start", "right/end", "right/axis"]
     return [
         protos.node("ReduceSum", ["attention_mask", "right/axis"], "right/tokens", keepdims=0),
@@ -183,11 +133,6 @@ def _counts(graph: GraphProto) -> list[NodeProto]:
         protos.node("Slice", ["attention_mask", *new], "right/new"),
         protos.node("ReduceSum", ["right/new", "right/axis"], "right/asked", keepdims=0),
         protos.node("Cast", ["right/asked"], "right/queries", to=TensorProto.INT32),
-        protos.node("Unsqueeze", ["right/asked", "right/axes"], "right/end_of_text"),
-        protos.node("Equal", ["right/asked", "right/length"], "right/all_asked"),
-        protos.node("Unsqueeze", ["right/all_asked", "right/axes"], "right/unpadded"),
-        protos.node("Cast", ["right/new"], "right/new_float", to=TensorProto.FLOAT),
-        protos.node("Unsqueeze", ["right/new_float", "right/last_axis"], "right/is_text"),
         protos.node("CumSum", ["attention_mask", "right/one"], "right/counted"),
         protos.node("Slice", ["right/counted", *new], "right/reached"),
         protos.node("Sub", ["right/reached", "right/one"], "right/places"),
