@@ -103,7 +103,7 @@ class Gate:
         try:
             with _run_errors():
                 report = measured()
-        except Unrunnable:
+        except (Unrunnable, ConfigError):  # or logits that are no numbers
             return False
         return report.max_abs_difference <= allowed
 

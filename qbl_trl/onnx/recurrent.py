@@ -192,7 +192,15 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def _without_padding(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The models multiply by 0, which leaves what is not finite: attention may write nothing at all for padding."""
+    if attention_mask is None:
+        return hidden_states
+    return torch.where(attention_mask[:, :, None] != 0, hidden_states, hidden_states.new_zeros(()))
+
+
 _INSTEAD: dict[str, Callable[..., Any]] = {
+    "apply_mask_to_padding_states": _without_padding,
     "causal_conv1d_fn": _convolve,
     "mamba2_chunk_scan": _mamba2,
     "torch_chunk_gated_delta_rule": _delta_rule,
