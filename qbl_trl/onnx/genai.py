@@ -106,8 +106,10 @@ def _count(made: dict[str, list[int]]) -> int:
 
 
 def _named(time: str, prefix: str, states: str | None) -> dict[str, str]:
-    """What inputs or outputs are called; those of states are taken from the names of keys but for LFM2."""
-    kinds = {"key": "key", "value": "value", **({"conv": "conv_state"} if states == "lfm2" else {})}
+    """What inputs or outputs are called."""
+    kinds = {"key": "key", "value": "value", **({"conv": "conv_state"} if states else {})}
+    if states == "decoder":
+        kinds["recurrent"] = "recurrent_state"
     return {f"{time}_{kind}_names": f"{prefix}.%d.{name}" for kind, name in kinds.items()}
 
 

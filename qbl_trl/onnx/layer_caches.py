@@ -3,7 +3,7 @@
 | tensor | shape | of |
 | --- | --- | --- |
 | key, value | (B, heads, tokens, size) | attention |
-| conv_state | (B, channels, K - 1) | a causal convolution over K tokens: its latest inputs |
+| conv_state | (B, K - 1, channels) | a causal convolution over K tokens: its latest inputs |
 | recurrent_state | (B, heads, d_k, d_v) float32 | a linear recurrence, see `recurrent.py` |
 """
 
@@ -84,7 +84,7 @@ def _read(model: Any, layer: Any) -> LayerCache:
         convolved, state = layer.conv_states[0], layer.recurrent_states[0]
         kept: dict[str, tuple[int, ...]] = {}
         if convolved is not None:  # transformers keeps one more than its convolution reads again
-            kept["conv_state"] = (convolved.shape[1], convolved.shape[2] - 1)
+            kept["conv_state"] = (convolved.shape[2] - 1, convolved.shape[1])
         if state is not None:
             kept[KEPT_IN_FLOAT32] = tuple(state.shape[1:])
         return LayerCache(sizes, kept)
@@ -133,8 +133,8 @@ def _with_states(cache: LayerCache, tensors: dict[str, Tensor]) -> Any:
     layer.has_previous_state[0] = True
 
     def update_conv_state(x: Tensor, *_: Any, **__: Any) -> Tensor:
-        whole = torch.cat([layer.conv_states[0], x], -1)
-        layer.conv_states[0] = whole[..., -cache.states["conv_state"][-1] :]
+        whole = torch.cat([layer.conv_states[0].transpose(1, 2), x], -1)
+        layer.conv_states[0] = whole[..., -cache.states["conv_state"][0] :].transpose(1, 2)
         return whole
 
     def update_recurrent_state(state: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -2,13 +2,16 @@
 
 | placeholder | fused | standard |
 | --- | --- | --- |
-| CausalConv over Concat(past, x) | CausalConvWithState, which gives the next state, too | Conv |
+| CausalConv over Concat(past, x) | CausalConvWithState | a sum of products |
 | Recurrence | LinearAttention | Scan over the tokens |
 | UnitLength | RMSNormalization: x / sqrt(sum x^2 + e) = x / sqrt(mean x^2 + e / d) / sqrt(d) | the same |
+
+Padding leaves states as they are, on whichever side of a text it stands.
 """
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute, produced_by
@@ -19,74 +22,125 @@ _EPSILON = 1e-6  # of models that norm queries and keys
 _GATED = 5  # inputs of a recurrence that only decays; of others, the rate comes behind
 
 
-def lower_recurrences(editor: Editor, fused: bool) -> None:
-    """Replace every placeholder. Padding leaves states as they are, on whichever side of a text it stands.
+def lower_recurrences(editor: Editor, fused: bool, provider: str) -> None:
+    """Replace every placeholder.
 
     Raises:
         ExportError: if a convolution does not go on from a state of the cache.
     """
-    lowered = {"CausalConv": _convolution, "Recurrence": _recurrence, "UnitLength": _unit_length}
-    nodes = [node for node in editor.graph if node.domain == TRACE_DOMAIN and node.op_type in lowered]
-    masks = Masks(editor) if nodes else None
-    for node in nodes:
-        lowered[node.op_type](editor, node, masks, fused)  # type: ignore[arg-type]
-        editor.remove(node)
+    nodes = [node for node in editor.graph if node.domain == TRACE_DOMAIN]
+    convolutions = [node for node in nodes if node.op_type == "CausalConv"]
+    recurrences = [node for node in nodes if node.op_type == "Recurrence"]
+    for node in [node for node in nodes if node.op_type == "UnitLength"]:
+        _unit_length(editor, node)
+    if not convolutions and not recurrences:
+        return
+    masks = Masks(editor)
+    # The operator's kernel for CPUs takes twice as long as the products do, which have kernels in float32 alone.
+    in_one = fused and not (provider == "cpu" and editor.dtype == torch.float32)
+    for node in convolutions:
+        _convolution(editor, node, masks, in_one)
+    for node in recurrences:
+        _recurrence(editor, node, masks, fused)
 
 
-def _unit_length(editor: Editor, node: ir.Node, _: Masks, __: bool) -> None:
+def _unit_length(editor: Editor, node: ir.Node) -> None:
     width = attribute(node, "width")
     gain = editor.constant(np.full(width, width**-0.5), np.float32)
     norm = {"axis": -1, "epsilon": _EPSILON / width}
     y = editor.add(node, "RMSNormalization", [node.inputs[0], gain], norm, like=node.inputs[0]).outputs[0]
     editor.replace(node.outputs[0], y)
+    editor.remove(node)
 
 
-def _convolution(editor: Editor, node: ir.Node, masks: Masks, fused: bool) -> None:
-    """The model cuts the tokens of the past off what is convolved; the operators never make them."""
+def _convolution(editor: Editor, node: ir.Node, masks: Masks, in_one: bool) -> None:
+    """Tokens before channels, as layers and states have them; the model has them turned, and cuts off the past."""
     joined = produced_by(node.inputs[0], "Concat")
     cuts = [use.node for use in node.outputs[0].uses()]
     kept = [] if joined is None else [use.node for use in joined.outputs[0].uses() if use.node is not node]
     if joined is None or len(joined.inputs) != 2 or any(cut.op_type != "Slice" for cut in (*cuts, *kept)):
         raise ExportError(f"{node.name}: a convolution that does not go on from a cached state; nothing was written")
-    (past, x), whole = joined.inputs, joined.outputs[0]
-    weight = editor.add(node, "Unsqueeze", [node.inputs[1], editor.constant([1])], like=node.inputs[1]).outputs[0]
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    past, x = (_turned(editor, node, value) for value in joined.inputs)
+    whole = editor.add(node, "Concat", [past, x], {"axis": 1}, like=x).outputs[0]
     latest = _latest(editor, node, masks, whole, past)
-    if fused:
-        activation = {"activation": "silu" if attribute(node, "silu") else "none"}
-        y, state = editor.add(
-            node, "CausalConvWithState", [x, weight, bias, past], activation, domain=MS_DOMAIN, outputs=2, like=x
-        ).outputs
+    if in_one:
+        y, state = _convolution_in_one(editor, node, past, x)
         # Past and present may be one buffer: what is written last has waited for the operator to read it.
         choice = [masks.ends_in_text(), state, latest]
         latest = editor.add(node, "Where", choice, name="state", like=x).outputs[0]
     else:
-        channels, _ = _sizes(past)
-        inputs = [whole, weight, *([] if bias is None else [bias])]
-        y = editor.add(node, "Conv", inputs, {"group": channels}, like=x).outputs[0]
-        if attribute(node, "silu"):
-            gate = editor.add(node, "Sigmoid", [y], like=x).outputs[0]
-            y = editor.add(node, "Mul", [y, gate], like=x).outputs[0]
-    y.shape = None if x is None else x.shape
+        y = _sum_of_products(editor, node, whole, x)
     for old, new in (*((cut, y) for cut in cuts), *((cut, latest) for cut in kept)):
-        editor.replace(old.outputs[0], new)
-        editor.remove(old)
+        _replace_turned(editor, old, new)
+    editor.remove(node)
 
 
-def _latest(editor: Editor, node: ir.Node, masks: Masks, whole: ir.Value, past: ir.Value | None) -> ir.Value:
-    """Of past and new inputs, (B, C, K - 1 + S), the last K - 1 up to the end of each row's text."""
-    channels, length = _sizes(past)
-    first = editor.constant(np.arange(length)[None, None])
+def _turned(editor: Editor, node: ir.Node, x: ir.Value | None) -> ir.Value:
+    """(B, C, S) -> (B, S, C), as it was before the model turned it round."""
+    before = None if x is None else x.producer()
+    if before is not None and _turns(before) and before.inputs[0] is not None:
+        return before.inputs[0]
+    return editor.add(node, "Transpose", [x], {"perm": [0, 2, 1]}, like=x).outputs[0]
+
+
+def _replace_turned(editor: Editor, old: ir.Node, new: ir.Value) -> None:
+    """Put (B, S, C) in the place of what a node makes, (B, C, S)."""
+    made = old.outputs[0]
+    for user in [use.node for use in made.uses() if _turns(use.node)]:
+        editor.replace(user.outputs[0], new)
+        editor.remove(user)
+    if made.uses():
+        editor.replace(made, _turned(editor, old, new))
+    editor.remove(old)
+
+
+def _turns(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and not node.domain and list(attribute(node, "perm")) == [0, 2, 1]
+
+
+def _latest(editor: Editor, node: ir.Node, masks: Masks, whole: ir.Value, past: ir.Value) -> ir.Value:
+    """Of past and new inputs, (B, K - 1 + S, C), the last K - 1 up to the end of each row's text."""
+    first = editor.constant(np.arange(_length(past))[None, :, None])
     places = editor.add(node, "Add", [masks.after_text(), first], name="state", like=first).outputs[0]
-    for_all = editor.constant([1, channels, 1])
-    places = editor.add(node, "Expand", [places, for_all], name="state", like=first).outputs[0]
-    return editor.add(node, "GatherElements", [whole, places], {"axis": 2}, name="state", like=past).outputs[0]
+    return editor.add(node, "GatherND", [whole, places], {"batch_dims": 1}, name="state", like=past).outputs[0]
 
 
-def _sizes(state: ir.Value | None) -> tuple[int, int]:
-    """Channels and length of a convolution's state, (B, C, K - 1)."""
-    _, channels, length = state.shape  # type: ignore[union-attr, misc]
-    return int(channels), int(length)
+def _length(past: ir.Value) -> int:
+    """K - 1 of a convolution's state."""
+    return int(past.shape[1])  # type: ignore[index, arg-type]
+
+
+def _convolution_in_one(editor: Editor, node: ir.Node, past: ir.Value, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The output and the next state, which does not know of padding."""
+    weight = editor.add(node, "Unsqueeze", [node.inputs[1], editor.constant([1])], like=node.inputs[1]).outputs[0]
+    attributes = {"activation": "silu" if attribute(node, "silu") else "none", "channels_last": 1}
+    inputs = [x, weight, node.inputs[2] if len(node.inputs) > 2 else None, past]
+    y, state = editor.add(node, "CausalConvWithState", inputs, attributes, domain=MS_DOMAIN, outputs=2, like=x).outputs
+    return y, state
+
+
+def _sum_of_products(editor: Editor, node: ir.Node, whole: ir.Value, x: ir.Value) -> ir.Value:
+    """sum_j w_j x_{t - K + 1 + j}, the earlier tokens cut out of past and new inputs, (B, K - 1 + S, C)."""
+    taps = attribute(node, "taps")
+    split = {"axis": -1, "num_outputs": taps}
+    weight = node.inputs[1]
+    weights = editor.add(node, "Split", [weight], split, outputs=taps, like=weight).outputs if taps > 1 else [weight]
+    axis, terms = editor.constant([1]), list[ir.Value]()
+    for place, column in enumerate(weights):
+        earlier = x
+        if place < taps - 1:
+            span = [editor.constant([place]), editor.constant([place - taps + 1]), axis]
+            earlier = editor.add(node, "Slice", [whole, *span], like=x).outputs[0]
+        row = editor.add(node, "Squeeze", [column, editor.constant([-1])], like=column).outputs[0]
+        terms.append(editor.add(node, "Mul", [earlier, row], like=x).outputs[0])
+    terms += node.inputs[2:3]
+    while len(terms) > 1:  # in pairs, as sums round least
+        pairs = [terms[start : start + 2] for start in range(0, len(terms), 2)]
+        terms = [editor.add(node, "Add", pair, like=x).outputs[0] if len(pair) > 1 else pair[0] for pair in pairs]
+    if not attribute(node, "silu"):
+        return terms[0]
+    gate = editor.add(node, "Sigmoid", terms, like=x).outputs[0]
+    return editor.add(node, "Mul", [terms[0], gate], like=x).outputs[0]
 
 
 def _recurrence(editor: Editor, node: ir.Node, masks: Masks, fused: bool) -> None:
@@ -104,6 +158,7 @@ def _recurrence(editor: Editor, node: ir.Node, masks: Masks, fused: bool) -> Non
     y, after = (_linear_attention if fused else _scan)(editor, node, [*packed, state, decay, *beta])
     editor.replace(node.outputs[0], y)
     editor.replace(node.outputs[1], after)
+    editor.remove(node)
 
 
 def _linear_attention(editor: Editor, node: ir.Node, inputs: list[ir.Value | None]) -> tuple[ir.Value, ir.Value]:

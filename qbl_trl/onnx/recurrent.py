@@ -12,7 +12,7 @@ One placeholder stands for all recurrences: a state S (d_k, d_v) of each head de
 
 | node | inputs | outputs | attributes |
 | --- | --- | --- | --- |
-| CausalConv | x (B, C, T), weight (C, K), bias (C,) | (B, C, T) | silu |
+| CausalConv | x (B, C, T), weight (C, K), bias (C,) | (B, C, T) | taps (K), silu |
 | UnitLength | x (..., d) | x / sqrt(sum x^2 + 1e-6) | width |
 | Recurrence | query, key, value, decay, state, beta | as value, state | heads of the first three, by_key, scale |
 
@@ -42,13 +42,13 @@ _UNBOUNDED = (0.0, float("inf"))  # where a softplus lies anyway
 
 class _CausalConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, taps: int, silu: bool) -> Tensor:  # type: ignore[override]
         return torch.zeros_like(x)
 
     @staticmethod
-    def symbolic(g: Any, x: Any, weight: Any, bias: Any, silu: bool) -> Any:
+    def symbolic(g: Any, x: Any, weight: Any, bias: Any, taps: int, silu: bool) -> Any:
         given = [x, weight] if bias is None else [x, weight, bias]
-        return g.op(f"{TRACE_DOMAIN}::CausalConv", *given, silu_i=int(silu)).setType(x.type())
+        return g.op(f"{TRACE_DOMAIN}::CausalConv", *given, taps_i=taps, silu_i=int(silu)).setType(x.type())
 
 
 class _UnitLength(torch.autograd.Function):
@@ -117,7 +117,7 @@ def _convolve(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any
 ) -> Tensor:
     fused = activation in _FUSED_ACTIVATIONS
-    y: Tensor = _CausalConv.apply(_as(hidden_states, weight.dtype), weight, bias, fused)  # type: ignore[no-untyped-call]
+    y: Tensor = _CausalConv.apply(_as(hidden_states, weight.dtype), weight, bias, int(weight.shape[-1]), fused)  # type: ignore[no-untyped-call]
     if activation is not None and not fused:
         y = ACT2FN[activation](y)
     return _as(y, hidden_states.dtype)

@@ -93,7 +93,7 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> Rewritten:
     if skeleton.model.config.model_type in _COUNTS_MASK:
         Masks(editor).answer_positions()
     lower_activations(editor)
-    lower_recurrences(editor, fused=options.fused_recurrences)
+    lower_recurrences(editor, options.fused_recurrences, options.provider)
     attention = "standard", ""
     if options.attention:
         attention = fuse_attention(editor, skeleton, options.attention, options.max_length, options.provider)
