@@ -9,7 +9,8 @@ grows_by_one    (1,): one new token over a past that is shorter than the text by
 last_token      (B, 1, 1): which of the new tokens is the last that is no padding
 after_text      (B, 1, 1): how many of the new tokens there are up to that one
 ends_in_text    (B, 1, 1): whether that is all of them
-text            (B, S, 1): 1 for new tokens, 0 for padding, in float32
+is_text         (B, S, 1): whether a new token is no padding; text: the same as 1 and 0 in float32
+sizes           B and S, scalars
 position_ids    (B, S): which token of its text each new one is, from 0; -1 for padding
 last_place      (B, 1) = T - 1: where the last token stands in the cache
 rows            (4,) = B, 1, 1, 1: the shape of one value for every row
@@ -153,12 +154,26 @@ class Masks:
             self._made["ends in text"] = self._add("Equal", [self.after_text(), self._steps()])
         return self._made["ends in text"]
 
+    def is_text(self) -> ir.Value:
+        """Whether new tokens are no padding, (B, S, 1) of booleans."""
+        if "is text" not in self._made:
+            seen = self._add("Cast", [self._of_new(self.mask)], to=ir.DataType.BOOL)
+            self._made["is text"] = self._add("Unsqueeze", [seen, self.editor.constant([2])])
+        return self._made["is text"]
+
     def text(self) -> ir.Value:
         """1 for new tokens, 0 for padding, (B, S, 1) float32 whatever the graph's type."""
         if "text" not in self._made:
-            seen = self._add("Cast", [self._of_new(self.mask)], to=ir.DataType.FLOAT)
-            self._made["text"] = self._add("Unsqueeze", [seen, self.editor.constant([2])])
+            self._made["text"] = self._add("Cast", [self.is_text()], to=ir.DataType.FLOAT)
         return self._made["text"]
+
+    def sizes(self) -> tuple[ir.Value, ir.Value]:
+        """How many rows and new tokens there are, scalars."""
+        if "rows alone" not in self._made:
+            rows = self._add("Shape", [self.ids], start=0, end=1)
+            self._made["rows alone"] = self._add("Squeeze", [rows])
+            self._made["steps alone"] = self._add("Squeeze", [self._steps()])
+        return self._made["rows alone"], self._made["steps alone"]
 
     def positions(self, value: ir.Value | None) -> ir.Value:
         """Positions as (B, S): as they are where they are an input, repeated for every row where they are not."""

@@ -14,9 +14,10 @@ import onnx_ir as ir
 import torch
 
 from qbl_trl.errors import ExportError
-from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute, produced_by
+from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute, constant_of, produced_by
 from qbl_trl.onnx.markers import TRACE_DOMAIN
 from qbl_trl.onnx.masks import Masks
+from qbl_trl.onnx.shapes import spread
 
 _EPSILON = 1e-6  # of models that norm queries and keys
 _GATED = 5  # inputs of a recurrence that only decays; of others, the rate comes behind
@@ -28,20 +29,38 @@ def lower_recurrences(editor: Editor, fused: bool, provider: str) -> None:
     Raises:
         ExportError: if a convolution does not go on from a state of the cache.
     """
-    nodes = [node for node in editor.graph if node.domain == TRACE_DOMAIN]
-    convolutions = [node for node in nodes if node.op_type == "CausalConv"]
-    recurrences = [node for node in nodes if node.op_type == "Recurrence"]
-    for node in [node for node in nodes if node.op_type == "UnitLength"]:
-        _unit_length(editor, node)
-    if not convolutions and not recurrences:
+    nodes = {kind: list[ir.Node]() for kind in ("Text", "CausalConv", "Recurrence", "UnitLength")}
+    for node in editor.graph:
+        if node.domain == TRACE_DOMAIN and node.op_type in nodes:
+            nodes[node.op_type].append(node)
+    if not any(nodes.values()):
         return
     masks = Masks(editor)
     # The operator's kernel for CPUs takes twice as long as the products do, which have kernels in float32 alone.
     in_one = fused and not (provider == "cpu" and editor.dtype == torch.float32)
-    for node in convolutions:
+    for node in nodes["Text"]:
+        _without_padding(editor, node, masks)
+    for node in nodes["CausalConv"]:
         _convolution(editor, node, masks, in_one)
-    for node in recurrences:
+    for node in nodes["Recurrence"]:
         _recurrence(editor, node, masks, fused)
+    for node in nodes["UnitLength"]:
+        _unit_length(editor, node)
+
+
+def _without_padding(editor: Editor, node: ir.Node, masks: Masks) -> None:
+    x = node.inputs[0]
+    zero = editor.constant(0, editor.float_type.numpy())
+    kept = editor.add(node, "Where", [masks.is_text(), x, zero], like=x).outputs[0]
+    kept.shape = None if x is None else x.shape
+    for shape in [use.node for use in node.outputs[0].uses() if use.node.op_type == "Shape"]:
+        for size in [use.node for use in shape.outputs[0].uses() if use.node.op_type == "Gather"]:
+            index = constant_of(size.inputs[1])
+            if index is not None and index.shape == () and index.item() in (0, 1):
+                editor.replace(size.outputs[0], masks.sizes()[index.item()])
+                editor.remove(size)
+    editor.replace(node.outputs[0], kept)
+    editor.remove(node)
 
 
 def _unit_length(editor: Editor, node: ir.Node) -> None:
@@ -70,8 +89,13 @@ def _convolution(editor: Editor, node: ir.Node, masks: Masks, in_one: bool) -> N
         latest = editor.add(node, "Where", choice, name="state", like=x).outputs[0]
     else:
         y = _sum_of_products(editor, node, whole, x)
+    y.type = y.type or node.outputs[0].type or ir.TensorType(editor.float_type)
+    y.shape = ir.Shape(["batch_size", "sequence_length", past.shape[2]])  # type: ignore[index]
+    following = [use.node for cut in cuts for turned in cut.outputs[0].uses() for use in turned.node.outputs[0].uses()]
     for old, new in (*((cut, y) for cut in cuts), *((cut, latest) for cut in kept)):
         _replace_turned(editor, old, new)
+    for user in following:
+        spread(user)
     editor.remove(node)
 
 
@@ -122,17 +146,16 @@ def _convolution_in_one(editor: Editor, node: ir.Node, past: ir.Value, x: ir.Val
 def _sum_of_products(editor: Editor, node: ir.Node, whole: ir.Value, x: ir.Value) -> ir.Value:
     """sum_j w_j x_{t - K + 1 + j}, the earlier tokens cut out of past and new inputs, (B, K - 1 + S, C)."""
     taps = attribute(node, "taps")
-    split = {"axis": -1, "num_outputs": taps}
-    weight = node.inputs[1]
-    weights = editor.add(node, "Split", [weight], split, outputs=taps, like=weight).outputs if taps > 1 else [weight]
-    axis, terms = editor.constant([1]), list[ir.Value]()
-    for place, column in enumerate(weights):
+    weights, axis, terms = constant_of(node.inputs[1]), editor.constant([1]), list[ir.Value]()
+    if weights is None:
+        raise ExportError(f"{node.name}: a convolution whose weights are computed has no graph; nothing was written")
+    for place in range(taps):
         earlier = x
         if place < taps - 1:
             span = [editor.constant([place]), editor.constant([place - taps + 1]), axis]
             earlier = editor.add(node, "Slice", [whole, *span], like=x).outputs[0]
-        row = editor.add(node, "Squeeze", [column, editor.constant([-1])], like=column).outputs[0]
-        terms.append(editor.add(node, "Mul", [earlier, row], like=x).outputs[0])
+        column = editor.constant(weights[:, place], weights.dtype)
+        terms.append(editor.add(node, "Mul", [earlier, column], like=x).outputs[0])
     terms += node.inputs[2:3]
     while len(terms) > 1:  # in pairs, as sums round least
         pairs = [terms[start : start + 2] for start in range(0, len(terms), 2)]
@@ -150,7 +173,7 @@ def _recurrence(editor: Editor, node: ir.Node, masks: Masks, fused: bool) -> Non
     if attribute(node, "by_key"):
         decay = editor.add(node, "Reshape", [decay, flat], like=decay).outputs[0]
     decay = editor.add(node, "Mul", [decay, text], like=decay).outputs[0]
-    packed = [editor.add(node, "Reshape", [x, flat], like=x).outputs[0] for x in (query, key, value)]
+    packed = [_flat(editor, node, x) for x in (query, key, value)]
     if beta:
         beta = [editor.add(node, "Mul", [beta[0], text], like=beta[0]).outputs[0]]
     else:
@@ -159,6 +182,15 @@ def _recurrence(editor: Editor, node: ir.Node, masks: Masks, fused: bool) -> Non
     editor.replace(node.outputs[0], y)
     editor.replace(node.outputs[1], after)
     editor.remove(node)
+
+
+def _flat(editor: Editor, node: ir.Node, x: ir.Value | None) -> ir.Value:
+    """(B, S, heads, D) -> (B, S, heads * D), as it was before the model set heads apart."""
+    apart = produced_by(x, "Reshape")
+    before = None if apart is None else apart.inputs[0]
+    if before is not None and before.shape is not None and len(before.shape) == 3:
+        return before
+    return editor.add(node, "Reshape", [x, editor.constant([0, 0, -1])], like=x).outputs[0]
 
 
 def _linear_attention(editor: Editor, node: ir.Node, inputs: list[ir.Value | None]) -> tuple[ir.Value, ir.Value]:

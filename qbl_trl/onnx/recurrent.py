@@ -12,6 +12,7 @@ One placeholder stands for all recurrences: a state S (d_k, d_v) of each head de
 
 | node | inputs | outputs | attributes |
 | --- | --- | --- | --- |
+| Text | x (B, S, C), mask (B, S) | x, 0 where the mask is | |
 | CausalConv | x (B, C, T), weight (C, K), bias (C,) | (B, C, T) | taps (K), silu |
 | UnitLength | x (..., d) | x / sqrt(sum x^2 + 1e-6) | width |
 | Recurrence | query, key, value, decay, state, beta | as value, state | heads of the first three, by_key, scale |
@@ -38,6 +39,16 @@ from qbl_trl.onnx.threads import here_only
 
 _FUSED_ACTIVATIONS = ("silu", "swish")
 _UNBOUNDED = (0.0, float("inf"))  # where a softplus lies anyway
+
+
+class _Text(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        return x.clone()
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, mask: Any) -> Any:
+        return g.op(f"{TRACE_DOMAIN}::Text", x, mask).setType(x.type())
 
 
 class _CausalConv(torch.autograd.Function):
@@ -196,7 +207,8 @@ def _without_padding(hidden_states: Tensor, attention_mask: Tensor | None) -> Te
     """The models multiply by 0, which leaves what is not finite: attention may write nothing at all for padding."""
     if attention_mask is None:
         return hidden_states
-    return torch.where(attention_mask[:, :, None] != 0, hidden_states, hidden_states.new_zeros(()))
+    kept: Tensor = _Text.apply(hidden_states, attention_mask)  # type: ignore[no-untyped-call]
+    return kept
 
 
 _INSTEAD: dict[str, Callable[..., Any]] = {

@@ -30,7 +30,7 @@ def answer_shapes(editor: Editor, skeleton: Skeleton) -> None:
                 output.shape = ir.Shape([*list(output.shape)[:-1], width])
                 _answer_for_width(editor, output, len(output.shape), width)
     for node in list(editor.graph):
-        _spread(node)
+        spread(node)
         if node.op_type == "Reshape" and not node.domain:
             _answer_for_rows(editor, node)
     named = {value.name: value for value in (*editor.graph.inputs, *editor.graph.outputs)}
@@ -39,7 +39,7 @@ def answer_shapes(editor: Editor, skeleton: Skeleton) -> None:
         logits.shape = ir.Shape([*ids.shape, logits.shape[-1]])
 
 
-def _spread(node: ir.Node) -> None:
+def spread(node: ir.Node) -> None:
     """Tell the outputs of a node their shape where that of its inputs, (B, S, width), says it."""
     values = [value for value in node.inputs if value is not None and constant_of(value) is None]
     whole = values[0].shape if values else None
