@@ -22,7 +22,7 @@ def before_5(version: str) -> bool:
 
 
 BEFORE_5 = before_5(transformers.__version__)
-_CACHES = ("cache", "past_key_values")  # the second before 5.24
+_CACHES = ("cache", "past_key_values", "cache_params")  # the first from 5.24 on, the last of Mamba
 
 
 def cache_argument(model: Any) -> str | None:

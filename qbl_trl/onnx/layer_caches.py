@@ -18,8 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from qbl_trl.errors import ExportError
 from qbl_trl.generation import cache_of
 
-KEPT_IN_FLOAT32 = "recurrent_state"
-STATES = ("conv_state", KEPT_IN_FLOAT32)
+CONVOLVED, RECURRENT = STATES = ("conv_state", "recurrent_state")  # the second is float32 in every graph
 _ATTENTION = ("DynamicLayer", "DynamicSlidingWindowLayer")
 _RECURRENT = (
     "LinearAttentionLayer",
@@ -84,9 +83,9 @@ def _read(model: Any, layer: Any) -> LayerCache:
         convolved, state = layer.conv_states[0], layer.recurrent_states[0]
         kept: dict[str, tuple[int, ...]] = {}
         if convolved is not None:  # transformers keeps one more than its convolution reads again
-            kept["conv_state"] = (convolved.shape[2] - 1, convolved.shape[1])
+            kept[CONVOLVED] = (convolved.shape[2] - 1, convolved.shape[1])
         if state is not None:
-            kept[KEPT_IN_FLOAT32] = tuple(state.shape[1:])
+            kept[RECURRENT] = tuple(state.shape[1:])
         return LayerCache(sizes, kept)
     if kind not in _ATTENTION or keys is None or values is None:
         raise ExportError(
@@ -111,7 +110,7 @@ def held(cache: LayerCache, layer: Any) -> list[Tensor]:
     """What a layer holds by now, in the order of `LayerCache.tensors`."""
     own: dict[str, Any] = {"key": getattr(layer, "keys", None), "value": getattr(layer, "values", None)}
     if cache.states:
-        own |= {"conv_state": layer.conv_states[0], KEPT_IN_FLOAT32: layer.recurrent_states[0]}
+        own |= {CONVOLVED: layer.conv_states[0], RECURRENT: layer.recurrent_states[0]}
     return [own[name] for name, _ in cache.tensors()]
 
 
@@ -134,7 +133,7 @@ def _with_states(cache: LayerCache, tensors: dict[str, Tensor]) -> Any:
 
     def update_conv_state(x: Tensor, *_: Any, **__: Any) -> Tensor:
         whole = torch.cat([layer.conv_states[0].transpose(1, 2), x], -1)
-        layer.conv_states[0] = whole[..., -cache.states["conv_state"][0] :].transpose(1, 2)
+        layer.conv_states[0] = whole[..., -cache.states[CONVOLVED][0] :].transpose(1, 2)
         return whole
 
     def update_recurrent_state(state: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -262,7 +262,9 @@ class RotaryTableMarker(nn.Module):
         self.name, self.columns = name, columns
 
     def forward(self, x: Tensor, position_ids: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-        return mark_tables(x, position_ids, self.name, self.columns)
+        # (3, B, S) where images have rows and columns; text has the same position three times.
+        one = position_ids[0] if position_ids.dim() == 3 else position_ids
+        return mark_tables(x, one, self.name, self.columns)
 
 
 class TypedTableMarker(nn.Module):
@@ -271,6 +273,7 @@ class TypedTableMarker(nn.Module):
     def __init__(self, name: str, columns: dict[str, int]) -> None:
         super().__init__()
         self.name, self.columns = name, columns
+        self.layer_types = list(columns)  # LFM 3 asks for them
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str) -> tuple[Tensor, Tensor]:
         return mark_tables(x, position_ids, f"{self.name}.{layer_type}", self.columns[layer_type])

@@ -179,8 +179,9 @@ class Masks:
         """Positions as (B, S): as they are where they are an input, repeated for every row where they are not."""
         if value is None:
             raise Unfusable("the rotary embedding has no positions")
-        if value.is_graph_input():
-            return value
+        given = _repeated(value)
+        if given.is_graph_input():
+            return given
         key = f"positions {value.name}"
         if key not in self._made:
             rows = self._add("Shape", [self.ids])
@@ -258,3 +259,13 @@ class Masks:
 
 def _name(bias: Bias | None) -> str:
     return "" if bias is None else f"{bias.value.name} {bias.scale}"
+
+
+def _repeated(value: ir.Value) -> ir.Value:
+    """What a value repeats and takes one of, as models do with positions that images would tell apart."""
+    node = value.producer()
+    while node is not None and not node.domain and node.op_type in ("Expand", "Unsqueeze", "Slice", "Gather"):
+        if node.inputs[0] is None:
+            break
+        value, node = node.inputs[0], node.inputs[0].producer()
+    return value

@@ -24,8 +24,10 @@ Recurrences compute in float32 whatever the model's type, as the models' own cod
 
 # ruff: noqa: ARG004 - torch.autograd.Function passes to `forward` what only `symbolic` needs
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from itertools import product
 from typing import Any
 
@@ -34,9 +36,12 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from transformers.activations import ACT2FN
 
+from qbl_trl.onnx.layer_caches import CONVOLVED, RECURRENT
 from qbl_trl.onnx.markers import TRACE_DOMAIN
 from qbl_trl.onnx.threads import here_only
 
+Calls = Counter[str]  # of the functions that go on from a state, by the name that it has among a layer's tensors
+_WITHOUT_OPERATOR = ("mamba_selective_scan",)  # of Mamba 1: every feature decays in its own way
 _FUSED_ACTIVATIONS = ("silu", "swish")
 _UNBOUNDED = (0.0, float("inf"))  # where a softplus lies anyway
 
@@ -108,8 +113,9 @@ class _Recurrence(torch.autograd.Function):
 
 
 @contextmanager
-def recurrences_traced(model: nn.Module) -> Iterator[None]:
-    """While open, a model's modeling files emit placeholders for convolutions and recurrences."""
+def recurrences_traced(model: nn.Module) -> Iterator[Calls]:
+    """While open, a model's modeling files emit placeholders for convolutions and recurrences, and count them."""
+    calls: Calls = Counter()
     replaced: list[tuple[Any, str, Any]] = []
     files = {type(module).__module__ for module in model.modules()}
     try:
@@ -117,11 +123,26 @@ def recurrences_traced(model: nn.Module) -> Iterator[None]:
             original = getattr(sys.modules[file], name, None)
             if original is not None:
                 replaced.append((sys.modules[file], name, original))
-                setattr(sys.modules[file], name, here_only(function, original))
-        yield
+                setattr(sys.modules[file], name, here_only(_counted(function, calls), original))
+        yield calls
     finally:
         for module, name, original in replaced:
             setattr(module, name, original)
+
+
+def unknown_recurrence(model: nn.Module) -> str | None:
+    """The function of a model's own file whose recurrence no operator computes, None where there is none."""
+    file = sys.modules[type(model).__module__]
+    return next((name for name in _WITHOUT_OPERATOR if hasattr(file, name)), None)
+
+
+def _counted(function: Callable[..., Any], calls: Calls) -> Callable[..., Any]:
+    @wraps(function)
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls[_STATE_OF.get(function, "")] += 1
+        return function(*args, **kwargs)
+
+    return counting
 
 
 def _convolve(
@@ -218,3 +239,4 @@ _INSTEAD: dict[str, Callable[..., Any]] = {
     "torch_chunk_gated_delta_rule": _delta_rule,
     "chunk_kimi_delta_attention": _delta_rule,
 }
+_STATE_OF = {_convolve: CONVOLVED, _delta_rule: RECURRENT, _mamba2: RECURRENT}

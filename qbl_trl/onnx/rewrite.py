@@ -22,7 +22,7 @@ from qbl_trl.onnx.norms import RMS_NORM_OPSET, lower_norms
 from qbl_trl.onnx.packing import pack_projections
 from qbl_trl.onnx.recurrences import lower_recurrences
 from qbl_trl.onnx.rotary import lower_rotary_tables
-from qbl_trl.onnx.shapes import answer_shapes
+from qbl_trl.onnx.shapes import answer_shapes, join_reshapes
 from qbl_trl.onnx.skeleton import Skeleton
 from qbl_trl.onnx.unasked import let_unasked_experts_rest
 
@@ -133,6 +133,7 @@ def _finish(model: ir.Model) -> None:
     )
     if left:
         raise ExportError(f"placeholders were left in the graph: {', '.join(left)}; this is a defect of qbl_trl")
+    join_reshapes(model.graph)
     model.graph.opset_imports[""] = RMS_NORM_OPSET
     model.graph.opset_imports[MS_DOMAIN] = 1
     model.graph.opset_imports.pop(TRACE_DOMAIN, None)

@@ -2,6 +2,7 @@
 
 a width       Gather(Shape(y), -1)                      the layer's own number of outputs
 a reshape     Reshape(y, [Shape(x)[0], Shape(x)[1], ...])    0, 0, ...: as in y, where y has the rows of x
+two of them   Reshape(Reshape(y, ...), [-1, 64])              Reshape(y, [-1, 64])
 the logits    (an axis named by the tracer, ...)        the names of the token ids' axes: runtimes size buffers by them
 """
 
@@ -37,6 +38,15 @@ def answer_shapes(editor: Editor, skeleton: Skeleton) -> None:
     ids, logits = named.get("input_ids"), named.get("logits")
     if ids is not None and logits is not None and ids.shape is not None and logits.shape is not None:
         logits.shape = ir.Shape([*ids.shape, logits.shape[-1]])
+
+
+def join_reshapes(graph: ir.Graph) -> None:
+    """Let what is reshaped twice be reshaped once, where the second shape says nothing of the first (no 0)."""
+    for node in graph.all_nodes():
+        if node.op_type == "Reshape" and not node.domain:
+            target, before = constant_of(node.inputs[1]), produced_by(node.inputs[0], "Reshape")
+            if before is not None and target is not None and 0 not in target:
+                node.replace_input_with(0, before.inputs[0])
 
 
 def spread(node: ir.Node) -> None:

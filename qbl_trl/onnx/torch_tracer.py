@@ -14,7 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from qbl_trl.errors import ExportError
 from qbl_trl.generation import cache_argument, cache_of
-from qbl_trl.onnx.layer_caches import KEPT_IN_FLOAT32, LayerCaches, filled, held, named_tensors
+from qbl_trl.onnx.layer_caches import RECURRENT, LayerCaches, filled, held, named_tensors
+from qbl_trl.onnx.recurrent import unknown_recurrence
 
 NAME = "torch"
 BATCH = 2
@@ -48,8 +49,10 @@ def check_supported(model: PreTrainedModel) -> None:
     """Raise ExportError if the model is no decoder with a cache."""
     missing = sorted({"input_ids", "attention_mask"} - set(inspect.signature(model.forward).parameters))
     missing += [] if cache_argument(model) else ["past_key_values"]
-    if missing:
-        why = f"its forward takes no {', '.join(missing)}"
+    why = f"its forward takes no {', '.join(missing)}" if missing else ""
+    if function := unknown_recurrence(model):
+        why = f"no operator computes its recurrence ({function})"
+    if why:
         raise ExportError(f"decoders of type {model.config.model_type!r} have no graph: {why}")
 
 
@@ -72,7 +75,7 @@ def write_graph(model: PreTrainedModel, path: Path, dtype: torch.dtype, caches: 
     }
     outputs = ["logits"]
     for name, shape in named_tensors(caches):
-        kind = torch.float32 if name.endswith(KEPT_IN_FLOAT32) else dtype
+        kind = torch.float32 if name.endswith(RECURRENT) else dtype
         sizes = [_PAST if size is None else size for size in shape]
         example[f"past_key_values.{name}"] = torch.zeros(BATCH, *sizes, dtype=kind)
         growing = {1 + axis for axis, size in enumerate(shape) if size is None}

@@ -4,6 +4,7 @@ import importlib
 import logging
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from qbl_trl.onnx.alibi import bias_rounded
 from qbl_trl.onnx.complex_rotary import rotated_in_real_numbers
 from qbl_trl.onnx.experts import every_expert_asked, traced_tokens
 from qbl_trl.onnx.layer_caches import LayerCaches, layer_caches, named_tensors
-from qbl_trl.onnx.recurrent import recurrences_traced
+from qbl_trl.onnx.recurrent import Calls, recurrences_traced
 from qbl_trl.onnx.skeleton import Skeleton, Unfusable
 from qbl_trl.random_state import same_random_state
 
@@ -61,11 +62,12 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
         every_expert_asked(),
         bias_rounded(skeleton.model),
         rotated_in_real_numbers(skeleton.model),
-        recurrences_traced(skeleton.model),
+        recurrences_traced(skeleton.model) as calls,
     ):
         path = Path(folder, "model.onnx")
         try:
             caches = layer_caches(skeleton.model)
+            _check_states(skeleton.model, caches, calls)
             _tracer.write_graph(skeleton.model, path, dtype, caches, tokens)
         except (Unfusable, ExportError):
             raise
@@ -80,6 +82,16 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
     _state_caches(model, caches)
     _count_booleans(model)
     return model
+
+
+def _check_states(model: PreTrainedModel, caches: LayerCaches, calls: Calls) -> None:
+    """Raise ExportError if states come from other functions than those that are replaced."""
+    kept = Counter(name for layer in caches for name in layer.states)
+    if kept != calls - Counter({"": calls[""]}):
+        raise ExportError(
+            f"a {type(model).__name__} keeps states ({', '.join(sorted(kept))}) by a recurrence or convolution that no "
+            "operator computes; nothing was written"
+        )
 
 
 def check_supported(model: PreTrainedModel) -> None:

@@ -201,8 +201,63 @@ NEWER = {  # which transformers 4.57 does not have, or whose caches it shares in
         "gqa",
     ),
 }
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16}
+LINEAR |= {"linear_value_head_dim": 32, "linear_conv_kernel_dim": 4, "head_dim": 64}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_d_conv": 4}
+LAYERS = {"layer_types": ["linear_attention", "full_attention"]}
+CONVOLVED = {"layer_types": ["conv", "full_attention"]}
+SHARED_EXPERT = {"num_experts": 4, "shared_expert_intermediate_size": 32}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+MROPE |= {"mrope_section": [3, 3, 2], "mrope_interleaved": True}
+STATES = {  # whose layers keep states of fixed size
+    "qwen3.5 with a delta rule": ("Qwen3_5Text", {**GATED, **LINEAR, **LAYERS, "rope_parameters": MROPE}, "gqa"),
+    "qwen3-next with a delta rule and experts": ("Qwen3Next", {**MOE, **LINEAR, **LAYERS, **SHARED_EXPERT}, "gqa"),
+    "olmo with a delta rule": ("OlmoHybrid", {**GATED, **LINEAR, **LAYERS, "head_dim": 16}, "gqa"),
+    "kimi, whose decay is of every feature": (
+        "KimiLinear",
+        {**MOE, **LATENT, **LAYERS, "linear_num_heads": 4, "linear_head_dim": 32, "num_experts": 4}
+        | {"num_key_value_heads": 4, "q_lora_rank": None, "first_k_dense_replace": 1},
+        "standard",
+    ),
+    "granite with Mamba's recurrence": (
+        "GraniteMoeHybrid",
+        {**GATED, **MAMBA, **LAYERS, "mamba_n_groups": 1, "num_local_experts": 0, "num_experts_per_tok": 0}
+        | {"shared_intermediate_size": 64},
+        "gqa",
+    ),
+    "granite with Mamba's recurrence and experts": (
+        "GraniteMoeHybrid",
+        {**GATED, **MAMBA, **LAYERS, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64},
+        "gqa",
+    ),
+    "bamba": ("Bamba", {**GATED, **MAMBA, "attn_layer_indices": [1]}, "attention"),
+    "falcon, whose layers attend and recur": ("FalconH1", {**GATED, **MAMBA, "mamba_d_ssm": 128}, "gqa"),
+    "nemotron, whose layers do one thing each": (
+        "NemotronH",
+        {**GATED, "layers_block_type": ["mamba", "attention", "mlp"], "mamba_num_heads": 8, "mamba_head_dim": 16}
+        | {"n_groups": 2, "ssm_state_size": 16, "num_hidden_layers": 3},
+        "gqa",
+    ),
+    "zamba2 with a shared layer": (
+        "Zamba2",
+        {**GATED, "mamba_d_state": 16, "mamba_ngroups": 2, "n_mamba_heads": 8, "num_hidden_layers": 3}
+        | {"layers_block_type": ["linear_attention", "hybrid", "linear_attention"], "hybrid_layer_ids": [1]},
+        "gqa",
+    ),
+    "mamba2, which never attends": (
+        "Mamba2",
+        {**WIDE, **TOKENS, "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2},
+        "standard",
+    ),
+    "lfm2 with convolutions": ("Lfm2", {**GATED, **CONVOLVED, "block_auto_adjust_ff_dim": False}, "gqa"),
+    "lfm2 with convolutions and experts": (
+        "Lfm2Moe",
+        {**MOE, **CONVOLVED, "num_experts": 4, "num_dense_layers": 1},
+        "gqa",
+    ),
+}
 if not BEFORE_5:
-    ARCHITECTURES |= NEWER
+    ARCHITECTURES |= NEWER | STATES
 
 FUSED = [name for name, row in ARCHITECTURES.items() if row[2] == "gqa"]
 PADDED = {  # fused too, and of interest for what they make of padding
@@ -221,8 +276,10 @@ def build(kind, settings):
     config = getattr(transformers, f"{kind}Config")(**settings)
     decoder = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).eval()
     for name, parameter in decoder.named_parameters():
-        if name.endswith("sinks"):
-            parameter.data.normal_()  # nearly zero until they are trained
+        if name.endswith(("sinks", "dt_bias", "conv1d.weight", "conv.weight")):
+            parameter.data.normal_(std=0.5 if "conv" in name else 1.0)  # nearly zero until trained, or all alike
+        if name.endswith("A_log"):
+            parameter.data.uniform_(-1, 1)
     set_apart(decoder, untraceable=True)
     return quantize(decoder)
 

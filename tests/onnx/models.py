@@ -28,7 +28,7 @@ def quantize(model: PreTrainedModel, p: int | None = 32, e: int = 2, symmetric: 
                 symmetric=symmetric,
                 bias=None if layer.bias is None else layer.bias.data,
             )
-            if p is not None:
+            if p is not None and packed.out_features % e == 0:
                 delta = torch.randn(packed.out_features // e, packed.in_features // p, generator=generator) * 0.02
                 packed.set_delta(delta, p, e)
             model.set_submodule(name, packed)

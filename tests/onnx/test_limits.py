@@ -112,7 +112,7 @@ def test_longrope_switches_at_the_length_that_its_parameters_name(tmp_path, atte
 def test_a_cache_that_holds_more_than_keys_and_values_is_named(tmp_path):
     sizes = {**MOE, **DEEPSEEK, **LATENT, "num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 32}
     model = decoder("DeepseekV32", **sizes, index_topk=8)
-    with pytest.raises(ExportError, match=r"holds more than keys and values \(Dynamic\w+\), which no graph takes"):
+    with pytest.raises(ExportError, match=r"holds more than keys, values and states \(Dynamic\w+\), which no graph"):
         export_onnx(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -167,10 +167,10 @@ def test_a_cache_with_keys_of_another_size_than_values_is_not_described_to_genai
     assert not (tmp_path / "out" / "genai_config.json").exists()
 
 
-def test_a_model_without_keys_and_values_is_refused_before_any_work(tmp_path, monkeypatch):
+def test_a_recurrence_that_no_operator_computes_is_refused_before_any_work(tmp_path, monkeypatch):
     model = decoder("Mamba", hidden_size=64, state_size=16, num_hidden_layers=1, vocab_size=100)
     monkeypatch.setattr(Held, "linears", lambda held: pytest.fail("work began"))
-    with pytest.raises(ExportError, match=r"decoders of type 'mamba'.*(takes no past_key|no cache of keys and values)"):
+    with pytest.raises(ExportError, match=r"decoders of type 'mamba'.*(takes no past_key|no operator computes its)"):
         export_onnx(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
