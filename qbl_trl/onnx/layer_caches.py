@@ -65,6 +65,7 @@ def layer_caches(model: Any) -> LayerCaches:
     ids = torch.zeros(1, 3, dtype=torch.long)
     with torch.no_grad():
         cache = cache_of(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True))
+    cache = getattr(cache, "self_attention_cache", cache)
     found = [_read(model, layer) for layer in getattr(cache, "layers", ())]
     if not any(layer.keys or layer.states for layer in found):
         raise ExportError(

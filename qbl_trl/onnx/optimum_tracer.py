@@ -19,6 +19,8 @@ from qbl_trl.onnx.torch_tracer import BATCH, OPSET
 NAME = "Optimum"
 _TASK = "text-generation-with-past"
 _COMMON_INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values"}
+# States that transformers 4.57 computes in another way in each of these, and 5 by the functions of `recurrent.py`.
+_WITH_STATES = ("bamba", "falcon_h1", "granitemoehybrid", "lfm2", "lfm2_moe", "mamba2", "qwen3_next", "zamba2")
 _FLOAT_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -26,6 +28,12 @@ def check_supported(model: PreTrainedModel) -> None:
     """Raise ExportError if this architecture has no export configuration and does not take the common one."""
     if _is_known(model.config.model_type):
         return
+    if model.config.model_type in _WITH_STATES:
+        raise ExportError(
+            f"decoders of type {model.config.model_type!r}, which keep states beside keys and values, have graphs with "
+            'transformers 5 alone: pip install "qbl-trl[onnx5]" into an environment of its own. Merged folders and '
+            "adapters open there"
+        )
     missing = sorted(_COMMON_INPUTS - set(inspect.signature(model.forward).parameters))
     if missing or model._is_stateful:
         why = f"its forward takes no {', '.join(missing)}" if missing else "its cache is no cache of keys and values"
