@@ -39,8 +39,9 @@ RESULTS = Path(__file__).parent / "results" / "decode.json"
 def make_parser() -> argparse.ArgumentParser:
     """What this benchmark can be told."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    default = Path(os.environ.get("QBL_CACHE") or "~/.cache/qbl_trl").expanduser() / "models/smollm2-135m-instruct"
-    parser.add_argument("--model", type=Path, default=default, help="float folder; see integration/demo/data.py")
+    parser.add_argument(
+        "--model", type=Path, default=default_model(), help="float folder; see integration/demo/data.py"
+    )
     parser.add_argument("--random", help="HIDDENxLAYERS of a Llama with random weights instead, such as 1024x16")
     parser.add_argument("--work", type=Path, default=Path("outputs/decode"), help="where graphs are kept between runs")
     parser.add_argument("--genai_python", help="interpreter with onnxruntime-genai and transformers 5")
@@ -66,18 +67,31 @@ def main(args: argparse.Namespace) -> None:
         measured = loop(folders, args, bandwidth)
         print(table(measured), flush=True)
         rows += measured
-        entry = {
-            "model": source.name,
-            "machine": platform.processor() or platform.machine(),
-            "threads": args.threads,
-            "load_average": os.getloadavg()[0],
-            "bandwidth_gb_s": bandwidth / 1e9,
-            "adapter_steps": ADAPTER_STEPS,
-            "versions": {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__},
-            "build_seconds": seconds,
-            "rows": [asdict(row) for row in rows],
-        }
-        write(args.output, source.name, entry)  # after every loop: a runtime that dies takes no other's figures along
+        # After every loop: a runtime that dies takes no other's figures along.
+        write(args.output, source.name, entry_of(source, args, bandwidth, seconds, rows))
+
+
+def default_model() -> Path:
+    """Where integration/demo/data.py puts SmolLM2."""
+    cache = Path(os.environ.get("QBL_CACHE") or "~/.cache/qbl_trl").expanduser()
+    return cache / "models/smollm2-135m-instruct"
+
+
+def entry_of(
+    source: Path, args: argparse.Namespace, bandwidth: float, seconds: dict[str, float], rows: list[Row]
+) -> dict[str, Any]:
+    """What is written of one model."""
+    return {
+        "model": source.name,
+        "machine": platform.processor() or platform.machine(),
+        "threads": args.threads,
+        "load_average": os.getloadavg()[0],
+        "bandwidth_gb_s": bandwidth / 1e9,
+        "adapter_steps": ADAPTER_STEPS,
+        "versions": {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__},
+        "build_seconds": seconds,
+        "rows": [asdict(row) for row in rows],
+    }
 
 
 def known_seconds(output: Path, name: str) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from integration.demo.smollm2 import smollm2_gguf
 from qbl_trl import GroupQuantConfig, export_onnx
@@ -26,30 +26,36 @@ def build(source: Path, work: Path, genai_python: str | None, seconds: dict[str,
     work.mkdir(parents=True, exist_ok=True)
     folders: dict[str, Path] = {}
 
-    def once(name: str, make: Callable[[Path], Any]) -> None:
-        folders[name] = work / name
-        if not (work / name / "model.onnx").is_file():
-            start = time.perf_counter()
-            make(work / name)
-            seconds[name] = time.perf_counter() - start
+    def add(name: str, make: Callable[[Path], Any]) -> None:
+        once(work / name, make, folders, seconds)
 
     if genai_python:
-        once("genai int4", lambda out: genai_build(genai_python, source, out))
-        once("genai int4, last logits", lambda out: genai_build(genai_python, source, out, "prune_lm_head=true"))
+        add("genai int4", lambda out: genai_build(genai_python, source, out))
+        add("genai int4, last logits", lambda out: genai_build(genai_python, source, out, "prune_lm_head=true"))
     quick = {"accuracy_level": 4, "merged": True}
-    once("ours int8 activations", lambda out: ours(source, out, **quick))
-    once("ours int8 activations, last logits", lambda out: ours(source, out, **quick, logits="last"))
+    add("ours int8 activations", lambda out: ours(source, out, **quick))
+    add("ours int8 activations, last logits", lambda out: ours(source, out, **quick, logits="last"))
     floats = {"logits": "last", "prompt_accuracy_level": 0}
-    once("ours, float prompts, last logits", lambda out: ours(source, out, **quick, **floats))
+    add("ours, float prompts, last logits", lambda out: ours(source, out, **quick, **floats))
     cached = "ours, float prompts, last logits, int8 cache"
-    once(cached, lambda out: ours(source, out, **quick, **floats, kv_cache_dtype="int8"))
+    add(cached, lambda out: ours(source, out, **quick, **floats, kv_cache_dtype="int8"))
     if genai_python:
-        once("genai int4, int8 cache", lambda out: genai_build_int8_cache(genai_python, source, out, folders[cached]))
-    once("base int8 activations", lambda out: ours(source, out, merged=False, accuracy_level=4))
-    once("ours exact, last logits", lambda out: ours(source, out, merged=True, logits="last"))
-    once("ours int8 activations, Attention", lambda out: ours(source, out, **quick, attention="attention"))
-    once("optimum fp32", lambda out: optimum_fp32(source, out))
+        add("genai int4, int8 cache", lambda out: genai_build_int8_cache(genai_python, source, out, folders[cached]))
+    add("base int8 activations", lambda out: ours(source, out, merged=False, accuracy_level=4))
+    add("ours exact, last logits", lambda out: ours(source, out, merged=True, logits="last"))
+    add("ours int8 activations, Attention", lambda out: ours(source, out, **quick, attention="attention"))
+    add("optimum fp32", lambda out: optimum_fp32(source, out))
     return folders
+
+
+def once(folder: Path, make: Callable[[Path], Any], folders: dict[str, Path], seconds: dict[str, float]) -> None:
+    """Make a graph where it is not there already, and note where it is and how long it took."""
+    folders[folder.name] = folder
+    if not (folder / "model.onnx").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        make(folder)
+        seconds[folder.name] = time.perf_counter() - start
 
 
 def ours(source: Path, out: Path, merged: bool, **options: Any) -> None:
@@ -63,7 +69,9 @@ def ours(source: Path, out: Path, merged: bool, **options: Any) -> None:
 def packed_model(source: Path, **options: Any) -> Any:
     """The base in groups of 32."""
     quantization = GroupQuantConfig(bits=4, group_size=32, **options)
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=quantization)
+    sees = "vision_config" in json.loads((source / "config.json").read_text())
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    return kind.from_pretrained(source, dtype=torch.float32, quantization_config=quantization)
 
 
 def set_random_adapter_(model: Any) -> None:
@@ -126,6 +134,42 @@ def random_llama(shape: str, work: Path, tokenizer: Path) -> Path:
             tie_word_embeddings=True,
         )
         LlamaForCausalLM(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
+
+
+def random_qwen(shape: str, work: Path, tokenizer: Path) -> Path:
+    """A float Qwen 3.5 of random weights, HIDDENxLAYERS, three of four layers with a delta rule; transformers 5.
+
+    It has a tower of one layer: GenAI's builder knows the model with one alone.
+    """
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    hidden, layers = (int(part) for part in shape.split("x"))
+    folder = work / f"random-qwen3.5-{shape}"
+    if not folder.is_dir():
+        text = {
+            "hidden_size": hidden,
+            "intermediate_size": hidden * 7 // 2,
+            "num_hidden_layers": layers,
+            "num_attention_heads": hidden // 128,
+            "num_key_value_heads": max(hidden // 512, 1),
+            "head_dim": 256,
+            "linear_num_value_heads": hidden // 64,
+            "linear_num_key_heads": hidden // 64,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.25,
+                "mrope_section": [11, 11, 10],
+                "mrope_interleaved": True,
+            },
+            "vocab_size": 49152,
+            "max_position_embeddings": 4096,
+        }
+        tower = {"depth": 1, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": hidden}
+        config = Qwen3_5Config(text_config=text, vision_config=tower, tie_word_embeddings=True)
+        Qwen3_5ForConditionalGeneration(config).save_pretrained(folder)
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return folder
 

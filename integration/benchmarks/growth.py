@@ -31,7 +31,7 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from integration.benchmarks.loops import session, step
+from integration.benchmarks.loops import head_size, session, step
 from integration.benchmarks.train_step import SavedBytes, groups_, lora, stepper
 from qbl_trl import QBLoRAConfig, export_onnx, merge
 
@@ -102,7 +102,7 @@ def exported(merged: Any, steps: int) -> dict[str, float]:
         found["graph_bytes"] = sum(path.stat().st_size for path in (Path(folder) / "out").glob("model.onnx*"))
         opened = session(Path(folder) / "out", torch.get_num_threads())
         prompt = np.arange(128)[None] % _VOCABULARY
-        _, cache = step(opened, prompt, 128, None)
+        _, cache = step(opened, prompt, 128, head_size(Path(folder) / "out"))
         seconds = []
         for length in range(129, 129 + 8 * steps):
             taken, cache = step(opened, prompt[:, :1], length, cache)

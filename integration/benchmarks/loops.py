@@ -70,9 +70,9 @@ def bare_sessions(folders: dict[str, Path], args: argparse.Namespace, bandwidth:
     ids = np.arange(1, args.prompt + 1)[None]
 
     def turn(name: str) -> Turn:
-        opened = session(folders[name], args.threads)
-        step(opened, ids, args.prompt, None)
-        prefill, cache = step(opened, ids, args.prompt, None)
+        opened, size = session(folders[name], args.threads), head_size(folders[name])
+        step(opened, ids, args.prompt, size)
+        prefill, cache = step(opened, ids, args.prompt, size)
         times = []
         for length in range(args.prompt + 1, args.prompt + args.new + 1):
             taken, cache = step(opened, ids[:, :1], length, cache)
@@ -83,6 +83,12 @@ def bare_sessions(folders: dict[str, Path], args: argparse.Namespace, bandwidth:
     return rows_of("bare session", sizes_of(folders), found, args, bandwidth)
 
 
+def head_size(folder: Path) -> int:
+    """The size of heads that GenAI is told of, 64 where it is not."""
+    file = folder / "genai_config.json"
+    return int(json.loads(file.read_text())["model"]["decoder"]["head_size"]) if file.is_file() else 64
+
+
 def session(folder: Path, threads: int) -> onnxruntime.InferenceSession:
     """One session with a fixed number of threads."""
     options = onnxruntime.SessionOptions()
@@ -91,29 +97,42 @@ def session(folder: Path, threads: int) -> onnxruntime.InferenceSession:
 
 
 def step(
-    opened: onnxruntime.InferenceSession, ids: Any, length: int, cache: dict[str, Any] | None
+    opened: onnxruntime.InferenceSession, ids: Any, length: int, cache: dict[str, Any] | int
 ) -> tuple[float, dict[str, Any]]:
-    """Run new tokens over a cache; the seconds ONNX Runtime took, and the new cache."""
+    """Run new tokens over a cache; the seconds ONNX Runtime took, and the new cache.
+
+    Args:
+        cache: of an earlier step; for the first, the size of heads, which GenAI's graphs leave open.
+    """
     inputs = {value.name: value for value in opened.get_inputs()}
-    outputs = opened.get_outputs()
-    if cache is None:
-        shapes = {value.name: value.shape for value in outputs}
-        sizes = next(shape for name, shape in shapes.items() if name == "present.0.key")
-        head = sizes[3] if isinstance(sizes[3], int) else 64
-        kinds = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
-        cache = {
-            n: np.zeros((1, sizes[1], 0, head), kinds[value.type])
-            for n, value in inputs.items()
-            if n.startswith("past")
-        }
+    outputs = {value.name: value for value in opened.get_outputs()}
+    pasts = {name: next(past for past in _pasts_of(name) if past in inputs) for name in outputs if name != "logits"}
+    if isinstance(cache, int):
+        cache = {past: _empty(inputs[past], outputs[name], cache) for name, past in pasts.items()}
     feed = {"input_ids": ids, "attention_mask": np.ones((1, length), np.int64), **cache}
     if "position_ids" in inputs:
-        feed["position_ids"] = np.arange(length - ids.shape[1], length)[None]
+        places = np.arange(length - ids.shape[1], length)
+        feed["position_ids"] = np.broadcast_to(places, (1,) * (len(inputs["position_ids"].shape) - 1) + places.shape)
+        if len(inputs["position_ids"].shape) == 3:  # of images, which text has three times
+            feed["position_ids"] = feed["position_ids"].repeat(3, 0)
     start = time.perf_counter()
     made = opened.run(None, feed)
     taken = time.perf_counter() - start
-    named = {value.name: array for value, array in zip(outputs, made, strict=True)}
-    return taken, {n.replace("present", "past_key_values"): a for n, a in named.items() if n != "logits"}
+    named = dict(zip(outputs, made, strict=True))
+    return taken, {past: named[name] for name, past in pasts.items()}
+
+
+def _pasts_of(name: str) -> list[str]:
+    """Names that the input may have which takes what an output gives."""
+    return [name.replace("present", past) for past in ("past_key_values", "past")]
+
+
+def _empty(given: Any, made: Any, head: int) -> np.ndarray:
+    """A cache of no token, or a state that holds nothing."""
+    kinds = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
+    grows = made.name.endswith((".key", ".value"))
+    shape = [1, *(0 if grows and axis == 2 else size for axis, size in enumerate(made.shape[1:], 1))]
+    return np.zeros([size if isinstance(size, int) else head for size in shape], kinds[given.type])
 
 
 def optimum_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
