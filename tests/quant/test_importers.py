@@ -117,6 +117,15 @@ def test_codes_scales_and_zero_points_come_over_bit_for_bit(
     assert (tmp_path / "out" / "tokenizer_config.json").is_file()
 
 
+def test_settings_that_stand_with_the_text_model_are_read(tmp_path):
+    affine = write_layer(tmp_path / "in", 64, 32, GPTQ)
+    settings = json.loads((tmp_path / "in" / "config.json").read_text())
+    (tmp_path / "in" / "config.json").write_text(json.dumps({"text_config": settings}))
+    reader = open_reader(tmp_path / "in")
+    torch.testing.assert_close(reader.layer("layer").dequantize(), dequantize(*affine, 32), rtol=0, atol=0)
+    assert reader.config() == {"text_config": {}}
+
+
 def test_streaming_yields_every_tensor_once(tmp_path):
     reference, written = foreign.write_folder(tmp_path / "in", foreign.awq_tensors, AWQ, affines())
     found = dict(read_layers(tmp_path / "in"))

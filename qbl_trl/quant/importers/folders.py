@@ -113,7 +113,8 @@ class FolderReader(Reader):
 
     def config(self) -> dict[str, Any]:
         config = read_json(self.folder / "config.json")
-        config.pop("quantization_config", None)
+        for part in (config, config.get("text_config") or {}):
+            part.pop("quantization_config", None)
         if any(map(_is_head, self._formats)):  # its codes are its own, so it is not the embedding
             for part in (config, config.get("text_config") or {}):
                 if part.get("tie_word_embeddings"):

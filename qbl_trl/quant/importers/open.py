@@ -126,7 +126,8 @@ def _gguf(path: Path) -> Reader:
 def _quantization(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     names = ("quantization_config", "compression_config")  # the second: compressed-tensors before 0.5
-    found = next((config[name] for name in names if isinstance(config.get(name), dict)), None)
+    parts = (config, config.get("text_config") or {})  # the second alone: Kimi K2.5, whose tower is float
+    found = next((part[name] for part in parts for name in names if isinstance(part.get(name), dict)), None)
     if isinstance(config.get("quantization"), dict):
         return {"quant_method": "mlx"} | config["quantization"] | (found or {})
     if found is not None:
