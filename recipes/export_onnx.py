@@ -99,6 +99,8 @@ def answer_by_genai(folder: Path, prompt: str, provider: str, max_new_tokens: in
     import onnxruntime_genai as genai
     from transformers import AutoTokenizer
 
+    if not (folder / "genai_config.json").is_file():
+        raise SystemExit(f"--prompt: ONNX Runtime GenAI does not know the cache of this model; {folder} is written")
     config = genai.Config(str(folder))
     config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
     config.clear_providers()

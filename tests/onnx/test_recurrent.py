@@ -131,7 +131,12 @@ def test_genai_is_told_of_states(exported):
     assert convolution["type"] == "lfm2"
     assert convolution["decoder"]["layer_types"] == ["conv", "full_attention"]
     assert "past_recurrent_names" not in convolution["decoder"]["inputs"]
-    assert not (exported("mamba2, which never attends").folder / "genai_config.json").exists()
+
+
+def test_a_graph_that_no_runtime_feeds_says_so(tmp_path, caplog):
+    export_onnx(build(*STATES["mamba2, which never attends"][:2]), tmp_path / "out")
+    assert "does not know a cache such as this graph's, nor does ORTModelForCausalLM" in caplog.text
+    assert not (tmp_path / "out" / "genai_config.json").exists()
 
 
 def test_states_that_come_from_elsewhere_are_refused(tmp_path):
