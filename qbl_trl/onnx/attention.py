@@ -40,7 +40,7 @@ def fuse_attention(
     """
     nodes = [node for node in editor.graph if node.op_type == "Attention" and node.domain == TRACE_DOMAIN]
     if not nodes:
-        raise Unfusable("the model's attention does not go through transformers' attention interface")
+        raise Unfusable("no attention of the model goes through transformers' attention interface")
     masks = Masks(editor)
     _turn_once(editor)
     sites = [read_site(editor, node) for node in nodes]

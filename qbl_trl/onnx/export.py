@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qbl_trl.arithmetic import plain_arithmetic
-from qbl_trl.errors import ExportError, QblError
+from qbl_trl.errors import ConfigError, ExportError, QblError
 from qbl_trl.folders import check_apart, check_free, folder_bytes, new_folder
 from qbl_trl.onnx import companions
 from qbl_trl.onnx.branches import choose_branches
@@ -169,7 +169,13 @@ def export_onnx(
             check_tables(held.decoder(), embedding_bits)
         step(bar, "computing its logits")
         reference = float32_reference(held.model())
-        gate = Gate.on_noise(reference, text_config.vocab_size, readable)
+        try:
+            gate = Gate.on_noise(reference, text_config.vocab_size, readable)
+        except ValueError as error:  # as transformers has none for layers that all recur, in some models
+            if isinstance(error, QblError):
+                raise
+            kind = type(held.decoder()).__name__
+            raise ExportError(f"a {kind} of these settings does not run in transformers itself: {error}") from error
         read = None
         if embedding_bits is not None:
             read = head_inputs(reference, companions.causal_lm(reference), readable, texts)
@@ -180,8 +186,8 @@ def export_onnx(
             held.take(packed_tables(held.decoder(), embedding_bits, read))
             try:
                 gate = Gate.on_noise(float32_reference(held.model()), text_config.vocab_size, readable)
-            except RuntimeError as error:  # Gemma 4 with its towers reads a row of it
-                if isinstance(error, QblError | torch.OutOfMemoryError):
+            except (RuntimeError, ConfigError) as error:  # Gemma 4 with its towers reads a row, Mamba 2 the type
+                if isinstance(error, ExportError | torch.OutOfMemoryError):
                     raise
                 raise ExportError(
                     f"embedding_bits={embedding_bits}: a {type(held.decoder()).__name__} does not run over a packed "

@@ -60,7 +60,7 @@ def write_genai_config(config: Any, generation: Any, folder: Path, provider: str
                 "inputs": {**inputs, **_named("past", "past_key_values", states)},
                 "outputs": {"logits": "logits", **_named("present", "present", states)},
                 "num_attention_heads": config.num_attention_heads,
-                "num_hidden_layers": len(caches) // 2,  # those with keys and values of their own: the first
+                "num_hidden_layers": len(caches) // 2,  # with keys and values of their own: GenAI finds which
                 "num_key_value_heads": heads,
                 **(_layers(made) if states == "lfm2" else {}),
             },

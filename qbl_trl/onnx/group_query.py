@@ -5,7 +5,7 @@ import onnxruntime
 from packaging.version import Version
 
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute
-from qbl_trl.onnx.masks import Masks
+from qbl_trl.onnx.masks import Masks, unrepeated
 from qbl_trl.onnx.sites import Site
 from qbl_trl.onnx.skeleton import Skeleton, Unfusable
 
@@ -23,7 +23,7 @@ def told_positions(site: Site) -> bool:
     """Whether positions are an input. What the trace computes instead is counted from the length of the cache, which in
     a buffer of full length is another one than that of the text: there the operator counts for itself."""
     positions = None if site.table is None else site.table.inputs[1]
-    return positions is not None and positions.is_graph_input()
+    return positions is not None and unrepeated(positions).is_graph_input()
 
 
 def check_group_query(site: Site, skeleton: Skeleton, provider: str) -> None:

@@ -90,8 +90,8 @@ def _read(model: Any, layer: Any) -> LayerCache:
         return LayerCache(sizes, kept)
     if kind not in _ATTENTION or keys is None or values is None:
         raise ExportError(
-            f"the cache of a {type(model).__name__} holds more than keys, values and states ({kind}), which no graph "
-            "takes and gives; nothing was written"
+            f"the cache of a {type(model).__name__} holds other things than keys, values and states ({kind}), which no "
+            "graph takes and gives; nothing was written"
         )
     return LayerCache((keys.shape[1], keys.shape[3], values.shape[3]))
 

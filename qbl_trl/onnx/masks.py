@@ -6,8 +6,8 @@ lengths         seqlens_k (B,) = T - 1 and total_sequence_length = T, both int32
 query_lengths   (B,) = S, int32
 step(window)    (B, 1, 1, T): padding for the last query alone, and keys `window` and more before it
 grows_by_one    (1,): one new token over a past that is shorter than the text by that token
-last_token      (B, 1, 1): which of the new tokens is the last that is no padding
-after_text      (B, 1, 1): how many of the new tokens there are up to that one
+last_token      (B, 1, 1): which of the new tokens is the last that is no padding; 0 where there is none
+after_text      (B, 1, 1): how many of the new tokens there are up to that one; 0 where there is none
 ends_in_text    (B, 1, 1): whether that is all of them
 is_text         (B, S, 1): whether a new token is no padding; text: the same as 1 and 0 in float32
 sizes           B and S, scalars
@@ -133,19 +133,21 @@ class Masks:
         return self._made["rows"]
 
     def last_token(self) -> ir.Value:
-        """Which of the new tokens is the last that is no padding, for every row, (B, 1, 1)."""
+        """Which of the new tokens is the last that is no padding, for every row, (B, 1, 1); 0 where all is padding."""
         if "last token" not in self._made:
-            constant, zero, one = self.editor.constant, self.editor.constant(0), self.editor.constant(1)
-            seen = self._of_new(self.mask)
-            order = self._add("Range", [zero, self._add("Squeeze", [self._steps()]), one])
-            last = self._add("ReduceMax", [self._add("Mul", [seen, order]), constant([1])], keepdims=1)
-            self._made["last token"] = self._add("Unsqueeze", [last, constant([2])])
+            before = self._add("Sub", [self.after_text(), self.editor.constant(1)])
+            self._made["last token"] = self._add("Max", [before, self.editor.constant(0)])
         return self._made["last token"]
 
     def after_text(self) -> ir.Value:
         """How many of the new tokens lie up to the last that is no padding, for every row, (B, 1, 1)."""
         if "after text" not in self._made:
-            self._made["after text"] = self._add("Add", [self.last_token(), self.editor.constant(1)])
+            constant, one = self.editor.constant, self.editor.constant(1)
+            seen = self._of_new(self.mask)
+            end = self._add("Add", [self._add("Squeeze", [self._steps()]), one])
+            counted = self._add("Mul", [seen, self._add("Range", [one, end, one])])
+            most = self._add("ReduceMax", [counted, constant([1])], keepdims=1)
+            self._made["after text"] = self._add("Unsqueeze", [most, constant([2])])
         return self._made["after text"]
 
     def ends_in_text(self) -> ir.Value:
@@ -179,7 +181,7 @@ class Masks:
         """Positions as (B, S): as they are where they are an input, repeated for every row where they are not."""
         if value is None:
             raise Unfusable("the rotary embedding has no positions")
-        given = _repeated(value)
+        given = unrepeated(value)
         if given.is_graph_input():
             return given
         key = f"positions {value.name}"
@@ -261,7 +263,7 @@ def _name(bias: Bias | None) -> str:
     return "" if bias is None else f"{bias.value.name} {bias.scale}"
 
 
-def _repeated(value: ir.Value) -> ir.Value:
+def unrepeated(value: ir.Value) -> ir.Value:
     """What a value repeats and takes one of, as models do with positions that images would tell apart."""
     node = value.producer()
     while node is not None and not node.domain and node.op_type in ("Expand", "Unsqueeze", "Slice", "Gather"):

@@ -6,7 +6,8 @@
 | Recurrence | LinearAttention | Scan over the tokens |
 | UnitLength | RMSNormalization: x / sqrt(sum x^2 + e) = x / sqrt(mean x^2 + e / d) / sqrt(d) | the same |
 
-Padding leaves states as they are, on whichever side of a text it stands.
+Padding leaves states as they are, on whichever side of a text it stands. (Where a layer has a bias in front of its
+convolution, that is what the convolution reads of padding on the left: in the graph as in torch.)
 """
 
 import numpy as np
@@ -75,9 +76,9 @@ def _unit_length(editor: Editor, node: ir.Node) -> None:
 def _convolution(editor: Editor, node: ir.Node, masks: Masks, in_one: bool) -> None:
     """Tokens before channels, as layers and states have them; the model has them turned, and cuts off the past."""
     joined = produced_by(node.inputs[0], "Concat")
-    cuts = [use.node for use in node.outputs[0].uses()]
+    cuts = [use.node for use in node.outputs[0].uses() if use.node.op_type == "Slice"]
     kept = [] if joined is None else [use.node for use in joined.outputs[0].uses() if use.node is not node]
-    if joined is None or len(joined.inputs) != 2 or any(cut.op_type != "Slice" for cut in (*cuts, *kept)):
+    if joined is None or len(joined.inputs) != 2 or any(cut.op_type != "Slice" for cut in kept):
         raise ExportError(f"{node.name}: a convolution that does not go on from a cached state; nothing was written")
     past, x = (_turned(editor, node, value) for value in joined.inputs)
     whole = editor.add(node, "Concat", [past, x], {"axis": 1}, like=x).outputs[0]
@@ -96,6 +97,8 @@ def _convolution(editor: Editor, node: ir.Node, masks: Masks, in_one: bool) -> N
         _replace_turned(editor, old, new)
     for user in following:
         spread(user)
+    if node.outputs[0].uses():  # an activation comes before the cut, which then leaves all as it is
+        editor.replace(node.outputs[0], _turned(editor, node, y))
     editor.remove(node)
 
 

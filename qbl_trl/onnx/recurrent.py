@@ -123,7 +123,8 @@ def recurrences_traced(model: nn.Module) -> Iterator[Calls]:
             original = getattr(sys.modules[file], name, None)
             if original is not None:
                 replaced.append((sys.modules[file], name, original))
-                setattr(sys.modules[file], name, here_only(_counted(function, calls), original))
+                counting = _counted(function, calls) if function in _STATE_OF else function
+                setattr(sys.modules[file], name, here_only(counting, original))
         yield calls
     finally:
         for module, name, original in replaced:
@@ -139,7 +140,7 @@ def unknown_recurrence(model: nn.Module) -> str | None:
 def _counted(function: Callable[..., Any], calls: Calls) -> Callable[..., Any]:
     @wraps(function)
     def counting(*args: Any, **kwargs: Any) -> Any:
-        calls[_STATE_OF.get(function, "")] += 1
+        calls[_STATE_OF[function]] += 1
         return function(*args, **kwargs)
 
     return counting

@@ -250,6 +250,7 @@ STATES = {  # whose layers keep states of fixed size
         "standard",
     ),
     "lfm2 with convolutions": ("Lfm2", {**GATED, **CONVOLVED, "block_auto_adjust_ff_dim": False}, "gqa"),
+    "lfm3 with convolutions and a rotation of a type": ("Lfm3", {**GATED, **CONVOLVED}, "gqa"),
     "lfm2 with convolutions and experts": (
         "Lfm2Moe",
         {**MOE, **CONVOLVED, "num_experts": 4, "num_dense_layers": 1},

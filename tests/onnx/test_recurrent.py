@@ -39,6 +39,30 @@ def test_pieces_of_a_text_give_what_the_whole_does(exported, case):
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=FP32)
 
 
+@pytest.mark.parametrize("case", STATES)
+def test_pieces_that_are_padding_alone_leave_states_alone(exported, case):
+    """Rows of 1, 4 and 11 tokens, padded on the right, read in pieces; then a token of each row's own."""
+    graph, ids, lengths = OnnxLogits(exported(case).folder), tokens(3, 12), [1, 4, 11]
+    mask = (torch.arange(11) < torch.tensor(lengths)[:, None]).long()
+    cache = graph.empty_cache(3)
+    for start, stop in ((0, 3), (3, 6), (6, 11)):
+        _, cache = graph.step(ids[:, start:stop], mask[:, :stop], cache)
+    found, _ = graph.step(ids[:, 11:], torch.nn.functional.pad(mask, (0, 1), value=1), cache)
+    for row, length in enumerate(lengths):
+        with torch.no_grad():
+            alone = exported(case).model(torch.cat([ids[row : row + 1, :length], ids[row : row + 1, 11:]], 1)).logits
+        torch.testing.assert_close(found[row : row + 1], alone[:, -1:], rtol=0, atol=FP32)
+
+
+@pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "relu2"])
+@pytest.mark.parametrize("case", [DELTA, MAMBA])
+def test_a_convolution_may_have_another_activation(tmp_path, case, activation):
+    kind, settings, _ = STATES[case]
+    report = export_onnx(build(kind, {**settings, "hidden_act": activation}), tmp_path / "out")
+    assert report.attention == "gqa"
+    assert max(report.parity.max_abs_difference, report.parity_cached.max_abs_difference) < FP32
+
+
 @pytest.mark.parametrize("case", [DELTA, MAMBA, CONVOLUTION, "kimi, whose decay is of every feature"])
 def test_standard_operators_compute_the_same(tmp_path, case):
     report = export_onnx(build(*STATES[case][:2]), tmp_path / "out", attention="standard")
@@ -144,6 +168,21 @@ def test_states_that_come_from_elsewhere_are_refused(tmp_path):
     model = transformers.ZayaForCausalLM(config).eval()
     with pytest.raises(ExportError, match=r"ZayaForCausalLM keeps states .* that no operator computes"):
         export_onnx(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_transformers_does_not_run_is_said_to_be_that(tmp_path):
+    kind, settings, _ = STATES[DELTA]
+    model = build(kind, {**settings, "layer_types": ["linear_attention"] * 2})
+    with pytest.raises(ExportError, match=r"does not run in transformers itself: .*only contain LinearAttention"):
+        export_onnx(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_head_whose_type_is_read_is_not_packed(tmp_path):
+    model = build(*STATES["mamba2, which never attends"][:2])
+    with pytest.raises(ExportError, match=r"embedding_bits=8: a Mamba2ForCausalLM does not run over a packed"):
+        export_onnx(model, tmp_path / "out", embedding_bits=8)
     assert not list(tmp_path.iterdir())
 
 
