@@ -43,14 +43,19 @@ def make_parser() -> argparse.ArgumentParser:
         "--model", type=Path, default=default_model(), help="float folder; see integration/demo/data.py"
     )
     parser.add_argument("--random", help="HIDDENxLAYERS of a Llama with random weights instead, such as 1024x16")
-    parser.add_argument("--work", type=Path, default=Path("outputs/decode"), help="where graphs are kept between runs")
     parser.add_argument("--genai_python", help="interpreter with onnxruntime-genai and transformers 5")
+    add_measuring(parser, Path("outputs/decode"), RESULTS)
+    return parser
+
+
+def add_measuring(parser: argparse.ArgumentParser, work: Path, output: Path) -> None:
+    """Options of how it is measured, with where graphs and results go by default."""
+    parser.add_argument("--work", type=Path, default=work, help="where graphs are kept between runs")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of ONNX Runtime and of torch")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    return parser
+    parser.add_argument("--output", type=Path, default=output)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -7,13 +7,12 @@ and head and 8-bit activations; `base` is ours without the adapter. The results 
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import torch
 
-from integration.benchmarks.decode import default_model, entry_of, table, write
+from integration.benchmarks.decode import add_measuring, default_model, entry_of, table, write
 from integration.benchmarks.graphs import genai_build, once, ours, random_qwen
 from integration.benchmarks.loops import Row, bare_sessions, genai_loop, memory_bandwidth
 
@@ -25,12 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", type=Path, default=default_model(), help="whose tokenizer the model gets")
     parser.add_argument("--random", default="1024x24", help="HIDDENxLAYERS")
-    parser.add_argument("--work", type=Path, default=Path("outputs/states"), help="where graphs are kept between runs")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of ONNX Runtime and of torch")
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    add_measuring(parser, Path("outputs/states"), RESULTS)
     return parser
 
 

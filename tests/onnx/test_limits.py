@@ -177,19 +177,6 @@ def test_a_recurrence_that_no_operator_computes_is_refused_before_any_work(tmp_p
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(not BEFORE_5, reason="transformers 5 has graphs of them")
-@pytest.mark.parametrize("kind", ["Lfm2", "GraniteMoeHybrid"])
-def test_transformers_5_is_named_where_states_have_graphs_with_it(tmp_path, monkeypatch, kind):
-    layers = {
-        "layer_types": ["conv" if kind == "Lfm2" else "mamba", "full_attention" if kind == "Lfm2" else "attention"]
-    }
-    mamba = {"mamba_n_heads": 8, "mamba_d_head": 16, "num_local_experts": 0, "shared_intermediate_size": 64}
-    model = decoder(kind, **{**GATED, **layers, **(mamba if kind == "GraniteMoeHybrid" else {})})
-    monkeypatch.setattr(Held, "linears", lambda held: pytest.fail("work began"))
-    with pytest.raises(ExportError, match=r"states beside keys and values, have graphs with transformers 5 alone"):
-        export_onnx(model, tmp_path / "out")
-
-
 class Bessel(torch.nn.Module):
     def forward(self, x):
         return torch.special.bessel_j0(x)

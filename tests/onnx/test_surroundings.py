@@ -6,6 +6,7 @@ import shutil
 import onnx
 import pytest
 import torch
+import transformers
 from peft import get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -16,13 +17,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, export_onnx, verify
 from qbl_trl.cli import main
 from qbl_trl.errors import ExportError
+from qbl_trl.generation import BEFORE_5
+from qbl_trl.onnx.companions import Held
 from qbl_trl.onnx.files import MODEL_FILE
 from qbl_trl.onnx.reference import float32_reference
 from qbl_trl.onnx.skeleton import build_skeleton
 from qbl_trl.onnx.sources import linear_sources
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.tokenizers import save_tokenizer
-from tests.onnx.architectures import ARCHITECTURES, build_named
+from tests.onnx.architectures import ARCHITECTURES, GATED, build_named
 from tests.onnx.models import merged_llama
 from tests.tiny import tiny_llama, tokens
 
@@ -148,3 +151,19 @@ def test_verify_says_why_a_graph_does_not_run(tmp_path):
     export_onnx(model, tmp_path / "cuda", provider="cuda", dtype="bfloat16")
     with pytest.raises(ExportError, match="CPU provider does not open this graph"):
         verify(model, tmp_path / "cuda", tokens())
+
+
+@pytest.mark.skipif(not BEFORE_5, reason="transformers 5 has graphs of them")
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
+        ("GraniteMoeHybrid", {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_d_head": 16}),
+    ],
+)
+def test_transformers_5_is_named_where_states_have_graphs_with_it(tmp_path, monkeypatch, kind, settings):
+    config = getattr(transformers, f"{kind}Config")(**GATED, **settings)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    monkeypatch.setattr(Held, "linears", lambda held: pytest.fail("work began"))
+    with pytest.raises(ExportError, match=r"states beside keys and values, have graphs with transformers 5 alone"):
+        export_onnx(model, tmp_path / "out")
