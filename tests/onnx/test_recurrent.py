@@ -108,7 +108,7 @@ def test_recurrent_states_are_float32_in_every_graph(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("case", ATTENTIVE)
+@pytest.mark.parametrize("case", [DELTA, MAMBA, CONVOLUTION])
 def test_cuda_has_kernels_for_all_of_it(tmp_path, case, dtype):
     report = export_onnx(build(*STATES[case][:2]), tmp_path / "out", provider="cuda", dtype=dtype)
     assert (report.attention, report.fallbacks) == ("gqa", ())
@@ -129,8 +129,10 @@ def answers_of_genai(folder, ids, new):
     return torch.tensor([generator.get_sequence(row).tolist()[-new:] for row in range(len(ids))])
 
 
-@pytest.mark.parametrize("logits", ["all", "last"])
-@pytest.mark.parametrize("case", [*ATTENTIVE, "bamba"])
+@pytest.mark.parametrize(
+    ("case", "logits"),
+    [*((case, "all") for case in (*ATTENTIVE, "bamba")), *((case, "last") for case in (DELTA, MAMBA, CONVOLUTION))],
+)
 def test_genai_generates_what_torch_does(tmp_path, case, logits):
     model = build(*STATES[case][:2])
     export_onnx(model, tmp_path / "out", logits=logits, tokenizer=tiny_tokenizer())
