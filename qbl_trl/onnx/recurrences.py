@@ -172,9 +172,9 @@ def _sum_of_products(editor: Editor, node: ir.Node, whole: ir.Value, x: ir.Value
 def _recurrence(editor: Editor, node: ir.Node, masks: Masks, fused: bool) -> None:
     """Padding does not decay a state (e^0 = 1) nor add to it, at a rate of 0 or a value of 0."""
     query, key, value, decay, state, *beta = node.inputs
-    text, flat = masks.text(), editor.constant([0, 0, -1])
+    text = masks.text()
     if attribute(node, "by_key"):
-        decay = editor.add(node, "Reshape", [decay, flat], like=decay).outputs[0]
+        decay = _flat(editor, node, decay)
     decay = editor.add(node, "Mul", [decay, text], like=decay).outputs[0]
     packed = [_flat(editor, node, x) for x in (query, key, value)]
     if beta:
@@ -249,8 +249,6 @@ def _apart(editor: Editor, node: ir.Node, x: ir.Value | None, own: int, heads: i
         shared = editor.add(node, "Reshape", [x, editor.constant([0, 0, own, 1, -1])], like=x).outputs[0]
         often = editor.constant([1, 1, 1, heads // own, 1])
         x = editor.add(node, "Expand", [shared, often], like=x).outputs[0]
-        x = editor.add(node, "Reshape", [x, editor.constant([0, 0, heads, -1])], like=x).outputs[0]
-        return x
     return editor.add(node, "Reshape", [x, editor.constant([0, 0, heads, -1])], like=x).outputs[0]
 
 

@@ -38,7 +38,7 @@ from transformers.activations import ACT2FN
 
 from qbl_trl.onnx.layer_caches import CONVOLVED, RECURRENT
 from qbl_trl.onnx.markers import TRACE_DOMAIN
-from qbl_trl.onnx.threads import here_only
+from qbl_trl.onnx.threads import replaced_here
 
 Calls = Counter[str]  # of the functions that go on from a state, by the name that it has among a layer's tensors
 _WITHOUT_OPERATOR = ("mamba_selective_scan",)  # of Mamba 1: every feature decays in its own way
@@ -116,19 +116,13 @@ class _Recurrence(torch.autograd.Function):
 def recurrences_traced(model: nn.Module) -> Iterator[Calls]:
     """While open, a model's modeling files emit placeholders for convolutions and recurrences, and count them."""
     calls: Calls = Counter()
-    replaced: list[tuple[Any, str, Any]] = []
-    files = {type(module).__module__ for module in model.modules()}
-    try:
-        for file, (name, function) in product(sorted(files), _INSTEAD.items()):
-            original = getattr(sys.modules[file], name, None)
-            if original is not None:
-                replaced.append((sys.modules[file], name, original))
-                counting = _counted(function, calls) if function in _STATE_OF else function
-                setattr(sys.modules[file], name, here_only(counting, original))
+    files = sorted({type(module).__module__ for module in model.modules()})
+    with replaced_here(
+        (sys.modules[file], name, _counted(function, calls) if function in _STATE_OF else function)
+        for file, (name, function) in product(files, _INSTEAD.items())
+        if hasattr(sys.modules[file], name)
+    ):
         yield calls
-    finally:
-        for module, name, original in replaced:
-            setattr(module, name, original)
 
 
 def unknown_recurrence(model: nn.Module) -> str | None:

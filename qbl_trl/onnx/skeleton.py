@@ -41,7 +41,7 @@ from qbl_trl.onnx.own_layers import own_tables, said_again
 from qbl_trl.onnx.rotary import NoTable, Rotary, by_type, changes_with_length, gives_tables, is_rotary
 from qbl_trl.onnx.rotations import ROTATING, pairs_neighbours, rotate_of, takes_one
 from qbl_trl.onnx.sources import embedding_source
-from qbl_trl.onnx.threads import here_only
+from qbl_trl.onnx.threads import replaced_here
 from qbl_trl.onnx.windows import mask_of_window, window_of
 from qbl_trl.quant.modules import plain_forward_
 from qbl_trl.quant.stacks import set_apart
@@ -193,25 +193,21 @@ def fused_attention_traced(skeleton: Skeleton) -> Iterator[None]:
     """
     AttentionInterface.register(TRACED_ATTENTION, partial(_traced_attention, skeleton.caps_scores))
     AttentionMaskInterface.register(TRACED_ATTENTION, mask_of_window)
-    replaced: list[tuple[Any, str, Callable[..., Any]]] = []
-    try:
-        if skeleton.rotary:
-            files = {type(module).__module__ for module in skeleton.model.modules()}
-            apart = {type(module).__module__ for module in skeleton.model.modules() if said_again(module) is not None}
-            for file, name in product(sorted(files - apart), ROTATING):
-                original = rotate_of(file, name)
-                if original is not None:
-                    mark = partial(
-                        mark_one_rotary if takes_one(original) else mark_rotary,
-                        interleaved=_interleaved(file, original, skeleton),
-                    )
-                    replaced.append((sys.modules[file], name, original))
-                    setattr(sys.modules[file], name, here_only(mark, original))
-        with own_attention_traced(skeleton.model):
-            yield
-    finally:
-        for module, name, original in replaced:
-            setattr(module, name, original)
+    with replaced_here(_rotations(skeleton)), own_attention_traced(skeleton.model):
+        yield
+
+
+def _rotations(skeleton: Skeleton) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+    """Functions of modeling files that rotate, and what stands for them."""
+    if not skeleton.rotary:
+        return
+    files = {type(module).__module__ for module in skeleton.model.modules()}
+    apart = {type(module).__module__ for module in skeleton.model.modules() if said_again(module) is not None}
+    for file, name in product(sorted(files - apart), ROTATING):
+        original = rotate_of(file, name)
+        if original is not None:
+            mark = mark_one_rotary if takes_one(original) else mark_rotary
+            yield sys.modules[file], name, partial(mark, interleaved=_interleaved(file, original, skeleton))
 
 
 def _interleaved(file: str, rotate: Callable[..., Any], skeleton: Skeleton) -> bool:

@@ -4,7 +4,8 @@ Optimum replaces some too (torch's attention), for all threads: a model that run
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 TRACING = threading.RLock()  # one trace at a time
@@ -18,3 +19,18 @@ def here_only(instead: Callable[..., Any], original: Callable[..., Any]) -> Call
         return (instead if threading.get_ident() == owner else original)(*args, **kwargs)
 
     return either
+
+
+@contextmanager
+def replaced_here(functions: Iterable[tuple[Any, str, Callable[..., Any]]]) -> Iterator[None]:
+    """While open, functions of modules, (module, name, instead), are others in this thread."""
+    originals: list[tuple[Any, str, Callable[..., Any]]] = []
+    try:
+        for module, name, instead in functions:
+            original = getattr(module, name)
+            originals.append((module, name, original))
+            setattr(module, name, here_only(instead, original))
+        yield
+    finally:
+        for module, name, original in originals:
+            setattr(module, name, original)
