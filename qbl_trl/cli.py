@@ -94,6 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
         "model folder -> ONNX graph at 4 bits",
         "merged onnx",
         "merged onnx --accuracy-level 4 --prompt-accuracy-level 0 --kv-cache-dtype int8 --logits last",
+        "merged onnx --accuracy-level 4 --prompt-weights int8 --kv-cache-dtype int8 --logits last",
         "merged onnx --provider cuda",
     )
     options.add_arguments(export)

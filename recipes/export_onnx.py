@@ -33,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompt_accuracy_level", type=int, choices=(0, 4), help="of prompts; 0 beside 4: float32, faster"
     )
+    parser.add_argument("--prompt_weights", choices=("int8",), help="of prompts on CPU: fastest; a byte more a weight")
     parser.add_argument("--embedding_bits", type=int, choices=(4, 8), help="of a float embedding and head: smaller")
     parser.add_argument("--logits", default="all", choices=("all", "last"), help="generating needs the last")
     parser.add_argument("--kv_cache_dtype", choices=("int8",), help="of keys and values, on CPU: smaller and faster")
@@ -53,6 +54,7 @@ def main(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         accuracy_level=args.accuracy_level,
         prompt_accuracy_level=args.prompt_accuracy_level,
+        prompt_weights=args.prompt_weights,
         embedding_bits=args.embedding_bits,
         kv_cache_dtype=args.kv_cache_dtype,
         calibration=args.calibration and token_ids(args.model, read_texts(args.calibration)),

@@ -43,6 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--model", type=Path, default=default_model(), help="float folder; see integration/demo/data.py"
     )
     parser.add_argument("--random", help="HIDDENxLAYERS of a Llama with random weights instead, such as 1024x16")
+    parser.add_argument("--graphs", nargs="+", help="names of those to measure, the first of them GenAI's; all of them")
     parser.add_argument("--genai_python", help="interpreter with onnxruntime-genai and transformers 5")
     add_measuring(parser, Path("outputs/decode"), RESULTS)
     return parser
@@ -65,7 +66,9 @@ def main(args: argparse.Namespace) -> None:
         args.model = random_llama(args.random, args.work, args.model)
     source = args.model
     seconds = known_seconds(args.output, source.name)
-    folders = build(source, args.work / source.name, args.genai_python, seconds)
+    folders = build(source, args.work / source.name, args.genai_python, seconds, args.graphs)
+    if not folders:
+        raise SystemExit(f"--graphs {' '.join(args.graphs)}: no graph of this comparison has such a name")
     bandwidth = memory_bandwidth(args.threads)
     rows: list[Row] = []
     for loop in (bare_sessions, optimum_loop, genai_loop, llama_loop, torch_loop):

@@ -21,13 +21,16 @@ from qbl_trl.quant.writers import write_checkpoint
 ADAPTER_STEPS = 0.08  # of the codes, root mean square: as the median layer of the adapter that the demo trains
 
 
-def build(source: Path, work: Path, genai_python: str | None, seconds: dict[str, float]) -> dict[str, Path]:
-    """Every graph of the comparison, by name; those that are there already are kept."""
+def build(
+    source: Path, work: Path, genai_python: str | None, seconds: dict[str, float], names: list[str] | None = None
+) -> dict[str, Path]:
+    """Every graph of the comparison, or those of some names, by name; those that are there already are kept."""
     work.mkdir(parents=True, exist_ok=True)
     folders: dict[str, Path] = {}
 
     def add(name: str, make: Callable[[Path], Any]) -> None:
-        once(work / name, make, folders, seconds)
+        if names is None or name in names:
+            once(work / name, make, folders, seconds)
 
     if genai_python:
         add("genai int4", lambda out: genai_build(genai_python, source, out))
@@ -39,6 +42,8 @@ def build(source: Path, work: Path, genai_python: str | None, seconds: dict[str,
     add("ours, float prompts, last logits", lambda out: ours(source, out, **quick, **floats))
     cached = "ours, float prompts, last logits, int8 cache"
     add(cached, lambda out: ours(source, out, **quick, **floats, kv_cache_dtype="int8"))
+    integers = {"logits": "last", "prompt_weights": "int8", "kv_cache_dtype": "int8"}
+    add("ours, int8 prompts, last logits, int8 cache", lambda out: ours(source, out, **quick, **integers))
     if genai_python:
         add("genai int4, int8 cache", lambda out: genai_build_int8_cache(genai_python, source, out, folders[cached]))
     add("base int8 activations", lambda out: ours(source, out, merged=False, accuracy_level=4))

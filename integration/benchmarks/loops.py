@@ -8,14 +8,17 @@ graph up to a tenth slower, for as long as its session lives.
 import argparse
 import importlib.util
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from tqdm.auto import tqdm
@@ -80,7 +83,7 @@ def bare_sessions(folders: dict[str, Path], args: argparse.Namespace, bandwidth:
         return prefill, median(times[_WARM_UP:])
 
     found = take_turns("bare session", list(folders), args.rounds, turn)
-    return rows_of("bare session", sizes_of(folders), found, args, bandwidth)
+    return rows_of("bare session", sizes_of(folders), found, args, bandwidth, unread_of(folders))
 
 
 def head_size(folder: Path) -> int:
@@ -153,7 +156,7 @@ def optimum_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: 
 
     found = take_turns("ORTModelForCausalLM", list(folders), args.rounds, turn)
     torch.set_num_threads(args.threads)
-    return rows_of("ORTModelForCausalLM", sizes_of(folders), found, args, bandwidth)
+    return rows_of("ORTModelForCausalLM", sizes_of(folders), found, args, bandwidth, unread_of(folders))
 
 
 def generation(model: Any, ids: torch.Tensor, args: argparse.Namespace) -> Turn:
@@ -218,7 +221,7 @@ def genai_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: fl
         return first, (time.perf_counter() - start) / max(count, 1)
 
     found = take_turns("GenAI runtime", list(runnable), args.rounds, turn)
-    return rows_of("GenAI runtime", sizes_of(folders), found, args, bandwidth)
+    return rows_of("GenAI runtime", sizes_of(folders), found, args, bandwidth, unread_of(folders))
 
 
 def llama_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
@@ -248,14 +251,34 @@ def llama_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: fl
 
 
 def sizes_of(folders: dict[str, Path]) -> dict[str, int]:
-    """Bytes of the graphs and their weights: what a token reads."""
+    """Bytes of the graphs and their weights."""
     return {name: sum(path.stat().st_size for path in folder.glob("*.onnx*")) for name, folder in folders.items()}
 
 
+def unread_of(folders: dict[str, Path]) -> dict[str, int]:
+    """Those of these bytes that no step reads: weights that prompts have of their own."""
+    graphs = {
+        name: onnx.load(folder / "model.onnx", load_external_data=False).graph for name, folder in folders.items()
+    }
+    return {
+        name: sum(math.prod(weight.dims) for weight in graph.initializer if weight.name.endswith("/int8"))
+        for name, graph in graphs.items()
+    }
+
+
 def rows_of(
-    loop: str, sizes: dict[str, int], found: dict[str, list[Turn]], args: argparse.Namespace, bandwidth: float
+    loop: str,
+    sizes: dict[str, int],
+    found: dict[str, list[Turn]],
+    args: argparse.Namespace,
+    bandwidth: float,
+    unread: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Row]:
-    """Median speeds, and the medians of the ratios to the first graph in the same turn."""
+    """Median speeds, and the medians of the ratios to the first graph in the same turn.
+
+    Args:
+        unread: bytes of `sizes` that no step reads.
+    """
     rows, first = [], next(iter(found.values()))
     for name, turns in found.items():
         prefill, decode = (median(seconds) for seconds in zip(*turns, strict=True))
@@ -269,7 +292,7 @@ def rows_of(
                 decode=1 / decode,
                 prefill_ratio=median(ratios[0]),
                 decode_ratio=median(ratios[1]),
-                bandwidth=sizes[name] / decode / bandwidth,
+                bandwidth=(sizes[name] - unread.get(name, 0)) / decode / bandwidth,
             )
         )
     return rows

@@ -20,6 +20,7 @@ _ELEMENTWISE = frozenset([
 ])
 # fmt: on
 _FIRST_INPUT_ONLY = {"LayerNormalization": -1, "Split": 0}  # and the axis they work along by default
+LAST = "last"  # name of the nodes that cut
 _ATTENTION = (("", "Attention"), (MS_DOMAIN, "GroupQueryAttention"))
 
 
@@ -45,7 +46,7 @@ def keep_last(editor: Editor) -> None:
                 continue
             if value not in cut:
                 cut[value] = editor.add(
-                    node, "GatherND", [value, last], {"batch_dims": 1}, name="last", like=value
+                    node, "GatherND", [value, last], {"batch_dims": 1}, name=LAST, like=value
                 ).outputs[0]
             node.replace_input_with(index, cut[value])
         for value in node.outputs:

@@ -4,9 +4,10 @@
 | --- | --- | --- |
 | key, value | (B, heads, tokens, size) | attention |
 | conv_state | (B, K - 1, channels) | a causal convolution over K tokens: its latest inputs |
-| recurrent_state | (B, heads, d_k, d_v) float32 | a linear recurrence, see `recurrent.py` |
+| recurrent_state | (B, heads, d_k, d_v), of Mamba 1 (B, features, d_k), float32 | a recurrence, see `recurrent.py` |
 """
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from qbl_trl.generation import cache_of
 
 CONVOLVED, RECURRENT = STATES = ("conv_state", "recurrent_state")  # the second is float32 in every graph
 _ATTENTION = ("DynamicLayer", "DynamicSlidingWindowLayer")
+_ONE_RECURRENCE = 3  # axes of a state of Mamba 1
 _RECURRENT = (
     "LinearAttentionLayer",
     "LinearAttentionAndFullAttentionLayer",
@@ -47,7 +49,27 @@ class LayerCache:
         yield from self.states.items()
 
 
+class _Entered(threading.local):
+    """The state of the layer whose convolution was asked last, and how many recurrences have begun at it."""
+
+    state: Tensor | None = None
+    begun: int = 0
+
+
+_ENTERED = _Entered()
 LayerCaches = list[LayerCache]
+
+
+def enter(state: Tensor | None) -> None:
+    """Say what the recurrences of a layer begin at that do not ask its cache: those of Mamba 1."""
+    _ENTERED.state, _ENTERED.begun = state, 0
+
+
+def next_state() -> Tensor | None:
+    """(B, features, d_k): what the next of these begins at; one of several where a layer has several (Zamba)."""
+    state, place = _ENTERED.state, _ENTERED.begun
+    _ENTERED.begun += 1
+    return state if state is None or state.dim() == _ONE_RECURRENCE else state[:, place]
 
 
 def named_tensors(caches: LayerCaches) -> Iterator[tuple[str, tuple[int | None, ...]]]:
@@ -133,6 +155,7 @@ def _with_states(cache: LayerCache, tensors: dict[str, Tensor]) -> Any:
     layer.has_previous_state[0] = True
 
     def update_conv_state(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        enter(layer.recurrent_states[0])
         whole = torch.cat([layer.conv_states[0].transpose(1, 2), x], -1)
         layer.conv_states[0] = whole[..., -cache.states[CONVOLVED][0] :].transpose(1, 2)
         return whole

@@ -13,6 +13,7 @@ from qbl_trl.onnx.companions import Held
 from qbl_trl.onnx.files import GENAI_FILE, MODEL_FILE, clear, graph_files, save
 from qbl_trl.onnx.gate import Disagreement, Gate, Unrunnable
 from qbl_trl.onnx.int8_cache import quantize_caches
+from qbl_trl.onnx.int8_prompts import Int8Weights
 from qbl_trl.onnx.kernels import cuda_fallbacks
 from qbl_trl.onnx.linears import LoweredLayer
 from qbl_trl.onnx.prompts import set_levels
@@ -113,7 +114,7 @@ def finish(
         final, lossy = _as_wanted(held, wanted, gate, folder, exact_folder)
         if not (exact_folder / GENAI_FILE).is_file():  # the gate did not let it through
             (folder / GENAI_FILE).unlink(missing_ok=True)
-    elif any(wanted.levels):
+    elif wanted.rounds:
         _set_levels(folder, wanted)
         lossy = None if cache else gate.look_at(folder)
     if cache is not None:
@@ -157,9 +158,10 @@ def _build(held: Held, options: Options, folder: Path) -> Built:
 
 
 def _set_levels(folder: Path, options: Options) -> None:
-    if any(options.levels):
+    if options.rounds:
+        weights = Int8Weights(folder) if options.int8_prompts else None
         for file in graph_files(folder):
-            set_levels(file, *options.levels)
+            set_levels(file, *options.levels, weights)
 
 
 def _trace_and_rewrite(held: Held, options: Options) -> tuple[ir.Model, Rewritten]:

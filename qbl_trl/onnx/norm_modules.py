@@ -64,7 +64,8 @@ def gated_norm(module: nn.Module) -> GatedNorm | None:
 def _weight_and_epsilon(module: nn.Module) -> tuple[Tensor, float] | None:
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    known = isinstance(weight, Tensor) and weight.dim() == 1 and isinstance(epsilon, float)
+    # A buffer is there for another kernel: the module reads none, and may have another width.
+    known = isinstance(weight, nn.Parameter) and weight.dim() == 1 and isinstance(epsilon, float)
     return (weight, epsilon) if known and "RMSNorm" in type(module).__name__ else None  # type: ignore[return-value]
 
 

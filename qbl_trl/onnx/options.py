@@ -14,6 +14,7 @@ DTYPES = {"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")}  # by 
 LOWERINGS = ("auto", "factored", "float_zero_point", "low_rank")
 ATTENTIONS = ("auto", "attention", "gqa", "standard")
 LEVELS = (0, 1, 2, 3, 4)
+PROMPT_WEIGHTS = (None, "int8")
 EMBEDDING_BITS = (None, 4, 8)
 LOGITS = ("all", "last")
 KV_CACHE_DTYPES = (None, "int8")
@@ -50,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=LEVELS,
         help="where more than one token is read at once; 0 beside --accuracy-level 4: float32, weights twice in memory",
+    )
+    parser.add_argument(
+        "--prompt-weights",
+        choices=PROMPT_WEIGHTS[1:],
+        help="of prompts on CPU: the fastest, for a byte more for every weight, not exact",
     )
     parser.add_argument(
         "--embedding-bits",
@@ -103,6 +109,7 @@ def check_choices(
     attention: str = "auto",
     accuracy_level: int | None = None,
     prompt_accuracy_level: int | None = None,
+    prompt_weights: str | None = None,
     embedding_bits: int | None = None,
     kv_cache_dtype: str | None = None,
     calibration: Any = None,
@@ -123,6 +130,7 @@ def check_choices(
         ("attention", attention, ATTENTIONS),
         ("accuracy_level", accuracy_level, (None, *LEVELS)),
         ("prompt_accuracy_level", prompt_accuracy_level, (None, *LEVELS)),
+        ("prompt_weights", prompt_weights, PROMPT_WEIGHTS),
         ("embedding_bits", embedding_bits, EMBEDDING_BITS),
         ("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES),
         ("logits", logits, LOGITS),
@@ -132,9 +140,15 @@ def check_choices(
     for name, chosen in (
         ("accuracy_level", accuracy_level),
         ("prompt_accuracy_level", prompt_accuracy_level is not None),
+        ("prompt_weights", prompt_weights),
     ):
         if chosen and provider != "cpu":
             raise ExportError(f"export_onnx: {name} chooses between kernels that only provider='cpu' has")
+    if prompt_accuracy_level is not None and prompt_weights is not None:
+        raise ExportError(
+            f"export_onnx: prompt_weights={prompt_weights!r} leaves prompts no codes that prompt_accuracy_level="
+            f"{prompt_accuracy_level} could multiply; set one of the two"
+        )
     if prompt_accuracy_level is not None and 4 not in (accuracy_level, prompt_accuracy_level):
         raise ExportError(
             f"export_onnx: prompt_accuracy_level={prompt_accuracy_level} changes nothing without accuracy_level=4: "
@@ -152,6 +166,10 @@ def check_choices(
         raise ExportError(
             f"export_onnx: dtype={named} has no kernels on provider={provider!r}; allowed there: "
             f"{', '.join(DTYPES[provider])}"
+        )
+    if prompt_weights is not None and named != "float32":
+        raise ExportError(
+            f"export_onnx: prompt_weights={prompt_weights!r} is written in float32, not for dtype={named}"
         )
     if calibration is not None and kv_cache_dtype is None and embedding_bits is None:
         raise ExportError(
@@ -193,6 +211,7 @@ def run(args: argparse.Namespace) -> None:
             attention=args.attention,
             accuracy_level=args.accuracy_level,
             prompt_accuracy_level=args.prompt_accuracy_level,
+            prompt_weights=args.prompt_weights,
             embedding_bits=args.embedding_bits,
             kv_cache_dtype=args.kv_cache_dtype,
             calibration=calibration,

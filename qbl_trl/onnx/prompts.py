@@ -6,7 +6,8 @@ Both branches read the same initializers, so the file grows by its nodes alone; 
 and holds them twice. 8-bit activations are several times faster for one token, whose cost is reading the weights; for
 many, unpacking the weights once for a float32 product overtakes them where the processor multiplies floats well
 (measured on AVX-512 VNNI: from 24 to 40 tokens on). Codes are the same in both: a delta that was written as digits for
-the steps (`digits.py`) is read as digits by prompts too, so their activations are exact and the delta is not.
+the steps (`digits.py`) is read as digits by prompts too, so their activations are exact and the delta is not. Prompts
+may read weights of their own instead (`int8_prompts.py`).
 
 Where layers choose their attention (`grouped.py`), this If chooses for them: a single token over a growing cache is a
 step, and everything else a prompt, so that no layer is left with an If of its own.
@@ -22,31 +23,39 @@ from onnx.onnx_pb import GraphProto, ModelProto, NodeProto
 
 from qbl_trl.onnx import protos
 from qbl_trl.onnx.choices import GROUPED, WHOLE, condition, needed, settled
+from qbl_trl.onnx.int8_prompts import Int8Weights, read_in_8_bits
 
 STEPS, PROMPTS = "steps", "prompts"  # names of the two branches
 
 
-def set_levels(path: Path, steps: int, prompts: int) -> None:
-    """Give every MatMulNBits of a graph file its `accuracy_level`, in place; its weights are not touched."""
+def set_levels(path: Path, steps: int, prompts: int, weights: Int8Weights | None = None) -> None:
+    """Give every MatMulNBits of a graph file its `accuracy_level`, in place; its weights are not touched.
+
+    Args:
+        weights: what prompts read instead, at no level (`int8_prompts.py`); what they go on to read with codes has the
+            level of steps then.
+    """
     model = onnx.load(path, load_external_data=False)
-    if not any(node.op_type == "MatMulNBits" for node in model.graph.node):
+    if weights is None and not any(node.op_type == "MatMulNBits" for node in model.graph.node):
         return
-    if steps == prompts:
+    if steps == prompts and weights is None:
         _set_level(model.graph.node, steps)
     else:
-        _split(model, steps, prompts)
+        _split(model, steps, prompts, weights)
     onnx.save(model, path)
 
 
-def _split(model: ModelProto, steps: int, prompts: int) -> None:
+def _split(model: ModelProto, steps: int, prompts: int, weights: Int8Weights | None) -> None:
     graph = model.graph
     chosen = condition(graph)
     first = _one_token(graph) if chosen is None else needed(graph.node, [chosen])
     outer = {value.name for value in [*graph.input, *graph.initializer]}
     branches = {
         "then_branch": _branch(graph, GROUPED, STEPS, steps, outer),
-        "else_branch": _branch(graph, WHOLE, PROMPTS, prompts, outer),
+        "else_branch": _branch(graph, WHOLE, PROMPTS, prompts if weights is None else steps, outer),
     }
+    if weights is not None:
+        read_in_8_bits(branches["else_branch"], graph, weights)
     outputs = [value.name for value in graph.output]
     for part in (graph.node, graph.value_info):
         del part[:]

@@ -6,6 +6,7 @@ Modeling files of transformers 5 compute them by functions of a few names, which
     torch_chunk_gated_delta_rule,
     chunk_kimi_delta_attention                  S_t = e^g S + k (beta (v - e^g S^T k))^T    y = S_t^T q / sqrt(d)
     mamba2_chunk_scan                           S_t = e^(dt A) S + B (dt x)^T               y = S_t^T C + D x
+    mamba_selective_scan                        the same, each feature a head of its own    y = (S_t^T C + D x) silu(z)
 
 One placeholder stands for all recurrences: a state S (d_k, d_v) of each head decays, may lose what it holds under a key
 (where there is a beta), takes in key and value, and is read by a query. Models hand states on in that layout too.
@@ -33,15 +34,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import silu, softplus
 from transformers.activations import ACT2FN
 
-from qbl_trl.onnx.layer_caches import CONVOLVED, RECURRENT
+from qbl_trl.onnx.layer_caches import CONVOLVED, RECURRENT, enter, next_state
 from qbl_trl.onnx.markers import TRACE_DOMAIN
 from qbl_trl.onnx.threads import replaced_here
 
 Calls = Counter[str]  # of the functions that go on from a state, by the name that it has among a layer's tensors
-_WITHOUT_OPERATOR = ("mamba_selective_scan",)  # of Mamba 1: every feature decays in its own way
 _FUSED_ACTIVATIONS = ("silu", "swish")
 _UNBOUNDED = (0.0, float("inf"))  # where a softplus lies anyway
 
@@ -116,6 +116,7 @@ class _Recurrence(torch.autograd.Function):
 def recurrences_traced(model: nn.Module) -> Iterator[Calls]:
     """While open, a model's modeling files emit placeholders for convolutions and recurrences, and count them."""
     calls: Calls = Counter()
+    enter(None)
     files = sorted({type(module).__module__ for module in model.modules()})
     with replaced_here(
         (sys.modules[file], name, _counted(function, calls) if function in _STATE_OF else function)
@@ -123,12 +124,6 @@ def recurrences_traced(model: nn.Module) -> Iterator[Calls]:
         if hasattr(sys.modules[file], name)
     ):
         yield calls
-
-
-def unknown_recurrence(model: nn.Module) -> str | None:
-    """The function of a model's own file whose recurrence no operator computes, None where there is none."""
-    file = sys.modules[type(model).__module__]
-    return next((name for name in _WITHOUT_OPERATOR if hasattr(file, name)), None)
 
 
 def _counted(function: Callable[..., Any], calls: Calls) -> Callable[..., Any]:
@@ -197,6 +192,33 @@ def _mamba2(
     return (y, state) if return_final_states else y
 
 
+def _mamba1(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    **_: Any,
+) -> Any:
+    """x, dt, z (B, H, S), A (H, d_k), B and C (B, d_k, S): features are heads of size 1 that share keys and queries."""
+    x, step, B, C = (_as(given, torch.float32).transpose(1, 2) for given in (hidden_states, dt, B, C))
+    step = step if delta_bias is None else step + _as(delta_bias, torch.float32)
+    step = softplus(step) if delta_softplus else step
+    decay = step[..., None] * _as(A, torch.float32)
+    before = next_state()
+    state = None if before is None else before[..., None]
+    y, after = _recur(C[:, :, None], B[:, :, None], (x * step)[..., None], decay, state, None, 1.0)
+    y = y[..., 0] if D is None else y[..., 0] + x * _as(D, torch.float32)
+    y = y.transpose(1, 2)
+    y = y if z is None else y * silu(_as(z, torch.float32))
+    return (y, after[..., 0]) if return_last_state else y
+
+
 def _recur(
     query: Tensor,
     key: Tensor,
@@ -231,7 +253,8 @@ _INSTEAD: dict[str, Callable[..., Any]] = {
     "apply_mask_to_padding_states": _without_padding,
     "causal_conv1d_fn": _convolve,
     "mamba2_chunk_scan": _mamba2,
+    "mamba_selective_scan": _mamba1,
     "torch_chunk_gated_delta_rule": _delta_rule,
     "chunk_kimi_delta_attention": _delta_rule,
 }
-_STATE_OF = {_convolve: CONVOLVED, _delta_rule: RECURRENT, _mamba2: RECURRENT}
+_STATE_OF = {_convolve: CONVOLVED, _delta_rule: RECURRENT, _mamba2: RECURRENT, _mamba1: RECURRENT}

@@ -46,6 +46,7 @@ class Options:
         provider: whose kernels run the graph; it is held against them.
         digits: whether block deltas may be written in 8 bits, see `digits.py`.
         prompt_level: accuracy level of prompts, see `prompts.py`; None: the same as `accuracy_level`.
+        int8_prompts: prompts read weights of 8 bits instead, see `int8_prompts.py`.
         grouped_steps: let GroupQueryAttention give way where `grouped.py` is faster.
         fused_recurrences: convolutions and recurrences become operators of ONNX Runtime, not standard ones.
         int8_cache: the cache gets 8 bits after the graph is written, and only GroupQueryAttention reads such a one.
@@ -61,6 +62,7 @@ class Options:
     provider: str = "cpu"
     digits: bool = False
     prompt_level: int | None = None
+    int8_prompts: bool = False
     grouped_steps: bool = False
     fused_recurrences: bool = True
     int8_cache: bool = False
@@ -70,6 +72,11 @@ class Options:
         """Accuracy levels of steps and of prompts; float32 is 0."""
         steps = self.accuracy_level or 0
         return steps, steps if self.prompt_level is None else self.prompt_level
+
+    @property
+    def rounds(self) -> bool:
+        """Whether something is rounded that layers multiply: the graph is written first, and edited for it."""
+        return any(self.levels) or self.int8_prompts
 
 
 @dataclass(frozen=True)

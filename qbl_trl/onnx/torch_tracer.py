@@ -15,7 +15,6 @@ from transformers import DynamicCache, PreTrainedModel
 from qbl_trl.errors import ExportError
 from qbl_trl.generation import cache_argument, cache_of
 from qbl_trl.onnx.layer_caches import RECURRENT, LayerCaches, filled, held, named_tensors
-from qbl_trl.onnx.recurrent import unknown_recurrence
 
 NAME = "torch"
 BATCH = 2
@@ -50,8 +49,6 @@ def check_supported(model: PreTrainedModel) -> None:
     missing = sorted({"input_ids", "attention_mask"} - set(inspect.signature(model.forward).parameters))
     missing += [] if cache_argument(model) else ["past_key_values"]
     why = f"its forward takes no {', '.join(missing)}" if missing else ""
-    if function := unknown_recurrence(model):
-        why = f"no operator computes its recurrence ({function})"
     if why:
         raise ExportError(f"decoders of type {model.config.model_type!r} have no graph: {why}")
 

@@ -85,9 +85,10 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
 
 
 def _check_states(model: PreTrainedModel, caches: LayerCaches, calls: Calls) -> None:
-    """Raise ExportError if states come from other functions than those that are replaced."""
+    """Raise ExportError if states come from other functions than those that are replaced, once a layer or several times
+    (Zamba)."""
     kept = Counter(name for layer in caches for name in layer.states)
-    if kept != calls:
+    if kept.keys() != calls.keys() or any(calls[name] % layers for name, layers in kept.items()):
         raise ExportError(
             f"a {type(model).__name__} keeps states ({', '.join(sorted(kept))}) by a recurrence or convolution that no "
             "operator computes; nothing was written"

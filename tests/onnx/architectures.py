@@ -249,6 +249,28 @@ STATES = {  # whose layers keep states of fixed size
         {**WIDE, **TOKENS, "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2},
         "standard",
     ),
+    "mamba, whose features recur each for itself": (
+        "Mamba",
+        {**WIDE, **TOKENS, "state_size": 16, "time_step_rank": 4, "use_associative_scan": False},
+        "standard",
+    ),
+    "falcon mamba": (
+        "FalconMamba",
+        {**WIDE, **TOKENS, "state_size": 16, "time_step_rank": 4, "use_associative_scan": False},
+        "standard",
+    ),
+    "jamba, whose features recur each for itself": (
+        "Jamba",
+        {**MOE, "num_experts": 4, "expert_layer_period": 2, "attn_layer_period": 2, "attn_layer_offset": 1}
+        | {"mamba_dt_rank": 4},
+        "gqa",
+    ),
+    "zamba, whose heads of features recur each for itself": (
+        "Zamba",
+        {**GATED, "mamba_dt_rank": 4, "num_hidden_layers": 4}
+        | {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
+        "gqa",
+    ),
     "lfm2 with convolutions": ("Lfm2", {**GATED, **CONVOLVED, "block_auto_adjust_ff_dim": False}, "gqa"),
     "lfm3 with convolutions and a rotation of a type": ("Lfm3", {**GATED, **CONVOLVED}, "gqa"),
     "lfm2 with convolutions and experts": (

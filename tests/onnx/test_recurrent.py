@@ -36,7 +36,8 @@ def test_pieces_of_a_text_give_what_the_whole_does(exported, case):
         parts.append(logits)
     with torch.no_grad():
         expected = exported(case).model(ids).logits
-    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=FP32)
+    scale = max(1.0, float(expected.abs().max()))  # those of Mamba reach 7
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=FP32 * scale)
 
 
 @pytest.mark.parametrize("case", STATES)
