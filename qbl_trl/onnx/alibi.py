@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qbl_trl.onnx.threads import here_only
+from qbl_trl.onnx.threads import replaced_here
 
 
 @contextmanager
@@ -32,11 +32,8 @@ def bias_rounded(model: PreTrainedModel) -> Iterator[None]:
         bias = _rounded(slopes * _rounded(places.to(torch.float32)))
         return bias.reshape(-1, 1, attention_mask.shape[1]).to(dtype)
 
-    file.build_alibi_tensor = here_only(rounded, original)  # type: ignore[attr-defined]
-    try:
+    with replaced_here([(file, "build_alibi_tensor", rounded)]):
         yield
-    finally:
-        file.build_alibi_tensor = original  # type: ignore[attr-defined]
 
 
 def _rounded(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qbl_trl.onnx.threads import here_only
+from qbl_trl.onnx.threads import replaced_here
 
 _NAME = "apply_rotary_emb"
 
@@ -27,19 +27,9 @@ def rotated_in_real_numbers(model: PreTrainedModel) -> Iterator[None]:
         rotate = getattr(sys.modules[file], _NAME, None)
         if rotate is not None and "freqs_cis" in inspect.signature(rotate).parameters:
             found[file] = rotate
-    if not found:
+    rotations = [(sys.modules[file], _NAME, partial(_rotate, _heads_at(rotate))) for file, rotate in found.items()]
+    with replaced_here([(torch, "polar", _polar), *rotations] if found else []):
         yield
-        return
-    polar = torch.polar
-    torch.polar = here_only(_polar, polar)  # type: ignore[assignment]
-    for file, rotate in found.items():
-        setattr(sys.modules[file], _NAME, here_only(partial(_rotate, _heads_at(rotate)), rotate))
-    try:
-        yield
-    finally:
-        torch.polar = polar
-        for file, rotate in found.items():
-            setattr(sys.modules[file], _NAME, rotate)
 
 
 def _polar(size: Tensor, angle: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qbl_trl.onnx.threads import here_only
+from qbl_trl.onnx.threads import replaced_here
 
 _FEWEST = 5  # sizes 1 and 2 are best avoided: the tracer takes them for broadcasting and for constants
 _COUNTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
@@ -41,11 +41,8 @@ def every_expert_asked() -> Iterator[None]:
         whole = isinstance(counts, Tensor) and counts.dim() == 1 and not counts.is_floating_point()
         return _Everyone(int(counts.shape[0])) if whole and bound == 0 else original(counts, bound)
 
-    torch.greater = here_only(greater, original)  # type: ignore[assignment]
-    try:
+    with replaced_here([(torch, "greater", greater)]):
         yield
-    finally:
-        torch.greater = original
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from qbl_trl.onnx.companions import Held
 from qbl_trl.onnx.files import GENAI_FILE, MODEL_FILE, clear, graph_files, save
 from qbl_trl.onnx.gate import Disagreement, Gate, Unrunnable
 from qbl_trl.onnx.int8_cache import quantize_caches
-from qbl_trl.onnx.int8_prompts import Int8Weights
+from qbl_trl.onnx.int8_weights import Int8Weights
 from qbl_trl.onnx.kernels import cuda_fallbacks
 from qbl_trl.onnx.linears import LoweredLayer
 from qbl_trl.onnx.prompts import set_levels

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from qbl_trl.onnx.markers import mark_attention
 from qbl_trl.onnx.own_layers import said_again
-from qbl_trl.onnx.threads import here_only
+from qbl_trl.onnx.threads import replaced_here
 
 _PLAIN = ("dbrx", "falcon", "nemotron", "olmoe", "phimoe", "qwen2_moe", "stablelm")
 _CACHES = ("layer_past", "past_key_values", "cache")  # names that layers have for one
@@ -47,21 +47,18 @@ def own_attention_traced(model: PreTrainedModel) -> Iterator[None]:
     layers = [layer for layer in model.modules() if said_again(layer) is not None]
     for layer in layers:
         layer.forward = _saying_again(layer)
-    repeat = None
+    repeated = []
     if calls_torch(model):
-        repeat = file.__dict__.get("repeat_kv")
+        repeated = [(file, "repeat_kv", lambda heads, times: heads)] if hasattr(file, "repeat_kv") else []
         layers = [layer for layer in model.modules() if type(layer).__name__.endswith("Attention")]
         for layer in layers:
             layer.forward = _marking(layer.forward, _window(model))
-    if repeat is not None:
-        file.repeat_kv = here_only(lambda heads, times: heads, repeat)  # type: ignore[attr-defined]
     try:
-        yield
+        with replaced_here(repeated):
+            yield
     finally:
         for layer in layers:
             del layer.forward
-        if repeat is not None:
-            file.repeat_kv = repeat  # type: ignore[attr-defined]
 
 
 def _saying_again(layer: nn.Module) -> Callable[..., Any]:
@@ -82,13 +79,9 @@ def _marking(forward: Callable[..., Any], window: int) -> Callable[..., Any]:
 
     @wraps(forward)
     def marked(*args: Any, **kwargs: Any) -> Any:
-        functional: Any = nn.functional
-        original, more = functional.scaled_dot_product_attention, {"window": window, "bias": kwargs.get("alibi")}
-        functional.scaled_dot_product_attention = here_only(partial(_attention, more), original)
-        try:
+        instead = partial(_attention, {"window": window, "bias": kwargs.get("alibi")})
+        with replaced_here([(nn.functional, "scaled_dot_product_attention", instead)]):
             return forward(*args, **kwargs)
-        finally:
-            functional.scaled_dot_product_attention = original
 
     return marked
 

@@ -23,7 +23,8 @@ from onnx.onnx_pb import GraphProto, ModelProto, NodeProto
 
 from qbl_trl.onnx import protos
 from qbl_trl.onnx.choices import GROUPED, WHOLE, condition, needed, settled
-from qbl_trl.onnx.int8_prompts import Int8Weights, read_in_8_bits
+from qbl_trl.onnx.int8_prompts import read_in_8_bits
+from qbl_trl.onnx.int8_weights import Int8Weights
 
 STEPS, PROMPTS = "steps", "prompts"  # names of the two branches
 

@@ -11,7 +11,7 @@ from typing import Any
 TRACING = threading.RLock()  # one trace at a time
 
 
-def here_only(instead: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+def _here_only(instead: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
     """A function that is another one in this thread: a model that runs beside a trace is not traced."""
     owner = threading.get_ident()
 
@@ -29,7 +29,7 @@ def replaced_here(functions: Iterable[tuple[Any, str, Callable[..., Any]]]) -> I
         for module, name, instead in functions:
             original = getattr(module, name)
             originals.append((module, name, original))
-            setattr(module, name, here_only(instead, original))
+            setattr(module, name, _here_only(instead, original))
         yield
     finally:
         for module, name, original in originals:

@@ -12,7 +12,8 @@ from torch import nn
 
 from qbl_trl import GroupQuantConfig, export_onnx
 from qbl_trl.errors import ExportError
-from qbl_trl.onnx.int8_prompts import _CONSTANTS, Layer, _integers, _named
+from qbl_trl.onnx.int8_prompts import _CONSTANTS, _integers, _named
+from qbl_trl.onnx.int8_weights import Layer
 from qbl_trl.onnx.protos import subgraphs
 from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.quant.hf_quantizer import quantize_model_
