@@ -223,8 +223,9 @@ def export_onnx(
             if tolerance is not None and lossy is not None and lossy.kl_per_token > _USELESS:
                 others = {", prompts' weights in int8": wanted.int8_prompts, ", cache in int8": wanted.int8_cache}
                 parts = "".join(part for part, is_so in others.items() if is_so)
+                levels = f"accuracy levels {wanted.levels[: 1 if wanted.int8_prompts else 2]}"
                 raise ExportError(
-                    f"as it was to be written ({named}, accuracy levels {wanted.levels}{parts}), the graph is no "
+                    f"as it was to be written ({named}, {levels}{parts}), the graph is no "
                     f"longer the model: {lossy}; nothing was written. Pass tolerance=None to write it all the same"
                 )
             companions.write(held, model_or_path, tokenizer, folder, float_type)

@@ -4,9 +4,10 @@
                                    x ~ t (h + l / 126),  t = max|x| / 63 of a token
 
 W is the whole layer, with the adapter where that lies within the codes (`digits.py`), rounded once more: by c / 2 at
-most, a tenth of what the codes were rounded by. Activations keep 14 bits in the two integers h and l, so that a feature
-a hundred times as large as the others costs them nothing. Both lie in [-63, 63]: processors without VNNI add two
-products of unsigned and signed bytes in 16 bits that saturate, and 2 * 127 * 127 is the most that fits.
+most, a tenth of what the codes were rounded by. Activations keep 14 bits in the two integers h and l: beside a feature
+that is a hundred times as large, the others of a token are off by 0.4%, beside one that is a thousand times as large by
+4%. Both integers lie in [-63, 63]: processors without VNNI add two products of unsigned and signed bytes in 16 bits
+that saturate, and 2 * 127 * 127 is the most that fits.
 
 MatMulNBits multiplies 4-bit groups no faster than floats are multiplied; an integer product with one scale for each
 output takes about a sixth of that with AMX, and there are two. The file holds a byte more for every weight, and so does

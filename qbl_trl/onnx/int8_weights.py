@@ -6,7 +6,8 @@ W is read from the folder some rows at a time, whatever operator multiplies it: 
 (`digits.py`) where they belong, or MatMulBnb4. What is made is appended to the folder's data.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from qbl_trl.quant.packing import unpack
 PACKED = ("MatMulNBits", "MatMulBnb4")
 _ALIGNMENT = 1 << 16  # of weights in the file, as every system maps them
 _CHUNK = 1 << 24  # weights in float32 at a time
+_LONGEST = 1 << 12  # block of bitsandbytes
 
 
 @dataclass
@@ -32,41 +34,44 @@ class Int8Weights:
     """The weights of prompts, behind those of steps in the data file of a folder, once for all of its graphs.
 
     Attributes:
-        made: codes (K, N) int8 and scales (N,) float32 by the name of the layer's own codes.
+        made: codes (K, N) int8 and scales (N,) float32 by what they are made from.
     """
 
     folder: Path
-    made: dict[str, tuple[TensorProto, TensorProto]] = field(default_factory=dict)
+    made: dict[tuple[str, ...], tuple[TensorProto, TensorProto]] = field(default_factory=dict)
 
     def of(self, layer: "Layer") -> tuple[TensorProto, TensorProto]:
         """Those of a layer, written if they are not there yet."""
-        if layer.codes not in self.made:
-            codes, scales = rounded(layer.rows(self.folder))
-            name = f"{layer.codes}/int8"
+        if layer.key not in self.made:
+            codes, scales = rounded(layer.rows(self.folder), layer.outputs)
+            name = f"{layer.key[0]}/int8"
             scale = numpy_helper.from_array(scales.numpy(), f"{name}.scales")
-            self.made[layer.codes] = self._appended(name, codes.T.contiguous().numpy()), scale
-        return self.made[layer.codes]
+            self.made[layer.key] = self._appended(name, codes.numpy()), scale
+        return self.made[layer.key]
 
     def _appended(self, name: str, values: np.ndarray) -> TensorProto:
         with (self.folder / DATA_FILE).open("ab") as file:
             file.write(bytes(-file.tell() % _ALIGNMENT))
             place = {"location": DATA_FILE, "offset": file.tell(), "length": values.nbytes}
-            file.write(values.tobytes())
+            file.write(values.data)
         kind, external = helper.np_dtype_to_tensor_dtype(values.dtype), TensorProto.EXTERNAL
         tensor = TensorProto(name=name, dims=values.shape, data_type=kind, data_location=external)
         tensor.external_data.extend(StringStringEntryProto(key=key, value=str(place[key])) for key in place)
         return tensor
 
 
-def rounded(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Weights (N, K), given as parts of their rows: codes (N, K) int8 in [-127, 127], and a scale (N,) for each row."""
-    codes, scales = list[Tensor](), list[Tensor]()
+def rounded(parts: Iterable[Tensor], outputs: int) -> tuple[Tensor, Tensor]:
+    """Weights (N, K), given as parts of their N rows: codes (K, N) int8 in [-127, 127], and their scales (N,)."""
+    codes, scales, start = torch.empty(0, dtype=torch.int8), torch.empty(outputs), 0
     for part in parts:
+        codes = codes if len(codes) else codes.new_empty(part.shape[1], outputs)
         scale = part.abs().amax(1) / 127
         scale = torch.where(scale > 0, scale, 1.0)
-        codes.append((part / scale[:, None]).round().to(torch.int8))
-        scales.append(scale)
-    return torch.cat(codes), torch.cat(scales)
+        stop = start + len(part)
+        codes[:, start:stop] = (part / scale[:, None]).round_().to(torch.int8).T
+        scales[start:stop] = scale
+        start = stop
+    return codes, scales
 
 
 @dataclass(frozen=True)
@@ -98,36 +103,27 @@ class Layer:
         return cls(node, tensors, producers, node.input[0])
 
     @property
-    def codes(self) -> str:
-        """Name of the codes."""
-        return self.node.input[1]
+    def key(self) -> tuple[str, ...]:
+        """Names of what W is made from, the codes first."""
+        return tuple(self.node.input[1:4])
+
+    @property
+    def outputs(self) -> int:
+        """N."""
+        return self._attributes["N"]
+
+    @property
+    def _attributes(self) -> dict[str, int]:
+        return {attribute.name: attribute.i for attribute in self.node.attribute}
 
     def rows(self, folder: Path) -> Iterator[Tensor]:
         """W in float32, some rows at a time, with the digits where they belong."""
-        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in self.node.attribute}
-        size, outputs = attributes["K"], attributes["N"]
-        values = self._groups if self.node.op_type == "MatMulNBits" else self._blocks
-        chunk = max(1, _CHUNK // size)
-        for start in range(0, outputs, chunk):
-            yield self._folded(values(slice(start, min(start + chunk, outputs)), folder, **attributes))
-
-    def _groups(self, part: slice, folder: Path, *, K: int, N: int, bits: int, block_size: int, **_: int) -> Tensor:
-        """Rows of MatMulNBits: codes in groups with scales and zero points."""
-        groups = -(-K // block_size)
-        codes = unpack(self._read(1, folder).reshape(N, -1)[part], bits, groups * block_size)
-        scales = self._read(2, folder).float().reshape(N, groups)[part].unsqueeze(2)
-        middle = torch.tensor(float(1 << (bits - 1)))
-        if "".join(self.node.input[3:4]):
-            zeros = self._read(3, folder).reshape(N, -1)[part]
-            middle = (zeros if zeros.is_floating_point() else unpack(zeros, bits, groups)).float().unsqueeze(2)
-        return ((codes.float().unflatten(1, (groups, block_size)) - middle) * scales).flatten(1)[:, :K]
-
-    def _blocks(self, part: slice, folder: Path, *, K: int, N: int, quant_type: int, block_size: int) -> Tensor:
-        """Rows of MatMulBnb4: the high half of a byte comes first, and blocks go on from row to row."""
-        places = torch.arange(part.start * K, part.stop * K)
-        packed, absmax = self._read(1, folder), self._read(2, folder).float()
-        codes = (packed[places // 2] >> (4 * (1 - places % 2)).to(torch.uint8)) & 15
-        return (codebook(quant_type)[codes.long()] * absmax[places // block_size]).view(-1, K)
+        weights, sizes = [self._read(name, folder) for name in self.key if name], self._attributes
+        values = _of_groups if self.node.op_type == "MatMulNBits" else _of_blocks
+        whole = _LONGEST // math.gcd(sizes["K"], _LONGEST)  # rows after which a block begins, whatever its length
+        chunk = max(1, _CHUNK // sizes["K"] // whole) * whole
+        for start in range(0, self.outputs, chunk):
+            yield self._folded(values(slice(start, min(start + chunk, self.outputs)), weights, sizes))
 
     def _folded(self, values: Tensor) -> Tensor:
         """The digits' columns, (N, copies * columns), added to the inputs that they sum."""
@@ -136,12 +132,34 @@ class Layer:
         own, digits = values.tensor_split([self.columns * self.width], 1)
         return own + digits.unflatten(1, (-1, self.columns)).sum(1).repeat_interleave(self.width, 1)
 
-    def _read(self, index: int, folder: Path) -> Tensor:
-        name = self.node.input[index]
+    def _read(self, name: str, folder: Path) -> Tensor:
         while name not in self.tensors:
             name = self.producers[name].input[0]  # what sessions widen
         array = numpy_helper.to_array(self.tensors[name], str(folder))
         return torch.from_numpy(array.copy() if array.dtype == np.uint8 else array.astype(np.float32))
+
+
+def _of_groups(part: slice, weights: Sequence[Tensor], sizes: Mapping[str, int]) -> Tensor:
+    """Rows of MatMulNBits: codes in groups with scales and zero points."""
+    codes, scales, *zeros = weights
+    bits, group, groups = sizes["bits"], sizes["block_size"], -(-sizes["K"] // sizes["block_size"])
+    values = unpack(codes.reshape(sizes["N"], -1)[part], bits, groups * group).float().unflatten(1, (groups, group))
+    middle = torch.tensor(float(1 << (bits - 1)))
+    if zeros:
+        own = zeros[0].reshape(sizes["N"], -1)[part]
+        middle = (own if own.is_floating_point() else unpack(own, bits, groups)).float().unsqueeze(2)
+    scale = scales.reshape(sizes["N"], groups)[part].unsqueeze(2)
+    return values.sub_(middle).mul_(scale).flatten(1)[:, : sizes["K"]]
+
+
+def _of_blocks(part: slice, weights: Sequence[Tensor], sizes: Mapping[str, int]) -> Tensor:
+    """Rows of MatMulBnb4: the high half of a byte comes first, and blocks go on from row to row."""
+    codes, absmax = weights
+    first, last, block = part.start * sizes["K"], part.stop * sizes["K"], sizes["block_size"]
+    packed = codes[first // 2 : -(-last // 2)]
+    halves = torch.stack([packed >> 4, packed & 15], 1).flatten()[: last - first]
+    scale = absmax[first // block : -(-last // block)].repeat_interleave(block)[: last - first]
+    return (codebook(sizes["quant_type"])[halves.int()] * scale).view(-1, sizes["K"])
 
 
 @cache

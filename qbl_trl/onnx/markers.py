@@ -164,14 +164,20 @@ class _Attention(torch.autograd.Function):
 
 
 class LinearMarker(nn.Module):
-    """Stands for a linear layer: (..., K) -> (..., out_features)."""
+    """Stands for a linear layer: (..., K) -> (..., out_features).
 
-    def __init__(self, name: str, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+    Args:
+        bias: what the layer adds, (out_features,): Jamba takes it away again.
+    """
+
+    def __init__(
+        self, name: str, in_features: int, out_features: int, dtype: torch.dtype, bias: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.name, self.in_features, self.out_features = name, in_features, out_features
-        # Models look at `.weight.dtype` and `.bias`; nothing of the kind is ever used for arithmetic here.
+        # Models look at `.weight.dtype`; no weight is ever used for arithmetic here.
         self.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
-        self.bias = None
+        self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _emit(_Linear, x, self.name, self.out_features)

@@ -56,6 +56,11 @@ class _Shared(nn.Module):
         weight: Tensor = self._run[0].weight
         return weight
 
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = getattr(self._run[0], "bias", None)
+        return None if bias is None else bias.float()
+
     def forward(self, x: Tensor) -> Tensor:
         layer = self._run[0]
         if isinstance(layer, GroupQuantEmbedding):  # its own forward rounds to the dtype of the model
@@ -72,13 +77,17 @@ class _Dequantized(nn.Module):
         source = linear_source(name, layer)
         self._source = [source]
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def bias(self) -> Tensor | None:
         source = self._source[0]
+        return None if source is None or source.bias is None else source.bias.read().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        source, bias = self._source[0], self.bias
         if source is None or not isinstance(source.base, Bnb4Base):
             raise TypeError("not a 4-bit bitsandbytes layer")
         weight = dequantize_bnb4(source.base, source.out_features, source.in_features)
-        bias = None if source.bias is None else source.bias.read().to(x.dtype)
-        return nn.functional.linear(x, weight.to(x.dtype), bias)
+        return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def dequantize_bnb4(base: Bnb4Base, rows: int, columns: int) -> Tensor:

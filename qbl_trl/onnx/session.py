@@ -78,9 +78,11 @@ def opened(folder: Path) -> Logits:
     def logits(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         tokens = f"{folder}: the graph does not run on these {input_ids.shape[1]} tokens"
         with _in_words(f"{tokens} (longer than its max_length, or ids beyond its vocabulary?)"):
-            if graph.rounds_cache:
-                return graph.with_cache(input_ids, attention_mask, 1)
-            return graph(input_ids, attention_mask)
+            if not graph.rounds_cache:
+                return graph(input_ids, attention_mask)
+            found = graph.with_cache(input_ids, attention_mask, max(1, input_ids.shape[1] // 2))
+            whole = found.shape[1] == input_ids.shape[1]  # not of a graph of last logits, whose steps alone give all
+            return found if whole else graph.with_cache(input_ids, attention_mask, 1)
 
     return logits
 

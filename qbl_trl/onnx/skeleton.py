@@ -114,6 +114,7 @@ def build_skeleton(
     elif fused_attention and not any(said_again(module) is not None for module in model.modules()):
         standard = TRACED_ATTENTION
     skeleton.config._attn_implementation = standard
+    skeleton.config._is_quantized = True  # some call layers then that they read the weight of otherwise (Jamba)
     made.model, made.caps_scores = skeleton, own != "sdpa"
     return made
 
@@ -121,7 +122,8 @@ def build_skeleton(
 def _marker(name: str, module: nn.Module, made: Skeleton, dtype: torch.dtype, fused: bool) -> nn.Module | None:
     source = made.linears.get(name)
     if source is not None:
-        return LinearMarker(name, source.in_features, source.out_features, dtype)
+        bias = None if source.bias is None else source.bias.read().to(dtype)
+        return LinearMarker(name, source.in_features, source.out_features, dtype, bias)
     embedding = embedding_source(name, module)
     if embedding is not None:
         made.embeddings[name] = embedding

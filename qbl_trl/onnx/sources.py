@@ -122,7 +122,7 @@ def linear_sources(model: nn.Module, taken: Taken | None = None) -> dict[str, Li
     found: dict[str, LinearSource] = {}
     not_called = tuple("." + name for name in read_elsewhere(model))
     for name, module in _outermost(model):
-        read = f".{name}".endswith(not_called) and not isinstance(module, GroupQuantLinear)
+        read = f".{name}".endswith(not_called) and type(module) is nn.Linear  # a quantized one is called
         source = None if read else linear_source(name, module, taken)
         if source is not None:
             found[name] = source

@@ -264,6 +264,9 @@ def attach_(model: PreTrainedModel, quantizer: GroupQuantizer) -> None:
     model.hf_quantizer = quantizer
     if not BEFORE_5:
         keep_packed_names_(model)
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):  # Jamba and FalconMamba call layers then that they read otherwise
+                part.config._is_quantized = True
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
     model.config.quantization_config = quantizer.quantization_config

@@ -28,7 +28,7 @@ _READ_ELSEWHERE = {
     **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa"), ("weights_proj",)),
     **dict.fromkeys(("siglip2", "siglip2_vision_model"), ("patch_embedding",)),
     "switch_transformers": ("wo",),
-    **dict.fromkeys(("falcon_mamba", "jamba", "mamba"), ("dt_proj",)),  # in some versions of transformers
+    **dict.fromkeys(("falcon_mamba", "mamba"), ("dt_proj",)),
 }
 _READ_BY_KERNELS = {  # of state space models, fused; called where these are not
     **dict.fromkeys(("falcon_mamba", "mamba"), ("x_proj", "out_proj")),

@@ -259,7 +259,7 @@ STATES = {  # whose layers keep states of fixed size
         {**WIDE, **TOKENS, "state_size": 16, "time_step_rank": 4, "use_associative_scan": False},
         "standard",
     ),
-    "jamba, whose features recur each for itself": (
+    "jamba with experts, whose features recur each for itself": (
         "Jamba",
         {**MOE, "num_experts": 4, "expert_layer_period": 2, "attn_layer_period": 2, "attn_layer_offset": 1}
         | {"mamba_dt_rank": 4},

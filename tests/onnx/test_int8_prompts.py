@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from qbl_trl import GroupQuantConfig, export_onnx
+from qbl_trl import GroupQuantConfig, export_onnx, verify
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.int8_prompts import _CONSTANTS, _integers, _named
 from qbl_trl.onnx.int8_weights import Layer
@@ -186,6 +186,20 @@ def test_both_graphs_of_a_folder_read_the_same_bytes(tmp_path, options):
         onnx.checker.check_model(str(tmp_path / "out" / file), full_check=True)
         found, expected = (OnnxLogits(tmp_path / name / file)(ids[1:], mask[1:]) for name in ("out", "plain"))
         torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("cache", [None, "int8"])
+def test_verify_reads_the_weights_of_prompts(tmp_path, cache):
+    model, ids = merged_llama(), tokens()
+    export_onnx(model, tmp_path / "out", prompt_weights="int8", kv_cache_dtype=cache)
+    before = verify(model, tmp_path / "out", ids).max_abs_difference
+    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    weight = next(weight for weight in graph.initializer if weight.name.endswith("down_proj.weight/int8"))
+    place = {entry.key: entry.value for entry in weight.external_data}
+    with (tmp_path / "out" / place["location"]).open("r+b") as file:
+        file.seek(int(place["offset"]))
+        file.write(bytes(int(place["length"])))
+    assert verify(model, tmp_path / "out", ids).max_abs_difference > 5 * before
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])

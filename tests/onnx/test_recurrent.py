@@ -9,11 +9,13 @@ import transformers
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from qbl_trl import export_onnx
+from qbl_trl import GroupQuantConfig, export_onnx
 from qbl_trl.errors import ExportError
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.onnx.norm_modules import gated_norm, rms_norm
 from qbl_trl.onnx.session import OnnxLogits
+from qbl_trl.quant.hf_quantizer import quantize_model_
+from qbl_trl.quant.linear import GroupQuantLinear
 from tests.onnx.architectures import GATED, STATES, build
 from tests.onnx.models import PAD, operators, padded_batch
 from tests.onnx.test_right_padding import in_genais_way, one_by_one
@@ -53,6 +55,16 @@ def test_pieces_that_are_padding_alone_leave_states_alone(exported, case):
         with torch.no_grad():
             alone = exported(case).model(torch.cat([ids[row : row + 1, :length], ids[row : row + 1, 11:]], 1)).logits
         torch.testing.assert_close(found[row : row + 1], alone[:, -1:], rtol=0, atol=FP32)
+
+
+def test_a_packed_layer_whose_bias_the_model_takes_away_again(tmp_path):
+    kind, settings, _ = STATES["jamba with experts, whose features recur each for itself"]
+    wide = getattr(transformers, f"{kind}Config")(**settings | {"mamba_dt_rank": 32})
+    model = quantize_model_(transformers.JambaForCausalLM(wide).eval(), GroupQuantConfig(algorithm="rtn"))
+    assert isinstance(model.model.layers[0].mamba.dt_proj, GroupQuantLinear)
+    report = export_onnx(model, tmp_path / "out")
+    assert report.parity.max_abs_difference < FP32
+    assert "model.layers.0.mamba.dt_proj" in {layer.name for layer in report.layers}
 
 
 @pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "relu2"])
