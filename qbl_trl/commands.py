@@ -178,8 +178,8 @@ def verify(args: argparse.Namespace) -> int:
     if args.tolerance is not None and not report.max_abs_difference <= args.tolerance:
         print(
             f"largest logit difference {report.max_abs_difference:.1e} is over {args.tolerance:.1e}. Of 8-bit "
-            "activations or caches, packed embeddings and half precision expect more: KL per token tells what they "
-            "cost; --tolerance sets the limit, none for no limit",
+            "activations, weights or caches, packed embeddings and half precision expect more: KL per token tells what "
+            "they cost; --tolerance sets the limit, none for no limit",
             file=sys.stderr,
         )
         return 1

@@ -289,7 +289,10 @@ def test_verify_says_what_a_difference_may_come_from(tmp_path, capsys):
     assert main(told) == 1
     found = capsys.readouterr()
     assert "KL per token" in found.out
-    assert "is over 1.0e-03. Of 8-bit activations or caches, packed embeddings and half precision expect" in found.err
+    assert (
+        "is over 1.0e-03. Of 8-bit activations, weights or caches, packed embeddings and half precision expect"
+        in found.err
+    )
     assert main([*told, "--tolerance", "none"]) == 0
 
 
