@@ -9,18 +9,18 @@ W is read from the folder some rows at a time, whatever operator multiplies it: 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from onnx import StringStringEntryProto, TensorProto, helper, numpy_helper
 from onnx.onnx_pb import NodeProto
 from torch import Tensor
 
 from qbl_trl.onnx.files import DATA_FILE
-from qbl_trl.onnx.graph import MS_DOMAIN
+from qbl_trl.onnx.layers import Bnb4Base
+from qbl_trl.onnx.reference import dequantize_bnb4
+from qbl_trl.quant.affine import dequantize
 from qbl_trl.quant.packing import unpack
 
 PACKED = ("MatMulNBits", "MatMulBnb4")
@@ -141,38 +141,18 @@ class Layer:
 
 def _of_groups(part: slice, weights: Sequence[Tensor], sizes: Mapping[str, int]) -> Tensor:
     """Rows of MatMulNBits: codes in groups with scales and zero points."""
-    codes, scales, *zeros = weights
-    bits, group, groups = sizes["bits"], sizes["block_size"], -(-sizes["K"] // sizes["block_size"])
-    values = unpack(codes.reshape(sizes["N"], -1)[part], bits, groups * group).float().unflatten(1, (groups, group))
-    middle = torch.tensor(float(1 << (bits - 1)))
-    if zeros:
-        own = zeros[0].reshape(sizes["N"], -1)[part]
-        middle = (own if own.is_floating_point() else unpack(own, bits, groups)).float().unsqueeze(2)
-    scale = scales.reshape(sizes["N"], groups)[part].unsqueeze(2)
-    return values.sub_(middle).mul_(scale).flatten(1)[:, : sizes["K"]]
+    codes, scales, *zeros = (weight.reshape(sizes["N"], -1)[part] for weight in weights)
+    bits = sizes["bits"]
+    middle = zeros[0] if zeros else torch.full_like(scales, 1 << (bits - 1))
+    if not middle.is_floating_point():
+        middle = unpack(middle, bits, scales.shape[1])
+    return dequantize(unpack(codes, bits, sizes["K"]), scales, middle, sizes["block_size"])
 
 
 def _of_blocks(part: slice, weights: Sequence[Tensor], sizes: Mapping[str, int]) -> Tensor:
-    """Rows of MatMulBnb4: the high half of a byte comes first, and blocks go on from row to row."""
+    """Rows of MatMulBnb4, whose blocks go on from row to row."""
     codes, absmax = weights
     first, last, block = part.start * sizes["K"], part.stop * sizes["K"], sizes["block_size"]
-    packed = codes[first // 2 : -(-last // 2)]
-    halves = torch.stack([packed >> 4, packed & 15], 1).flatten()[: last - first]
-    scale = absmax[first // block : -(-last // block)].repeat_interleave(block)[: last - first]
-    return (codebook(sizes["quant_type"])[halves.int()] * scale).view(-1, sizes["K"])
-
-
-@cache
-def codebook(quant_type: int) -> Tensor:
-    """What the 16 codes of bitsandbytes stand for, (16,) float32, read off the operator."""
-    codes = np.array([16 * code + code + 1 for code in range(0, 16, 2)], np.uint8)
-    node = helper.make_node(
-        "MatMulBnb4", ["x", "codes", "absmax"], ["y"], K=16, N=1, block_size=16, quant_type=quant_type, domain=MS_DOMAIN
-    )
-    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, None)] for name in "xy")
-    weights = [numpy_helper.from_array(codes, "codes"), numpy_helper.from_array(np.ones(1, np.float32), "absmax")]
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(MS_DOMAIN, 1)]
-    graph = helper.make_graph([node], "codebook", inputs, outputs, weights)
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"x": np.eye(16, dtype=np.float32)})[0][:, 0])
+    kind = "nf4" if sizes["quant_type"] else "fp4"
+    base = Bnb4Base(codes[first // 2 : -(-last // 2)], absmax[first // block : -(-last // block)], kind, block)
+    return dequantize_bnb4(base, part.stop - part.start, sizes["K"])

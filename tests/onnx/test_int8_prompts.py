@@ -122,6 +122,7 @@ def test_an_adapter_within_the_codes_is_rounded_with_them(tmp_path, options):
 
 @pytest.mark.parametrize("quant_type", [0, 1], ids=["fp4", "nf4"])
 def test_weights_of_bitsandbytes_are_those_that_the_operator_multiplies(tmp_path, quant_type):
+    pytest.importorskip("bitsandbytes")
     size, outputs, generator = 48, 6, np.random.default_rng(0)  # blocks of 32 go on from row to row
     weights = {
         "codes": generator.integers(0, 256, size * outputs // 2, dtype=np.uint8),

@@ -38,8 +38,8 @@ def test_pieces_of_a_text_give_what_the_whole_does(exported, case):
         parts.append(logits)
     with torch.no_grad():
         expected = exported(case).model(ids).logits
-    scale = max(1.0, float(expected.abs().max()))  # those of Mamba reach 7
-    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=FP32 * scale)
+    allowed = 3 * FP32 if case.startswith("mamba, ") else FP32  # its logits reach 3
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=allowed)
 
 
 @pytest.mark.parametrize("case", STATES)
