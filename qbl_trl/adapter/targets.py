@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from qbl_trl.adapter.bases import describe, foreign_kind
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.quant.targets import routers
+from qbl_trl.quant.targets import routers, task_head
 
 _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}  # in PeftModelFor... of PEFT
 
@@ -26,6 +26,7 @@ def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | Non
     - Routers keep choosing the experts that the model was trained with; transformers 5 has no linear layer there.
     - What trains whole needs no adapter, and PEFT cannot wrap a layer that has one: modules_to_save, and the heads that
       PEFT adds to it for some tasks once the adapter is placed.
+    - Heads of classifiers that no task_type tells PEFT of are left out with a warning: they stay as they are.
     - layers_to_transform: PEFT heeds layer numbers for parts of names, not for full ones; they are heeded here.
     """
     if config.target_modules != "all-linear":
@@ -41,6 +42,7 @@ def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | Non
         *_HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ()),
     }
     chosen = {name for name in plain | foreign if not _trains_whole(name, whole)}.difference(routers(model))
+    chosen -= _frozen_head(chosen, model)
     if config.quantization_aware:
         grouped = {name for name in chosen if _has_groups(_base(model, name))}
         chosen = (grouped - _misfits_of_towers(grouped, model)) or grouped or chosen
@@ -49,6 +51,19 @@ def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | Non
         by_part.target_modules = [name.rpartition(".")[2] for name in chosen]
         chosen = {name for name in chosen if check_target_module_exists(by_part, name)}
     return None if chosen == plain else chosen
+
+
+def _frozen_head(names: set[str], model: nn.Module) -> set[str]:
+    """The layers of a classifier's head among those that would be adapted, which are warned of."""
+    head = names & task_head(model)
+    if head:
+        warnings.warn(
+            f"{', '.join(sorted(head))} of {type(model).__name__} gets no adapter and stays as it is. To train it "
+            'whole beside the adapters, as a new head needs, set task_type="SEQ_CLS" (or "TOKEN_CLS", "QUESTION_ANS"), '
+            "or name it in modules_to_save",
+            stacklevel=2,
+        )
+    return head
 
 
 def _trains_whole(name: str, keys: Iterable[str]) -> bool:

@@ -40,7 +40,7 @@ from qbl_trl.trl.inject import (
 )
 from qbl_trl.trl.layers import active, active_layers
 from qbl_trl.trl.merged_loss import merged_loss
-from qbl_trl.trl.metrics import check_finite, measure, summarize
+from qbl_trl.trl.metrics import check_finite, measure, summarize, warn_of_untrained
 from qbl_trl.trl.outputs import Outputs
 from qbl_trl.trl.probe import probe
 from qbl_trl.trl.rounding import DeltaRounding, check_rounding
@@ -120,6 +120,7 @@ class QBLoRACallback(TrainerCallback):
         self._trainer: Trainer | None = None
         self._layers: dict[str, BalancedLinear] = {}
         self._adapters = set[str]()
+        self._moved = False  # whether any adapter has left zero
         self._gatherer = gather.Gatherer()
         self._tokens: FirstTokens | None = None
         self._rounding: DeltaRounding | None = None
@@ -165,6 +166,7 @@ class QBLoRACallback(TrainerCallback):
             check_resumed(model)
         self._layers = active_layers(model)  # sharding may have replaced modules
         check_trains(model)
+        self._moved = False
         self._let_go()
         self._tokens = FirstTokens(unwrap(model))
         if self.outputs.stored_delta is not None:
@@ -199,6 +201,8 @@ class QBLoRACallback(TrainerCallback):
         start = time.perf_counter()
         measured = measure(self._layers)
         check_finite(measured, state.global_step, args.output_dir)
+        if not self._moved and state.is_world_process_zero:
+            self._moved = warn_of_untrained(self._layers, measured, state.global_step)
         line = summarize(measured)
         if self._rounding is not None and self._rounding.rounding:
             line["qbl/rounding_cost"] = self._rounding.cost

@@ -9,6 +9,7 @@ A shift of half a code is what rounding the zero point could lose; layers beyond
 
 import math
 import os
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -112,6 +113,27 @@ def check_finite(measured: list[LayerMetrics], step: int, output_dir: str | os.P
         )
 
 
+def warn_of_untrained(layers: dict[str, BalancedLinear], measured: list[LayerMetrics], step: int) -> bool:
+    """Name the layers whose adapters should train and are still where they began, at zero, once others are not.
+
+    Returns:
+        Whether any adapter has moved: before that nothing can be told.
+    """
+    still = [m.name for m in measured if m.norm == 0]
+    if len(still) == len(measured):
+        return False
+    stuck = [name for name in still if any(parameter.requires_grad for parameter in layers[name].parameters())]
+    if stuck:
+        warnings.warn(
+            f"step {step}: no gradient has reached the adapters of {len(stuck)} of {len(measured)} layers, they are "
+            f"still zero: {', '.join(stuck[:3])}{', ...' if len(stuck) > 3 else ''}. Either nothing in the data so far "
+            "has used them (experts, towers that see or hear), or the model reads their weights without calling them, "
+            "as fused kernels do, and they will never train: name these in exclude_modules",
+            stacklevel=2,
+        )
+    return True
+
+
 def _delta(layer: BalancedLinear) -> tuple[Tensor, tuple[int, int]]:
     """Sum of the active adapters' block deltas, (N / e, K / p) float32, whole even where it is sharded."""
     total: tuple[Tensor, tuple[int, int]] | None = None
@@ -146,4 +168,4 @@ def _norms(delta: Tensor) -> tuple[Tensor, Tensor]:
     return total, vector.norm()
 
 
-__all__ = ["LayerMetrics", "check_finite", "is_finite", "measure", "summarize"]
+__all__ = ["LayerMetrics", "check_finite", "is_finite", "measure", "summarize", "warn_of_untrained"]

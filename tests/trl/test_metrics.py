@@ -1,5 +1,7 @@
 """The numbers in the log, against slow naive ones, and where they show up."""
 
+import warnings
+
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -7,6 +9,7 @@ from transformers import TrainerCallback
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.trl.callback import QBLoRACallback
 from qbl_trl.trl.metrics import is_finite, measure, summarize
+from tests.tiny import tiny_llama
 from tests.trl.runs import adapter, base, sft
 
 
@@ -68,6 +71,31 @@ def test_one_bad_weight_makes_the_metrics_not_finite():
     assert is_finite(measure(layers))
     next(iter(layers.values())).lora_A["default"].weight.data[0, 0] = float("inf")
     assert not is_finite(measure(layers))
+
+
+def read_the_weight(layer):
+    """What a fused kernel does: its own product with the layer's weight."""
+    attention = layer.self_attn
+    attention.q_proj.forward = lambda x: x @ attention.q_proj.weight.T
+    attention.q_proj.weight.requires_grad_(False)
+
+
+def test_an_adapter_that_the_model_never_calls_is_named_once(tmp_path):
+    model = tiny_llama(vocab_size=32)
+    trainer = sft(tmp_path, QBLoRACallback(adapter(quantization_aware=False)), model=model)
+    read_the_weight(model.model.layers[1])
+    with pytest.warns(UserWarning, match=r"still zero: \S*layers\.1\.self_attn\.q_proj\. .*exclude_modules") as said:
+        trainer.train()
+    assert sum("still zero" in str(warning.message) for warning in said) == 1
+
+
+def test_adapters_that_the_user_froze_or_that_all_train_are_not_warned_of(tmp_path):
+    model = tiny_llama(vocab_size=32)
+    trainer = sft(tmp_path, QBLoRACallback(adapter(quantization_aware=False)), model=model)
+    model.model.layers[0].requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*still zero")
+        trainer.train()
 
 
 def test_every_reporter_and_the_history_see_the_metrics_at_logging_steps_only(tmp_path):
