@@ -26,7 +26,7 @@ from qbl_trl.onnx import protos
 from qbl_trl.onnx.choices import needed
 from qbl_trl.onnx.graph import MS_DOMAIN
 from qbl_trl.onnx.int8_weights import PACKED, Int8Weights, Layer
-from qbl_trl.onnx.last import LAST
+from qbl_trl.onnx.last import is_cut
 
 _LARGEST = 63  # of h and of l
 _FINER = 2 * _LARGEST  # steps of l in one of h
@@ -81,7 +81,7 @@ class _Reader:
         nodes = list[NodeProto]()
         for node in graph.node:
             producers.update(dict.fromkeys(node.output, node))
-            if (node.op_type == "GatherND" and LAST in node.name.split("/")) or last.intersection(node.input):
+            if is_cut(node) or last.intersection(node.input):
                 last.update(node.output)
             if node.op_type in PACKED and node.input[0] not in last:
                 layer = Layer.of(node, self.tensors, producers)

@@ -6,7 +6,10 @@ Layers, norms and elementwise operators treat every position by itself. Those wh
 see the last position alone: the head, the final norm, and what the last decoder layer does after its attention.
 """
 
+from collections.abc import Iterable, Iterator
+
 import onnx_ir as ir
+from onnx.onnx_pb import NodeProto
 
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, constant_of
@@ -51,6 +54,24 @@ def keep_last(editor: Editor) -> None:
             node.replace_input_with(index, cut[value])
         for value in node.outputs:
             _set_length(value)
+
+
+def is_cut(node: NodeProto) -> bool:
+    """Whether a node of a written graph cuts to the last position."""
+    return node.op_type == "GatherND" and LAST in node.name.split("/")
+
+
+def uncut(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """The same nodes where every row has a single token, which is its last: what follows the cuts reads their input."""
+    whole = dict[str, str]()
+    for node in nodes:
+        if is_cut(node):
+            whole[node.output[0]] = node.input[0]
+            continue
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        copy.input[:] = [whole.get(name, name) for name in node.input]
+        yield copy
 
 
 class _Region:

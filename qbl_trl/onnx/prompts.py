@@ -10,7 +10,8 @@ the steps (`digits.py`) is read as digits by prompts too, so their activations a
 may read weights of their own instead (`int8_prompts.py`).
 
 Where layers choose their attention (`grouped.py`), this If chooses for them: a single token over a growing cache is a
-step, and everything else a prompt, so that no layer is left with an If of its own.
+step, and everything else a prompt, so that no layer is left with an If of its own. With logits="last" a step cuts
+nothing off.
 """
 
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ from qbl_trl.onnx import protos
 from qbl_trl.onnx.choices import GROUPED, WHOLE, condition, needed, settled
 from qbl_trl.onnx.int8_prompts import read_in_8_bits
 from qbl_trl.onnx.int8_weights import Int8Weights
+from qbl_trl.onnx.last import uncut
 
 STEPS, PROMPTS = "steps", "prompts"  # names of the two branches
 
@@ -72,8 +74,10 @@ def _one_token(graph: GraphProto) -> list[NodeProto]:
 
 
 def _branch(graph: GraphProto, kind: str, name: str, level: int, outer: set[str]) -> GraphProto:
-    branch = GraphProto(name=name)
-    branch.node.extend(settled(graph, kind))
+    branch, nodes = GraphProto(name=name), settled(graph, kind)
+    if name == STEPS:
+        nodes = needed(uncut(nodes), (value.name for value in graph.output))
+    branch.node.extend(nodes)
     branch.output.extend(graph.output)
     _rename(branch, f"{name}/", outer)
     _set_level(branch.node, level)

@@ -6,6 +6,8 @@ import torch
 
 from qbl_trl import export_onnx
 from qbl_trl.generation import BEFORE_5
+from qbl_trl.onnx.last import is_cut
+from qbl_trl.onnx.protos import subgraphs
 from qbl_trl.onnx.session import OnnxLogits
 from tests.onnx.architectures import ARCHITECTURES, build
 from tests.onnx.models import merged_llama, padded_batch
@@ -70,3 +72,15 @@ def test_the_written_shape_says_one_position(tmp_path):
     export_onnx(merged_llama(), tmp_path / "last", logits="last")
     graph = onnx.load(tmp_path / "last" / "model.onnx", load_external_data=False).graph
     assert next(value for value in graph.output if value.name == "logits").type.tensor_type.shape.dim[1].dim_value == 1
+
+
+def test_a_step_of_one_token_has_nothing_to_cut(tmp_path):
+    for logits in ("all", "last"):
+        export_onnx(merged_llama(), tmp_path / logits, logits=logits, accuracy_level=4, prompt_accuracy_level=0)
+    graph = onnx.load(tmp_path / "last" / "model.onnx", load_external_data=False).graph
+    branches = {branch.name: branch.node for node in graph.node for branch in subgraphs(node)}
+    assert {name: sum(is_cut(node) for node in nodes) for name, nodes in branches.items()} == {"steps": 0, "prompts": 2}
+    assert not any(node.op_type == "ReduceMax" for node in branches["steps"])  # of where the text ends
+    ids = padded_batch()[0][:, -1:]
+    answers = [OnnxLogits(tmp_path / logits)(ids, torch.ones_like(ids)) for logits in ("all", "last")]
+    torch.testing.assert_close(*answers, rtol=0, atol=0)
