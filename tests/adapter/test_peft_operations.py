@@ -1,7 +1,6 @@
 """What a PEFT user does with LoRA, done with balanced adapters."""
 
 import copy
-import re
 import warnings
 
 import pytest
@@ -19,23 +18,14 @@ from peft import (
 )
 from peft.helpers import rescale_adapter_scale
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForQuestionAnswering,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    MambaConfig,
-    MambaForCausalLM,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
+from transformers import MambaConfig, MambaForCausalLM
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from tests.adapter.models import MODELS, config, groups
-from tests.tiny import SIZES, logits, tiny_llama, tokens
+from tests.tiny import logits, tiny_llama, tokens
 
 IDS = tokens()
 
@@ -48,33 +38,6 @@ def model(request):
 def test_all_linear_adapts_every_linear_layer_but_the_head():
     names = {name.rpartition(".")[2] for name in adapter_layers(get_peft_model(tiny_llama(), config()))}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-
-
-CLASSIFIERS = {  # by where the head is: beside the inner model, two layers deep, beside layers that are the model's own
-    "score": lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=1, pad_token_id=0)),
-    "classifier.dense, classifier.out_proj": lambda: RobertaForSequenceClassification(
-        RobertaConfig(**{**SIZES, "num_key_value_heads": 4}, num_labels=3)
-    ),
-    "qa_outputs": lambda: BertForQuestionAnswering(BertConfig(**{**SIZES, "num_key_value_heads": 4})),
-}
-
-
-@pytest.mark.parametrize("head", CLASSIFIERS)
-def test_all_linear_leaves_the_head_of_a_classifier_to_task_type(head):
-    with pytest.warns(UserWarning, match=rf"{re.escape(head)} of \w+ gets no adapter .*task_type="):
-        frozen = get_peft_model(CLASSIFIERS[head](), config(task_type=None))
-    assert not any(name.rpartition("model.")[2] in head.split(", ") for name in adapter_layers(frozen))
-    task = "QUESTION_ANS" if head == "qa_outputs" else "SEQ_CLS"
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*gets no adapter")
-        trained = get_peft_model(CLASSIFIERS[head](), config(task_type=task))
-    whole = {
-        name.replace(".modules_to_save.default", "").removeprefix("base_model.model.")
-        for name, p in trained.named_parameters()
-        if "modules_to_save" in name and p.requires_grad
-    }
-    assert {f"{part}.weight" for part in head.split(", ")} <= whole
-    assert list(adapter_layers(trained)) == list(adapter_layers(frozen))
 
 
 @pytest.mark.parametrize("kind", MODELS)

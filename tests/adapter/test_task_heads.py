@@ -1,5 +1,9 @@
 """The head that a task trains whole gets no adapter, whatever the architecture and the base."""
 
+import copy
+import re
+import warnings
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -9,7 +13,10 @@ from transformers import (
     BertForTokenClassification,
     LlamaConfig,
     LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
     LlamaForTokenClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
@@ -51,6 +58,32 @@ def test_a_default_adapter_leaves_the_head_of_the_task_to_be_trained_whole(
     torch.testing.assert_close(outputs(merge(model)), expected, rtol=1e-4, atol=1e-5)  # float32 sums in another order
     again = PeftModel.from_pretrained(model.unload(), tmp_path).eval()
     torch.testing.assert_close(outputs(again), expected, rtol=0, atol=0)
+
+
+HEADS = {  # by where they are: beside the inner model, two layers deep, of a task that is no classification
+    "score": (LlamaForSequenceClassification, LlamaConfig, {"num_labels": 1, "pad_token_id": 0}, "SEQ_CLS"),
+    "classifier.dense, classifier.out_proj": (RobertaForSequenceClassification, RobertaConfig, {}, "SEQ_CLS"),
+    "qa_outputs": (BertForQuestionAnswering, BertConfig, {}, "QUESTION_ANS"),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_that_no_task_type_names_stays_as_it_is_with_a_warning(head):
+    model_class, config_class, settings, task = HEADS[head]
+    base = model_class(config_class(**SIZES, vocab_size=100, **settings))
+    with pytest.warns(UserWarning, match=rf"{re.escape(head)} of {model_class.__name__} gets no adapter .*{task}"):
+        frozen = get_peft_model(copy.deepcopy(base), QBLoRAConfig(r=2))
+    assert not any(head.partition(".")[0] in name for name, p in frozen.named_parameters() if p.requires_grad)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*gets no adapter")
+        trained = get_peft_model(base, QBLoRAConfig(r=2, task_type=task))
+    whole = {
+        name.replace(".modules_to_save.default", "").removeprefix("base_model.model.")
+        for name, p in trained.named_parameters()
+        if "modules_to_save" in name and p.requires_grad
+    }
+    assert {f"{part}.weight" for part in head.split(", ")} <= whole
+    assert list(adapter_layers(trained)) == list(adapter_layers(frozen))
 
 
 def test_a_second_adapter_leaves_the_head_of_the_first_alone():
