@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from onnx.onnx_pb import GraphProto, NodeProto
 
-from qbl_trl.onnx.protos import subgraphs
+from qbl_trl.onnx.protos import renamed, subgraphs
 
 GROUPED, WHOLE = "grouped", "whole"  # last part of the branches' names
 
@@ -40,12 +40,7 @@ def _branches(node: NodeProto) -> dict[str, GraphProto]:
 
 def _inlined(node: NodeProto, branch: GraphProto) -> Iterator[NodeProto]:
     names = {inner.name: outer for inner, outer in zip(branch.output, node.output, strict=True)}
-    for inner in branch.node:
-        copy = NodeProto()
-        copy.CopyFrom(inner)
-        for values in (copy.input, copy.output):
-            values[:] = [names.get(name, name) for name in values]
-        yield copy
+    return (renamed(inner, names) for inner in branch.node)
 
 
 def values_read(node: NodeProto) -> Iterator[str]:

@@ -15,6 +15,7 @@ from qbl_trl.errors import ExportError
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, constant_of
 from qbl_trl.onnx.markers import TRACE_DOMAIN
 from qbl_trl.onnx.masks import Masks
+from qbl_trl.onnx.protos import renamed
 
 # fmt: off
 _ELEMENTWISE = frozenset([
@@ -67,11 +68,8 @@ def uncut(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
     for node in nodes:
         if is_cut(node):
             whole[node.output[0]] = node.input[0]
-            continue
-        copy = NodeProto()
-        copy.CopyFrom(node)
-        copy.input[:] = [whole.get(name, name) for name in node.input]
-        yield copy
+        else:
+            yield renamed(node, whole)
 
 
 class _Region:

@@ -69,10 +69,8 @@ def _without_padding(nodes: list[NodeProto], values: set[str]) -> list[NodeProto
         protos.node("ConstantOfShape", ["right/shape"], "right/text", value=numpy_helper.from_array(np.array([1]))),
     ]
     for node in made:
-        copy = NodeProto()
-        copy.CopyFrom(node)
+        copy = protos.renamed(node, names)
         copy.name = f"right/{node.name}"
-        copy.input[:], copy.output[:] = ([names.get(name, name) for name in part] for part in (node.input, node.output))
         copies.append(copy)
     return copies if values else []
 

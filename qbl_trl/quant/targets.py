@@ -41,9 +41,7 @@ def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
     """Full names of the linear layers to quantize."""
     skipped = {*HfQuantizer.get_modules_to_not_convert(_without_memory(model), None), *_kept_in_float(model)}
     skipped |= {*(config.modules_to_not_convert or []), *routers(model)}
-    skipped |= task_head(model)
-    inner = getattr(model, "base_model", model)
-    prefix = "" if inner is model else same_module_name(model, inner) + "."
+    prefix, head = _inner_prefix(model), task_head(model)
 
     def is_skipped(name: str) -> bool:
         return not skipped.isdisjoint(keys_of(name))
@@ -51,7 +49,8 @@ def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if name.startswith(prefix) and name and is_linear(module) and _is_wide(module) and not is_skipped(name)
+        if name.startswith(prefix) and name and is_linear(module) and _is_wide(module)
+        if name not in head and not is_skipped(name)
     ]
 
 
@@ -59,11 +58,16 @@ def task_head(model: nn.Module) -> set[str]:
     """Full names of the linear layers that a classifier, or what answers questions, has beside its inner model."""
     if not any(task in type(model).__name__ for task in ("Classification", "QuestionAnswering")):
         return set()
-    inner = getattr(model, "base_model", model)
-    if inner is model:  # its layers are all its own
+    prefix = _inner_prefix(model)
+    if not prefix:  # its layers are all its own
         return {name for name, child in model.named_children() if is_linear(child)}
-    prefix = same_module_name(model, inner) + "."
     return {name for name, module in model.named_modules() if is_linear(module) and not name.startswith(prefix)}
+
+
+def _inner_prefix(model: nn.Module) -> str:
+    """What names of modules of the inner model begin with; "" where that is the model itself."""
+    inner = getattr(model, "base_model", model)
+    return "" if inner is model else same_module_name(model, inner) + "."
 
 
 def naming_nothing(model: nn.Module, config: GroupQuantConfig) -> list[str]:
