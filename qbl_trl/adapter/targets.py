@@ -13,7 +13,8 @@ from qbl_trl.config import QBLoRAConfig
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.targets import routers, task_head
 
-_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}  # in PeftModelFor... of PEFT
+# PeftModelFor... of PEFT names them once the adapter is placed; those of "SEQ_CLS" are in modules_to_save by then
+_HEADS = {"SEQ_CLS": (), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | None:
@@ -37,12 +38,10 @@ def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | Non
         for name, module in model.named_modules()
         if foreign_kind(module) and not isinstance(module, nn.Linear) and not name.endswith(".base_layer")
     }
-    whole = {
-        *(config.modules_to_save or ()),
-        *_HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ()),
-    }
+    task = str(getattr(config.task_type, "value", config.task_type))
+    whole = {*(config.modules_to_save or ()), *_HEADS.get(task, ())}
     chosen = {name for name in plain | foreign if not _trains_whole(name, whole)}.difference(routers(model))
-    chosen -= _frozen_head(chosen, model)
+    chosen -= _frozen_head(chosen, model, task)
     if config.quantization_aware:
         grouped = {name for name in chosen if _has_groups(_base(model, name))}
         chosen = (grouped - _misfits_of_towers(grouped, model)) or grouped or chosen
@@ -53,14 +52,15 @@ def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | Non
     return None if chosen == plain else chosen
 
 
-def _frozen_head(names: set[str], model: nn.Module) -> set[str]:
+def _frozen_head(names: set[str], model: nn.Module, task: str) -> set[str]:
     """The layers of a classifier's head among those that would be adapted, which are warned of."""
     head = names & task_head(model)
     if head:
+        tasks = 'set task_type="SEQ_CLS" (or "TOKEN_CLS", "QUESTION_ANS"), or '
         warnings.warn(
             f"{', '.join(sorted(head))} of {type(model).__name__} gets no adapter and stays as it is. To train it "
-            'whole beside the adapters, as a new head needs, set task_type="SEQ_CLS" (or "TOKEN_CLS", "QUESTION_ANS"), '
-            "or name it in modules_to_save",
+            f"whole beside the adapters, as a new head needs, {'' if task in _HEADS else tasks}name it in "
+            "modules_to_save",
             stacklevel=2,
         )
     return head

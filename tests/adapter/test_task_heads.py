@@ -8,6 +8,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForQuestionAnswering,
     BertForTokenClassification,
@@ -84,6 +86,16 @@ def test_a_head_that_no_task_type_names_stays_as_it_is_with_a_warning(head):
     }
     assert {f"{part}.weight" for part in head.split(", ")} <= whole
     assert list(adapter_layers(trained)) == list(adapter_layers(frozen))
+
+
+def test_a_head_under_another_name_than_peft_trains_whole_is_to_be_named():
+    sizes = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_layers": 1, "decoder_layers": 1}
+    base = BartForSequenceClassification(BartConfig(**sizes, d_model=64, vocab_size=100, num_labels=2))
+    with pytest.warns(UserWarning, match="classification_head.dense, .* no adapter .* needs, name it in modules"):
+        get_peft_model(copy.deepcopy(base), QBLoRAConfig(r=2, task_type="SEQ_CLS"))
+    named = QBLoRAConfig(r=2, task_type="SEQ_CLS", modules_to_save=["classification_head"])
+    trained = [name for name, p in get_peft_model(base, named).named_parameters() if p.requires_grad]
+    assert any("classification_head.modules_to_save.default.dense.weight" in name for name in trained)
 
 
 def test_a_second_adapter_leaves_the_head_of_the_first_alone():
