@@ -28,6 +28,19 @@ def plain_arithmetic(device_type: str) -> Iterator[None]:
 
 
 @contextmanager
+def plain_defaults() -> Iterator[None]:
+    """While open, new tensors are float32 and on the CPU, whatever the caller has set for models of his own."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    elsewhere = nullcontext() if device.type == "cpu" else torch.device("cpu")
+    torch.set_default_dtype(torch.float32)
+    try:
+        with elsewhere:
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@contextmanager
 def _full_precision() -> Iterator[None]:
     if not _BACKENDS:
         before = torch.get_float32_matmul_precision()

@@ -11,7 +11,7 @@ from pathlib import Path
 from qbl_trl.errors import ConfigError, QblError
 from qbl_trl.leftovers import OLD, mark, remove_leftovers
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RACED = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)  # another process took a folder away, or put one there
 
 

@@ -6,12 +6,13 @@ A float base is quantized again, the way it was for training.
 import importlib
 import logging
 import os
+import pickle
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 from qbl_trl.config import QUANT_METHOD, GroupQuantConfig, QBLoRAConfig, holds_merged
-from qbl_trl.errors import CheckpointError, ConfigError
+from qbl_trl.errors import CheckpointError, ConfigError, QblError
 from qbl_trl.module_names import name_here
 from qbl_trl.older_names import restore_settings_
 
@@ -57,6 +58,41 @@ def open_model(
     return (made_for or _class_saved(config)).from_pretrained(source, revision=revision, **options)
 
 
+def open_whole(source: str | os.PathLike[str], **options: Any) -> Any:
+    """A checkpoint, as `open_model` does it, whose files hold every tensor of the model.
+
+    Raises:
+        CheckpointError: naming one that they lack, which transformers draws at random with a warning.
+    """
+    model, found = open_model(source, output_loading_info=True, **options)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{source}: the files lack {len(missing)} of the model's tensors ({missing[0]}, ...); the folder is "
+            "damaged, or of another model than its config.json says"
+        )
+    return model
+
+
+def adapter_weights(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The tensors of an adapter folder, on the CPU.
+
+    Raises:
+        CheckpointError: if it has none (PEFT would ask the hub for them), or their file is damaged.
+    """
+    from peft.utils import load_peft_weights
+    from safetensors import SafetensorError
+
+    names = ("adapter_model.safetensors", "adapter_model.bin")
+    file = next((Path(folder, name) for name in names if Path(folder, name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{folder} holds no weights of its adapter ({names[0]})")
+    try:
+        return dict(load_peft_weights(str(folder), device="cpu"))
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{file}: cut short or damaged ({error})") from error
+
+
 def _class_saved(config: Any) -> Any:
     """The class a checkpoint was saved from, as its configuration says; else the one that writes text, if there is one.
 
@@ -91,7 +127,6 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
     """
     import torch
     from peft import PeftModel
-    from peft.utils import load_peft_weights
     from transformers import AutoConfig
 
     from qbl_trl.tokenizers import open_tokenizer
@@ -118,7 +153,7 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
                     f"{path} was trained over a {'calibrated' if calibrated else 'merged'} base, which {named} is not; "
                     "save that base with save_pretrained and name its folder with --base"
                 )
-    held = {name: tuple(tensor.shape) for name, tensor in load_peft_weights(str(path), device="cpu").items()}
+    held = {name: tuple(tensor.shape) for name, tensor in adapter_weights(path).items()}
     quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
     if isinstance(settings, GroupQuantConfig):
         logger.warning(
@@ -147,6 +182,7 @@ def saved_adapter(folder: str | os.PathLike[str]) -> Any:
 
     Raises:
         ConfigError: if the folder holds no adapter.
+        CheckpointError: if its configuration cannot be read.
     """
     from peft import PeftConfig
 
@@ -154,7 +190,12 @@ def saved_adapter(folder: str | os.PathLike[str]) -> Any:
         saved = sorted(Path(folder).glob("*/adapter_config.json"), key=lambda file: file.stat().st_mtime)
         instead = f"a folder in it does: {saved[-1].parent}" if saved else "name a folder that save_model wrote"
         raise ConfigError(f"{folder} holds no adapter (no adapter_config.json); {instead}")
-    return PeftConfig.from_pretrained(str(folder))
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except QblError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{Path(folder, 'adapter_config.json')} cannot be read ({error})") from error
 
 
 def _class_trained(saved: Any) -> Any:
@@ -209,4 +250,4 @@ def _check_whole(model: Any, folder: Path, held: dict[str, tuple[int, ...]]) -> 
         )
 
 
-__all__ = ["load_adapter", "open_model", "saved_adapter"]
+__all__ = ["adapter_weights", "load_adapter", "open_model", "open_whole", "saved_adapter"]

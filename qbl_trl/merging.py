@@ -21,7 +21,7 @@ from qbl_trl.adapter.bases import describe, float_weight, foreign_kind
 from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
 from qbl_trl.adapter.recorded import quantization
 from qbl_trl.adapter.wrapped import unwrap
-from qbl_trl.arithmetic import plain_arithmetic
+from qbl_trl.arithmetic import plain_arithmetic, plain_defaults
 from qbl_trl.config import SCALE_DTYPES, GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError, MergeError
 from qbl_trl.quant.algorithms import quantize
@@ -38,6 +38,7 @@ _LAYER_TOLERANCE = 1e-5
 _PROBE_ROWS = 4
 
 
+@plain_defaults()
 def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
     """Merge the active balanced adapters and return a plain model; the given model is not changed.
 
@@ -194,7 +195,7 @@ def _probe(module: BalancedLinear) -> tuple[Tensor, Tensor] | None:
     if not isinstance(base, GroupQuantLinear):
         return None
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_PROBE_ROWS, base.in_features, generator=generator).to(base.weight.device)
+    x = torch.randn(_PROBE_ROWS, base.in_features, generator=generator, device="cpu").to(base.weight.device)
     module.eval()
     with torch.no_grad(), plain_arithmetic(x.device.type):
         return x, module(x)
@@ -218,29 +219,23 @@ def _requantized(
 ) -> tuple[GroupQuantLinear, float]:
     base = module.get_base_layer()
     left = [adapter for adapter in active if adapter not in module.merged_adapters]  # the base holds the others
-    delta = sum((module.get_delta_weight(adapter).detach() for adapter in left), torch.zeros(()))
-    weight = float_weight(base) + delta
+    weight = sum((module.get_delta_weight(adapter).detach() for adapter in left), float_weight(base))
     return _quantize_again(weight, base, settings)
 
 
 def _quantize_again(weight: Tensor, old: nn.Module, settings: GroupQuantConfig) -> tuple[GroupQuantLinear, float]:
-    """The weight (N, K) in affine groups, and the relative error that this costs."""
+    """The weight (N, K) in affine groups, those that it came from if any, and the relative error that this costs."""
+    own = old.format if isinstance(old, GroupQuantLinear) else settings
+    symmetric = settings.symmetric if own is settings else own.zeros == "none"
+    kind: dict[str, Any] = {"bits": own.bits, "group_size": own.group_size, "symmetric": symmetric}
     affine = quantize(
         weight,
-        bits=settings.bits,
-        group_size=settings.group_size,
-        symmetric=settings.symmetric,
+        **kind,
         algorithm="rtn" if settings.algorithm == "gptq" else settings.algorithm,
-        scale_dtype=SCALE_DTYPES[settings.scale_dtype],
+        scale_dtype=SCALE_DTYPES[own.scale_dtype],
     )
     bias = old.bias
-    layer = GroupQuantLinear.from_affine(
-        affine,
-        bits=settings.bits,
-        group_size=settings.group_size,
-        symmetric=settings.symmetric,
-        bias=bias if isinstance(bias, Tensor) else None,
-    )
+    layer = GroupQuantLinear.from_affine(affine, **kind, bias=bias if isinstance(bias, Tensor) else None)
     return layer, float((layer.dequantize() - weight).norm() / weight.norm())
 
 
@@ -272,7 +267,7 @@ def _plain_(model: nn.Module) -> nn.Module:
     if getattr(model, "is_gradient_checkpointing", False):
         model.gradient_checkpointing_disable()  # type: ignore[operator]
     config: Any = getattr(model, "config", None)
-    if hasattr(config, "use_cache"):
+    if hasattr(config, "use_cache") and getattr(model, "can_generate", lambda: False)():  # training leaves it off
         config.use_cache = True
     text = model.config.get_text_config() if isinstance(model, PreTrainedModel) else None
     if getattr(text, "output_router_logits", False):  # TRL wants them for a mixture's loss; `generate` fails over them

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbl_trl.arithmetic import plain_arithmetic
+from qbl_trl.arithmetic import plain_arithmetic, plain_defaults
 from qbl_trl.errors import ConfigError, explain_missing
-from qbl_trl.loading import load_adapter, open_model
+from qbl_trl.loading import load_adapter, open_whole
 
 Logits = Callable[[Tensor, Tensor], Tensor]
 
@@ -74,8 +74,11 @@ class ParityReport:
         )
 
 
+@plain_defaults()
 def verify(reference: Any, candidate: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> ParityReport:
     """Compare two models on the same tokens; of a graph exported with logits="last", the last position only.
+
+    Of classifiers, whose logits are (B, C), a row is what a position is elsewhere.
 
     A graph over a cache of 8 bits is run as it generates: half of the text as a prompt, the rest token by token, which
     reads what was rounded. One that was exported with logits="last" reads all of it token by token.
@@ -94,7 +97,7 @@ def verify(reference: Any, candidate: Any, input_ids: Tensor, attention_mask: Te
     if first.dim() == 3 and 1 in (first.shape[1], second.shape[1]) and ids.shape[1] > 1:  # a graph of last logits
         first, second = _last(first, mask), _last(second, mask)
         mask = torch.ones_like(mask[:, :1])
-    return compare(first, second, mask)
+    return compare(first, second, mask if first.dim() == 3 else None)
 
 
 def _tokens(input_ids: Any, attention_mask: Any) -> tuple[Tensor, Tensor]:
@@ -128,7 +131,7 @@ def _last(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def compare(reference: Tensor, candidate: Tensor, attention_mask: Tensor | None = None) -> ParityReport:
-    """Compare logits (B, S, V); see `ParityReport`.
+    """Compare logits (B, S, V), or (B, C) without a mask; see `ParityReport`.
 
     Raises:
         ConfigError: if shapes differ or a logit is not finite.
@@ -152,10 +155,10 @@ def compare(reference: Tensor, candidate: Tensor, attention_mask: Tensor | None 
         total += float(difference.sum())
         log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
         kl += float((log_p.exp() * (log_p - log_q)).sum())
-        best = p.topk(2, dim=-1)
+        best = p.topk(min(2, p.shape[-1]), dim=-1)  # a reward is one number
         differs = best.indices[:, 0] != q.argmax(-1)
         same += int((~differs).sum())
-        gaps += (best.values[:, 0] - best.values[:, 1])[differs].tolist()
+        gaps += (best.values[:, 0] - best.values[:, -1])[differs].tolist()
     count = first.shape[0]
     ties = sum(gap <= TIE for gap in gaps)
     return ParityReport(count, largest, total / first.numel(), max(kl / count, 0.0), same / count, ties)
@@ -193,7 +196,12 @@ def _model_logits(model: Any, with_positions: bool, with_decoder: bool = False) 
         named = {"position_ids": positions(attention_mask)} if with_positions else {}
         if with_decoder:  # what it reads it writes: logits of the same shape as a decoder's
             named["decoder_input_ids"] = input_ids
-        logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, **named).logits
+        logits = getattr(model(input_ids=input_ids, attention_mask=attention_mask, **named), "logits", None)
+        if not isinstance(logits, Tensor):
+            raise ConfigError(
+                f"verify: a {type(model).__name__} of this task gives no logits; pass a callable (input_ids, "
+                "attention_mask) -> logits"
+            )
         return logits.float()
 
     return run
@@ -226,6 +234,11 @@ def _step_by_step(model: Any, with_positions: bool) -> Logits:
 def _torch_logits(model: nn.Module) -> Logits:
     unwrap: Any = getattr(model, "get_base_model", lambda: model)
     inner = unwrap()
+    if not hasattr(inner, "config") or getattr(inner, "main_input_name", "input_ids") != "input_ids":
+        raise ConfigError(
+            f"verify: a {type(inner).__name__} reads no token ids; pass a callable (input_ids, attention_mask) -> "
+            "logits"
+        )
     with_positions = "position_ids" in inspect.signature(inner.forward).parameters
     vocabulary = getattr(inner.config, "vocab_size", None)
     run = _model_logits(model, with_positions, bool(getattr(inner.config, "is_encoder_decoder", False)))
@@ -280,7 +293,7 @@ def _open(folder: Path) -> Any:
     if (folder / "adapter_config.json").is_file():
         return load_adapter(folder)
     if (folder / "config.json").is_file():
-        return open_model(folder, dtype=torch.float32)  # as adapters open
+        return open_whole(folder, dtype=torch.float32)  # as adapters open
     raise ConfigError(
         f"verify: {folder} holds neither an ONNX graph (*.onnx), nor an adapter (adapter_config.json), nor a model "
         "(config.json)"

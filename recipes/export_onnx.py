@@ -18,6 +18,7 @@ import torch
 from qbl_trl import export_onnx
 from qbl_trl.errors import one_line
 from qbl_trl.texts import read_texts, token_ids
+from qbl_trl.tokenizers import holds_tokenizer, tokenizer_source
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -38,6 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--logits", default="all", choices=("all", "last"), help="generating needs the last")
     parser.add_argument("--kv_cache_dtype", choices=("int8",), help="of keys and values, on CPU: smaller and faster")
     parser.add_argument("--calibration", type=Path, help="texts to measure cache and head on: see qbl_trl/texts.py")
+    parser.add_argument("--tokenizer", help="folder or model id (default: what lies beside the model)")
     parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
     parser.add_argument("--prompt", help="generate an answer with the exported folder")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="length of the answer")
@@ -47,6 +49,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Export, print the report, and answer."""
+    words = args.tokenizer or tokenizer_source(args.model)
+    if args.prompt and Path(words).is_dir() and not holds_tokenizer(words):
+        raise SystemExit(f"--prompt needs a tokenizer, and {words} has none; name one with --tokenizer")
     report = export_onnx(
         args.model,
         args.output,
@@ -57,13 +62,12 @@ def main(args: argparse.Namespace) -> None:
         prompt_weights=args.prompt_weights,
         embedding_bits=args.embedding_bits,
         kv_cache_dtype=args.kv_cache_dtype,
-        calibration=args.calibration and token_ids(args.model, read_texts(args.calibration)),
+        calibration=args.calibration and token_ids(words, read_texts(args.calibration)),
         logits=args.logits,
         overwrite=args.overwrite,
+        tokenizer=args.tokenizer,
     )
     print(report)
-    if args.prompt and not any(args.output.glob("tokenizer*")):
-        raise SystemExit(f"--prompt needs a tokenizer, and {args.model} has none; name one with --tokenizer")
     if args.prompt:
         optimum = importlib.util.find_spec("optimum.onnxruntime") if importlib.util.find_spec("optimum") else None
         answered = answer if optimum else answer_by_genai

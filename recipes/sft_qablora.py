@@ -107,7 +107,7 @@ def main(script: ScriptArguments, training: SFTConfig, args: QABLoRAArguments) -
         adapter,
         merged_output_dir=output / "merged",
         onnx_output_dir=output / "onnx" if args.export_onnx else None,
-        onnx_options={"provider": args.provider},
+        onnx_options={"provider": args.provider} if args.export_onnx else None,
         overwrite=args.overwrite,
     )
     callback.check_outputs(training)

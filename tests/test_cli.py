@@ -176,6 +176,28 @@ def test_an_adapter_file_that_does_not_fit_its_configuration_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["merge", "to-lora", "export"])
+@pytest.mark.parametrize(
+    ("damaged", "content", "message"),
+    [
+        ("adapter_model.safetensors", b"short", "adapter_model.safetensors: cut short or damaged"),
+        ("adapter_model.safetensors", None, "holds no weights of its adapter (adapter_model.safetensors)"),
+        ("adapter_config.json", b"{", "adapter_config.json cannot be read"),
+        ("adapter_config.json", b"[]", "adapter_config.json cannot be read"),
+    ],
+)
+def test_a_damaged_adapter_is_named(adapter, tmp_path, capsys, damaged, content, message, command):
+    if command == "export":
+        pytest.importorskip("onnx")
+    file = adapter[0] / damaged
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    assert main([command, str(adapter[0]), str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_is_verified_on_the_base_it_was_trained_over(adapter, tmp_path):
     main(["merge", str(adapter[0]), str(tmp_path / "merged")])
     report = verify(adapter[0], tmp_path / "merged", tokens())

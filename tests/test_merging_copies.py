@@ -4,10 +4,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel, T5Config, T5EncoderModel
 
-from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
+from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge, to_lora, verify
 from qbl_trl.errors import MergeError
+from qbl_trl.quant.algorithms import quantize
 from qbl_trl.quant.apply import quantize_layer_
+from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
 from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
 
@@ -51,6 +54,67 @@ def test_a_model_of_torch_alone_is_refused_by_layer_like_any_other():
     model = get_peft_model(sequence(True), QBLoRAConfig(r=2, target_modules=["0"], out_factor=1))
     with pytest.raises(MergeError, match=r"0: in_factor=2 is no multiple"):
         merge(model)
+
+
+BERT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 100}
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_head_that_no_embedding_is_tied_to_is_nobodys_business(quantized):
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**BERT), BertConfig(**BERT))
+    model = EncoderDecoderModel(config).eval()
+    if quantized:
+        quantize_model_(model, GroupQuantConfig())
+    adapted = get_peft_model(model, QBLoRAConfig(r=4, in_factor=32, out_factor=1, init_lora_weights=False)).eval()
+    inputs = {"input_ids": IDS, "decoder_input_ids": IDS}
+    with torch.no_grad():
+        expected = adapted(**inputs).logits
+        torch.testing.assert_close(merge(adapted)(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_that_keeps_no_cache_runs_when_it_is_merged():
+    config = T5Config(vocab_size=100, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4)
+    model = quantize_model_(T5EncoderModel(config).eval(), GroupQuantConfig())
+    adapted = get_peft_model(model, QBLoRAConfig(quantization_aware=True, r=4, init_lora_weights=False)).eval()
+    with torch.no_grad():
+        expected = adapted(IDS).last_hidden_state
+        torch.testing.assert_close(merge(adapted)(IDS).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_is_quantized_again_keeps_its_own_format():
+    model = quantize_model_(tiny_llama(), GroupQuantConfig())
+    layer = model.model.layers[0].mlp.down_proj
+    fine = quantize(
+        layer.dequantize(), bits=8, group_size=16, symmetric=True, algorithm="rtn", scale_dtype=torch.float32
+    )
+    settings = {"bits": 8, "group_size": 16, "symmetric": True}
+    model.model.layers[0].mlp.down_proj = GroupQuantLinear.from_affine(fine, **settings)
+    config = QBLoRAConfig(r=4, in_factor=2, out_factor=2, target_modules=["down_proj"], init_lora_weights=False)
+    merged = merge(get_peft_model(model, config), lossy="requantize")
+    stored = [merged.model.layers[index].mlp.down_proj.format for index in (0, 1)]
+    assert [(f.bits, f.group_size, f.zeros, f.scale_dtype) for f in stored] == [
+        (8, 16, "none", "float32"),
+        (4, 32, "packed", "float16"),
+    ]
+
+
+@pytest.mark.parametrize("settings", [{"quantization_aware": True, "adapter": "block"}, {"quantization_aware": True}])
+def test_what_is_the_callers_default_for_new_tensors_is_no_matter(tmp_path, settings):
+    base = quantize_model_(tiny_llama(), GroupQuantConfig())
+    model = get_peft_model(base, QBLoRAConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **settings)).eval()
+    expected = logits(model, IDS)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            merged = merge(model)
+            to_lora(model, tmp_path / "lora")
+            report = verify(model, merged, IDS)
+            assert torch.zeros(1).is_meta
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert report.max_abs_difference < 1e-5
+    torch.testing.assert_close(logits(merged, IDS), expected, rtol=0, atol=1e-5)
 
 
 def test_a_model_in_data_parallel_is_seen_through():

@@ -6,11 +6,21 @@ import math
 
 import pytest
 import torch
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from qbl_trl import verify
 from qbl_trl.errors import ConfigError
 from qbl_trl.parity import ParityReport, compare, logits_of, positions
 from tests.tiny import tiny_llama, tokens
+
+BERT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 100}
 
 
 def test_a_model_agrees_with_itself_and_its_folder(tmp_path):
@@ -162,3 +172,27 @@ def test_ids_and_masks_of_any_integer_type_are_read(kind):
 def test_what_is_no_text_is_refused(ids, mask, message):
     with pytest.raises(ConfigError, match=message):
         verify(tiny_llama(), tiny_llama(), ids, mask)
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_classifiers_are_compared_row_by_row(labels):
+    config = BertConfig(**BERT, num_labels=labels)
+    first, second = BertForSequenceClassification(config), BertForSequenceClassification(config)
+    assert verify(first, first, tokens()).max_abs_difference == 0
+    report = verify(first, second, tokens())
+    assert report.tokens == 2
+    assert report.max_abs_difference > 0
+    if labels == 1:  # one number for each text: nothing to be the best of
+        assert (report.kl_per_token, report.top1_agreement) == (0, 1)
+
+
+def test_what_gives_no_logits_for_token_ids_is_refused():
+    for model in (BertModel(BertConfig(**BERT)), BertForQuestionAnswering(BertConfig(**BERT))):
+        with pytest.raises(
+            ConfigError, match=f"a {type(model).__name__} of this task gives no logits; pass a callable"
+        ):
+            verify(model, model, tokens())
+    pictures = ViTForImageClassification(ViTConfig(**{**BERT, "image_size": 16, "patch_size": 8}))
+    for model in (torch.nn.Linear(4, 4), pictures):
+        with pytest.raises(ConfigError, match=f"a {type(model).__name__} reads no token ids; pass a callable"):
+            verify(model, tiny_llama(), tokens())

@@ -12,8 +12,7 @@ import os
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
-from peft.utils.save_and_load import load_peft_weights
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,14 +20,17 @@ from qbl_trl.adapter.balance import pool_scale
 from qbl_trl.adapter.factors import by_pattern, recorded_factors
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.adapter.wrapped import unwrap
+from qbl_trl.arithmetic import plain_defaults
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.folders import check_apart, check_free, new_folder
+from qbl_trl.loading import adapter_weights, saved_adapter
 
 PREFIX = "base_model.model."
 _MATRICES = ("lora_A", "lora_B", "lora_block")
 
 
+@plain_defaults()
 def to_lora(
     peft_model_or_dir: nn.Module | str | os.PathLike[str],
     output_dir: str | os.PathLike[str],
@@ -51,6 +53,7 @@ def to_lora(
     Raises:
         ConfigError: if there is no balanced adapter, the name is unknown or ambiguous, the folder is not empty, or the
             adapter is not finite.
+        CheckpointError: if the files of a folder are damaged.
     """
     if not isinstance(peft_model_or_dir, nn.Module | str | os.PathLike):
         raise ConfigError(
@@ -153,10 +156,10 @@ def _from_model(model: nn.Module, adapter_name: str | None) -> tuple[QBLoRAConfi
 def _from_folder(folder: Path) -> tuple[QBLoRAConfig, dict[str, Tensor]]:
     if not (folder / "adapter_config.json").is_file():
         raise ConfigError(f"{folder} holds no adapter_config.json; give the folder an adapter was saved to")
-    config = PeftConfig.from_pretrained(str(folder))
+    config = saved_adapter(folder)
     if not isinstance(config, QBLoRAConfig):
         raise ConfigError(f"{folder} holds an adapter of type {config.peft_type}; to_lora converts type QBLORA only")
-    return config, load_peft_weights(str(folder), device="cpu")
+    return config, adapter_weights(folder)
 
 
 def _plain_config(config: QBLoRAConfig, rank: int, layers: list[str]) -> LoraConfig:

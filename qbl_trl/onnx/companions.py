@@ -3,7 +3,9 @@
 import copy
 import gc
 import importlib
+import json
 import logging
+import tempfile
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from transformers import PreTrainedModel
 from qbl_trl.adapter.wrapped import is_decoder
 from qbl_trl.errors import ExportError
 from qbl_trl.folders import refuse_graph
-from qbl_trl.loading import load_adapter, open_model
+from qbl_trl.loading import load_adapter, open_whole, saved_adapter
 from qbl_trl.model_files import valid_generation
 from qbl_trl.onnx.caches import served
 from qbl_trl.onnx.layers import LinearSource
@@ -83,6 +85,19 @@ class Held:
             gc.collect()  # traced modules lie in cycles
 
 
+def folders_of(model_or_path: Any) -> tuple[Any, ...]:
+    """What a graph is made from: the folder that is given or was loaded, and that of an adapter's base."""
+    if isinstance(model_or_path, (str, PathLike)):
+        base = saved_adapter(model_or_path).base_model_name_or_path if _is_adapter(model_or_path) else None
+        return model_or_path, base or None
+    unwrap = getattr(model_or_path, "get_base_model", lambda: model_or_path)
+    return (getattr(getattr(unwrap(), "config", None), "_name_or_path", None) or None,)
+
+
+def _is_adapter(folder: Any) -> bool:
+    return Path(folder, "adapter_config.json").is_file()
+
+
 def load_model(model_or_path: Any) -> torch.nn.Module:
     """A model as it is, or the one a folder holds.
 
@@ -95,13 +110,13 @@ def load_model(model_or_path: Any) -> torch.nn.Module:
         raise ExportError(f"export_onnx takes a model or a folder, not a {type(model_or_path).__name__}")
     folder = Path(model_or_path)
     importlib.import_module("qbl_trl")  # registers our quantization config and adapter type
-    if (folder / "adapter_config.json").is_file():
+    if _is_adapter(folder):
         adapted: torch.nn.Module = load_adapter(folder)
         return adapted
     refuse_graph(folder, ExportError)
     if not (folder / "config.json").is_file():
         raise ExportError(f"{folder} holds no model: neither config.json nor adapter_config.json is there")
-    model: torch.nn.Module = open_model(folder, dtype="auto")
+    model: torch.nn.Module = open_whole(folder, dtype="auto")
     return model
 
 
@@ -113,6 +128,11 @@ def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     """
     unwrap = getattr(model, "get_base_model", None)
     inner = unwrap() if unwrap is not None else model
+    if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
+        raise ExportError(
+            "export_onnx: prompt and prefix tuning put trained vectors before a text's tokens, and a graph reads "
+            "tokens alone; export the base (get_base_model()), or train adapters on its layers"
+        )
     if not is_decoder(inner):
         raise ExportError(f"export_onnx: a {type(inner).__name__} is no decoder of transformers that generates text")
     return inner
@@ -131,15 +151,20 @@ def check_tokenizer(given: Any) -> Any:
     """A tokenizer or a folder as it is; a model id is opened.
 
     Raises:
-        ExportError: if it is neither.
+        ExportError: if it is neither, or a folder whose files are damaged.
     """
-    if not isinstance(given, (str, PathLike)) or Path(given).is_dir():
+    if not isinstance(given, (str, PathLike)):
         return given
     try:
+        if Path(given).is_dir():
+            for file in Path(given).glob("tokenizer*.json"):
+                json.loads(file.read_text(encoding="utf-8"))
+            return given
         return open_tokenizer(given)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"export_onnx: tokenizer={str(given)!r} is no folder, nor a model id: {reason}") from error
+        what = "holds files that cannot be read" if Path(given).is_dir() else "is no folder, nor a model id"
+        raise ExportError(f"export_onnx: tokenizer={str(given)!r} {what}: {reason}") from error
 
 
 def max_positions(decoder: PreTrainedModel, wanted: int | None) -> int:
@@ -179,8 +204,16 @@ def write(held: Held, source: Any, tokenizer: Any, folder: Path, dtype: torch.dt
     if held.generation_config is not None:
         valid_generation(held.generation_config).save_pretrained(folder)
     origin = tokenizer or (source if isinstance(source, (str, PathLike)) else held.config._name_or_path)
-    try:
-        if origin:
-            save_tokenizer(origin, folder)
-    except Exception as error:  # the model id that a model was loaded from; what was asked for is known to open
-        logger.warning("the folder is written without a tokenizer: %s", next(iter(str(error).splitlines()), error))
+    with tempfile.TemporaryDirectory(dir=folder) as draft:
+        try:
+            if origin:
+                save_tokenizer(origin, Path(draft))
+        except Exception as error:  # of the model id that a model was loaded from
+            if getattr(error, "errno", None) is not None:  # a disk that is full, say
+                raise
+            if tokenizer is not None:
+                raise ExportError(f"export_onnx: the tokenizer that was given is not saved: {error}") from error
+            logger.warning("the folder is written without a tokenizer: %s", next(iter(str(error).splitlines()), error))
+            return
+        for file in Path(draft).iterdir():
+            file.rename(folder / file.name)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qbl_trl.arithmetic import plain_arithmetic
+from qbl_trl.arithmetic import plain_arithmetic, plain_defaults
 from qbl_trl.errors import ConfigError, ExportError, QblError
 from qbl_trl.folders import check_apart, check_free, folder_bytes, new_folder
 from qbl_trl.onnx import companions
@@ -43,6 +43,7 @@ _USELESS = 1.0  # nats per token: a graph that types, 8-bit activations and cach
 
 @plain_arithmetic("cpu")
 @plain_arithmetic("cuda")
+@plain_defaults()
 def export_onnx(
     model_or_path: Any,
     output_dir: str | PathLike[str],
@@ -119,8 +120,7 @@ def export_onnx(
     """
     began = time.perf_counter()
     target = check_free(output_dir, overwrite, ExportError)
-    if isinstance(model_or_path, (str, PathLike)):
-        check_apart(target, model_or_path, error=ExportError)
+    check_apart(target, *companions.folders_of(model_or_path), error=ExportError)
     named = check_choices(
         provider=provider,
         dtype=dtype,

@@ -57,11 +57,14 @@ class Gate:
 
     def measure(self, graph: OnnxLogits) -> tuple[ParityReport, ParityReport]:
         """One pass over all tokens, of the batch and of one row alone, and token by token over the cache."""
+        return self._at_once(graph), self._over_cache(graph)
+
+    def _at_once(self, graph: OnnxLogits) -> ParityReport:
         rows = [slice(None), slice(-1, None)]  # a tracer may take the size of its batch for a constant
         found = torch.cat([graph(self.ids[part], self.mask[part]) for part in rows])
         reference, mask = (torch.cat([whole[part] for part in rows]) for whole in (self.reference, self.mask))
         kept = slice(-found.shape[1], None)  # of a graph that writes the last logits only, these
-        return compare(reference[:, kept], found, mask[:, kept]), self._over_cache(graph)
+        return compare(reference[:, kept], found, mask[:, kept])
 
     def pass_(
         self, folder: Path, tolerance: float | None, buffer: bool = False
@@ -107,10 +110,10 @@ class Gate:
             return False
         return report.max_abs_difference <= allowed
 
-    def _right_padded(self, graph: OnnxLogits) -> ParityReport:
+    def _right_padded(self, graph: OnnxLogits, steps: bool = False) -> ParityReport:
         """A prefix whose padding stands on the right, then token by token over a buffer, as ONNX Runtime GenAI does.
 
-        Held against every row alone.
+        Held against every row alone; `steps` as `_over_cache` has it.
         """
         length = self.ids.shape[1]
         prefix = min(_PREFIX, length - 2)
@@ -122,28 +125,35 @@ class Gate:
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             logits, cache = graph.step(self.ids[:, start : start + 1], mask, cache)
             parts.append(logits)
-        found = torch.cat(parts, 1)
-        kept = slice(-found.shape[1], None)
-        return compare(self.alone[:, kept], found, self.mask[:, kept])
+        return self._at_the_end(self.alone, torch.cat(parts, 1), length - prefix if steps else length)
 
     def _in_a_buffer(self, folder: Path) -> ParityReport:
         own = folder / GENAI_FILE
         if own.is_file():
-            return self._right_padded(OnnxLogits(own))
-        return self._over_cache(OnnxLogits(folder), self._buffer)
+            return self._right_padded(OnnxLogits(own), steps=True)
+        return self._over_cache(OnnxLogits(folder), self._buffer, steps=True)
 
-    def _over_cache(self, graph: OnnxLogits, buffer: int = 0) -> ParityReport:
-        """A prefix, then token by token; `buffer` as `OnnxLogits.with_cache` has it."""
+    def _over_cache(self, graph: OnnxLogits, buffer: int = 0, steps: bool = False) -> ParityReport:
+        """A prefix, then token by token.
+
+        Args:
+            buffer: as `OnnxLogits.with_cache` has it.
+            steps: compare what single tokens gave, and not the prefix: it may be exact where they are not.
+        """
         length = self.ids.shape[1]
-        found = graph.with_cache(self.ids, self.mask, min(_PREFIX, length - 2), buffer)
+        prefix = min(_PREFIX, length - 2)
+        found = graph.with_cache(self.ids, self.mask, prefix, buffer)
         if found.shape[1] < length:  # a graph that writes the last logits only: the prefix gave one
             found = found[:, 1:]
-        kept = slice(-found.shape[1], None)
-        return compare(self.reference[:, kept], found, self.mask[:, kept])
+        return self._at_the_end(self.reference, found, length - prefix if steps else length)
+
+    def _at_the_end(self, reference: Tensor, found: Tensor, count: int) -> ParityReport:
+        kept = slice(-min(count, found.shape[1]), None)
+        return compare(reference[:, kept], found[:, kept], self.mask[:, kept])
 
     def look_at(self, folder: Path, buffer: bool = False) -> ParityReport | None:
-        """The larger difference of the graph of a folder: infinite where it overflows, None where the CPU lacks kernels
-        for it (bfloat16).
+        """How far the graph of a folder is from the model, as a text and in its steps, whichever is further by KL:
+        infinite where it overflows, None where the CPU lacks kernels for it (bfloat16).
 
         Args:
             buffer: over a cache that is longer than its text, too; where there is a graph for ONNX Runtime GenAI, that
@@ -153,11 +163,13 @@ class Gate:
             Unrunnable: if ONNX Runtime does not run it for another reason.
         """
         try:
-            with _run_errors():
-                reports = [*self.measure(OnnxLogits(folder))]
+            with _run_errors(lacking=True):
+                graph = OnnxLogits(folder)
+                reports = [self._at_once(graph), self._over_cache(graph, steps=True)]
+                del graph  # one session in memory at a time
                 if buffer:
                     reports.append(self._in_a_buffer(folder))
-                return max(reports, key=lambda report: report.max_abs_difference)
+                return max(reports, key=lambda report: report.kl_per_token)
         except (onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented, KeyError):
             return None
         except ConfigError:  # logits that are no numbers
@@ -170,15 +182,13 @@ def _roll(rows: Tensor, gaps: list[int], sign: int) -> Tensor:
 
 
 @contextmanager
-def _run_errors() -> Iterator[None]:
-    """ONNX Runtime's errors as ours, but for kernels that a processor lacks."""
+def _run_errors(lacking: bool = False) -> Iterator[None]:
+    """ONNX Runtime's errors as ours; `lacking`: but for kernels that a processor lacks."""
     states = onnxruntime.capi.onnxruntime_pybind11_state
     try:
         yield
-    except states.NotImplemented:
-        raise
     except Exception as error:
-        if type(error).__module__ != states.__name__:
+        if type(error).__module__ != states.__name__ or (lacking and isinstance(error, states.NotImplemented)):
             raise
         reason = " ".join(str(error).split())
         raise Unrunnable(f"ONNX Runtime does not run the graph ({reason}); nothing was written") from error

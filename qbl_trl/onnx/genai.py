@@ -45,8 +45,8 @@ def write_genai_config(config: Any, generation: Any, folder: Path, provider: str
         return
     heads, width = sizes[0]
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in names}
-    eos = _first_set(getattr(generation, "eos_token_id", None), config.eos_token_id)
-    pad = _first_set(getattr(generation, "pad_token_id", None), config.pad_token_id, eos)
+    eos = _first_set(getattr(generation, "eos_token_id", None), config.eos_token_id, [])  # 0 would be a token
+    pad = _first_set(getattr(generation, "pad_token_id", None), config.pad_token_id, eos or 0)
     options = [] if provider == "cpu" else [{"cuda": {"enable_cuda_graph": "0"}}]
     written = {
         "model": {
@@ -78,7 +78,7 @@ def write_genai_config(config: Any, generation: Any, folder: Path, provider: str
             "past_present_share_buffer": shares,
             "repetition_penalty": float(getattr(generation, "repetition_penalty", None) or 1.0),
             "temperature": float(getattr(generation, "temperature", None) or 1.0),
-            "top_k": int(getattr(generation, "top_k", None) or 50),
+            "top_k": int(_first_set(getattr(generation, "top_k", None), 50)),
             "top_p": float(getattr(generation, "top_p", None) or 1.0),
         },
     }
@@ -123,4 +123,4 @@ def _layers(made: dict[str, list[int]]) -> dict[str, Any]:
 
 
 def _first_set(*values: Any) -> Any:
-    return next((value for value in values if value is not None), 0)
+    return next((value for value in values if value is not None), None)

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import math
 from collections.abc import Iterable
+from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,8 @@ def check_choices(
         ("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES),
         ("logits", logits, LOGITS),
     ):
-        if given not in allowed or isinstance(given, (bool, float)):
+        single = given is None or isinstance(given, (str, Integral))  # `in` would ask an array, too
+        if not single or isinstance(given, bool) or given not in allowed:
             raise ExportError(f"export_onnx: {name}={given!r} is not known; allowed: {', '.join(map(str, allowed))}")
     for name, chosen in (
         ("accuracy_level", accuracy_level),
@@ -156,8 +158,8 @@ def check_choices(
         )
     if max_length is not None and not (type(max_length) is int and max_length >= SHORTEST):
         raise ExportError(f"export_onnx: max_length={max_length!r} must be a whole number of at least {SHORTEST}")
-    numbers = (int, float)
-    if tolerance is not None and not (isinstance(tolerance, numbers) and 0 <= tolerance < math.inf):
+    number = isinstance(tolerance, Real) and not isinstance(tolerance, bool)
+    if tolerance is not None and not (number and 0 <= tolerance < math.inf):
         raise ExportError(f"export_onnx: tolerance={tolerance!r} must be a number of at least 0, or None")
     if not (tokenizer is None or hasattr(tokenizer, "save_pretrained") or isinstance(tokenizer, (str, PathLike))):
         raise ExportError(f"export_onnx: tokenizer takes a tokenizer, a folder or a model id, not {tokenizer!r}")

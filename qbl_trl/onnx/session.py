@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from torch import Tensor
 
@@ -46,24 +47,23 @@ def check_external_data(path: Path) -> None:
     Raises:
         ExportError: naming the tensor and the file.
     """
-    model = onnx.load(path, load_external_data=False)
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+        places = {t.name: ExternalDataInfo(t) for t in graph.initializer if uses_external_data(t)}
+    except (DecodeError, ValueError, TypeError) as error:
+        raise ExportError(f"{path} is no whole ONNX graph ({error}); copy or export it again") from error
     root = Path(os.path.abspath(path.parent))
-    for tensor in model.graph.initializer:
-        if not uses_external_data(tensor):
-            continue
-        info = ExternalDataInfo(tensor)
+    for name, info in places.items():
         data = Path(os.path.normpath(root / info.location))  # a hub's cache holds links to files elsewhere
         if Path(info.location).is_absolute() or root not in data.parents:
             raise ExportError(
-                f"{path}: weight {tensor.name} is said to lie in {info.location!r}, outside the model's folder; "
+                f"{path}: weight {name} is said to lie in {info.location!r}, outside the model's folder; "
                 "the file was tampered with, export the model again"
             )
         if not data.is_file():
-            raise ExportError(
-                f"{path}: weight {tensor.name} needs {data.name}, which is missing; copy the whole folder"
-            )
+            raise ExportError(f"{path}: weight {name} needs {data.name}, which is missing; copy the whole folder")
         if data.stat().st_size < (info.offset or 0) + (info.length or 0):
-            raise ExportError(f"{path}: {data.name} is too short for weight {tensor.name}; copy or export it again")
+            raise ExportError(f"{path}: {data.name} is too short for weight {name}; copy or export it again")
 
 
 def opened(folder: Path) -> Logits:

@@ -164,7 +164,7 @@ def _rotary_marker(name: str, module: nn.Module, made: Skeleton, fused: bool) ->
     else:
         marker = TypedTableMarker(name, {kind: tables[f"{name}.{kind}"].columns for kind in parts})
     if hasattr(module, "config"):  # Granite with windows finds its tables by it
-        marker.config = module.config
+        marker.config = copy.copy(module.config)  # Optimum sets use_cache of every module while it traces
     return marker
 
 

@@ -4,6 +4,7 @@ A tied pair is one table: the head is a view of the embedding's tensors and adds
 modules_to_not_convert names stays in float, and with it the other, if the two are tied.
 """
 
+import copy
 from collections.abc import Container
 from typing import Any
 
@@ -181,6 +182,8 @@ def untie_changed_head_(model: nn.Module) -> None:
     pair: tuple[Any, Any] = head.weight, table.weight
     if (pair[0] is pair[1] or torch.equal(*pair)) and getattr(head, "delta", None) is getattr(table, "delta", None):
         return
+    if not _class_ties(model):
+        return
     own = f"{same_module_name(model, head)}.weight"
     tied = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ()
     others = [key for key in tied if not own.endswith(key)]
@@ -193,6 +196,19 @@ def untie_changed_head_(model: nn.Module) -> None:
         config.tie_word_embeddings = False  # type: ignore[union-attr]
     if hasattr(model, "all_tied_weights_keys"):  # transformers 5 worked it out when the model was made
         vars(model)["all_tied_weights_keys"] = {}  # the head's was the only one
+
+
+def _class_ties(model: nn.Module) -> bool:
+    """Whether a model of this class and configuration has one table for the two; not all that say so do.
+
+    An encoder's embedding is not that of the decoder whose head it would be.
+    """
+    try:
+        with torch.device("meta"):
+            table, head = _pair(type(model)(copy.deepcopy(model.config)))
+    except Exception:  # of a class that takes more than a configuration
+        return True
+    return head is not None and head.weight is getattr(table, "weight", None)
 
 
 def input_table(model: nn.Module) -> nn.Module | None:

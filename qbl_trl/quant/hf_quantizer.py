@@ -20,7 +20,6 @@ from qbl_trl.allowed import ALLOWED_GROUP_SIZES
 from qbl_trl.config import QUANT_METHOD, GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError, QblError
 from qbl_trl.generation import BEFORE_5
-from qbl_trl.module_names import name_here
 from qbl_trl.older_names import restore_settings_
 from qbl_trl.progress import progress
 from qbl_trl.quant.apply import finish_, quantize_layer_
@@ -32,7 +31,7 @@ from qbl_trl.quant.kept_dtypes import keep_stored_dtypes
 from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.placing import bytes_per_weight, counted_types, refuse_disk, room_for_codes
-from qbl_trl.quant.renaming import keep_packed_names_, names_in_model, without_packed
+from qbl_trl.quant.renaming import keep_packed_names_, layers_in_model, names_in_model, without_packed
 from qbl_trl.quant.requested import requested, warn_of_unknown
 from qbl_trl.quant.resizing import refuse_resizing
 from qbl_trl.quant.resolved import check_chosen_files
@@ -96,9 +95,7 @@ class GroupQuantizer(HfQuantizer):
             return model
         folder, found = files_of(folder_of(model.config), kwargs.get("checkpoint_files"))
         self.choose_(model, folder, found)
-        modules = dict(model.named_modules())
-        layers = {name_here(name, modules): stored for name, stored in self.quantization_config.layers.items()}
-        self.quantization_config.layers = layers
+        self.quantization_config.layers = layers_in_model(model, self.quantization_config.layers, found)  # type: ignore[arg-type]
         for name in self.targets:
             replace(model, name, empty_layer(model.get_submodule(name), self.quantization_config, name))
         if self.quantization_config.quantize_embeddings:
@@ -232,6 +229,10 @@ class GroupQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         dequantize_model_(model, dtype or model.dtype)  # type: ignore[arg-type]
+        for part in model.modules():
+            own = vars(part.config) if isinstance(part, PreTrainedModel) and part is not model else {}
+            if own is not vars(model.config):  # type: ignore[arg-type]  # transformers 4.57 clears that one alone
+                own.pop("_pre_quantization_dtype", None)
         return model
 
 

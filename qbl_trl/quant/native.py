@@ -7,6 +7,7 @@ sample. Without a compiler, or on a processor the
 source has no path for, everything works as before, slower. QBL_TRL_NATIVE=0 turns it off.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -148,7 +149,10 @@ def _built() -> Path:
         raise OSError("no C compiler was found")
     with contextlib.suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)
-    folder = cache if os.access(cache, os.W_OK) else Path(tempfile.mkdtemp(prefix="qbl_trl-"))
+    folder = cache
+    if not os.access(cache, os.W_OK):
+        folder = Path(tempfile.mkdtemp(prefix="qbl_trl-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder) as draft:
         built = Path(draft, name)
         _compile(compiler, built)

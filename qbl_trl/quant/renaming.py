@@ -5,22 +5,38 @@ the checkpoint of a model with a head, or the other way round.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, modeling_utils
 
+from qbl_trl.module_names import name_here
 from qbl_trl.quant.experts import Experts
-from qbl_trl.quant.packed import PackedWeight
+from qbl_trl.quant.packed import BESIDE_CODES, PackedWeight
 
 
 def names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
-    """The name in the model of every stored tensor, by its name in the files."""
+    """The name in the model of every stored tensor, by its name in the files; scales go where codes go."""
     names = list(stored)
-    if hasattr(model, "_get_key_renaming_mapping"):  # transformers 4
-        return _by_class_mapping(model, names)
-    return _by_conversions(model, names)
+    old = hasattr(model, "_get_key_renaming_mapping")  # transformers 4
+    found = _by_class_mapping(model, names) if old else _by_conversions(model, names)
+    for name in names:
+        layer, _, part = name.rpartition(".")
+        if part in BESIDE_CODES and f"{layer}.weight" in found:
+            found[name] = f"{found[f'{layer}.weight'].removesuffix('.weight')}.{part}"
+    return found
+
+
+def layers_in_model(model: PreTrainedModel, layers: Mapping[str, Any], stored: Iterable[str]) -> dict[str, Any]:
+    """Settings of single layers by their names in the model, where another version or another head stored them."""
+    modules = dict(model.named_modules())
+    here = {name: name_here(name, modules) for name in layers}
+    lost = [name for name, found in here.items() if found not in modules]
+    if lost:
+        moved = names_in_model(model, {*stored, *(f"{name}.weight" for name in lost)})
+        here |= {name: moved[f"{name}.weight"].removesuffix(".weight") for name in lost}
+    return {here[name]: settings for name, settings in layers.items()}
 
 
 def _by_class_mapping(model: Any, names: list[str]) -> dict[str, str]:

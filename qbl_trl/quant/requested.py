@@ -29,6 +29,7 @@ def requested(model: nn.Module, config: GroupQuantConfig) -> GroupQuantConfig:
         ConfigError: if single layers are to have another format, calibration data are missing or no token ids, the
             embedding cannot be packed, or weights are in float8.
     """
+    config = dataclasses.replace(config)  # what was stored is written into it
     narrow = next(iter(float8_in(model)), None)
     if narrow is not None:
         raise ConfigError(

@@ -69,9 +69,17 @@ def stored_layers(
             f"{folder}: {lost!r} is packed by itself, and transformers {transformers_version} holds the experts of a "
             f"layer in one tensor; open this folder with the version it was written with ({made_with or 'before 5'})"
         )
-    chosen = packed | (set(usual) - plain - _stacked(model, found))
+    chosen = packed | (set(usual) - plain - _stacked(model, found) - _of_another_head(model, folder, packed | plain))
     layers = [name for name, layer in modules.items() if name in chosen and layer is not head and is_linear(layer)]
     return layers, plain
+
+
+def _of_another_head(model: nn.Module, folder: Path, held: set[str]) -> set[str]:
+    """Layers that the class of a stored model does not have: whoever opens it as another draws them, in float."""
+    written_by = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    if type(model).__name__ in written_by:
+        return set()
+    return {name for name, module in model.named_modules() if name not in held and is_linear(module)}
 
 
 def _stacked(model: nn.Module, found: dict[str, Stored]) -> set[str]:

@@ -18,16 +18,13 @@ from qbl_trl.allowed import ALLOWED_GROUP_SIZES
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.quant.experts import Experts
 from qbl_trl.quant.modules import same_module_name
+from qbl_trl.quant.read_weights import read_by_others
 
-_READ_ELSEWHERE = {
+_READ_ELSEWHERE = {  # where no pattern of `read_weights.py` sees it
     "longcat_flash": ("router.classifier",),
     "rwkv": ("attention.output", "feed_forward.value"),  # divided in place for inference
     "wavlm": ("q_proj", "k_proj", "v_proj", "out_proj"),  # by torch's own attention
-    # activations are cast to the type of the weight
-    "blip-2": ("vision_projection", "text_projection", "itm_head"),
-    **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa"), ("weights_proj",)),
-    **dict.fromkeys(("siglip2", "siglip2_vision_model"), ("patch_embedding",)),
-    "switch_transformers": ("wo",),
+    "neomme": ("unembedding_projection",),
     **dict.fromkeys(("falcon_mamba", "mamba"), ("dt_proj",)),
 }
 _READ_BY_KERNELS = {  # of state space models, fused; called where these are not
@@ -152,7 +149,18 @@ def _kept_in_float(model: nn.Module) -> set[str]:
     whose weight is read by others."""
     lists = [getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")]
     wanted = {name.removesuffix(".weight") for names in lists if isinstance(names, (list, set)) for name in names}
-    return wanted | {*read_elsewhere(model), *_of_type(model, _READ_BY_KERNELS)}
+    return (
+        wanted
+        | {*read_elsewhere(model), *_of_type(model, _READ_BY_KERNELS), *read_by_others(model)}
+        | _in_slices(model)
+    )
+
+
+def _in_slices(model: nn.Module) -> set[str]:
+    """Bloom multiplies by slices of a weight where its configuration asks for the sums of its training."""
+    config = getattr(model, "config", None)
+    sliced = getattr(config, "pretraining_tp", 1) > 1 and getattr(config, "slow_but_exact", False)
+    return {"self_attention.dense", "dense_4h_to_h"} if sliced else set()
 
 
 def read_elsewhere(model: nn.Module) -> tuple[str, ...]:

@@ -37,13 +37,14 @@ from qbl_trl.trl.inject import (
     check_trains,
     find_trainer,
     place_,
+    take_back_,
 )
 from qbl_trl.trl.layers import active, active_layers
 from qbl_trl.trl.merged_loss import merged_loss
 from qbl_trl.trl.metrics import check_finite, measure, summarize, warn_of_untrained
-from qbl_trl.trl.outputs import Outputs
+from qbl_trl.trl.outputs import Outputs, base_folder
 from qbl_trl.trl.probe import probe
-from qbl_trl.trl.rounding import DeltaRounding, check_rounding
+from qbl_trl.trl.rounding import DeltaRounding, check_rounding, forget_rounding
 from qbl_trl.trl.tokens import FirstTokens, random_tokens
 
 logger = logging.getLogger(__name__)
@@ -104,8 +105,8 @@ class QBLoRACallback(TrainerCallback):
             )
         self.config = config
         self.outputs = Outputs(
-            merged=None if merged_output_dir is None else Path(merged_output_dir),
-            onnx=None if onnx_output_dir is None else Path(onnx_output_dir),
+            merged=None if merged_output_dir is None else Path(merged_output_dir).expanduser(),
+            onnx=None if onnx_output_dir is None else Path(onnx_output_dir).expanduser(),
             onnx_options=dict(onnx_options or {}),
             overwrite=overwrite,
             stored_delta=stored_delta,
@@ -145,15 +146,24 @@ class QBLoRACallback(TrainerCallback):
         check_teacher(args)
         if self.outputs.onnx is not None:
             finish.check_decoder(model)
-        if self.config is not None:
-            model = place_(trainer, model, self.config)
-        self._meet(trainer, model)
+        base = base_folder(model)
+        self.outputs.check_apart(base)
+        trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        placed = None if self.config is None else place_(trainer, model, self.config)
+        model = model if placed is None else placed
+        try:
+            self._meet(trainer, model)
+            if trainer is not None:
+                check_optimizer(trainer, model)
+        except Exception:
+            if placed is not None:
+                take_back_(placed, trained)
+            raise
         if trainer is not None:
-            check_optimizer(trainer, model)
             if trainer.is_fsdp_enabled:
                 self._gatherer = gather.Gatherer(model)
             if state.is_world_process_zero:
-                checkpoints.set_aside_parts(args.output_dir)
+                checkpoints.set_aside_parts(args.output_dir, base)
             trainer.accelerator.wait_for_everyone()
         logger.info("%s", self.record.describe())
 
@@ -163,7 +173,7 @@ class QBLoRACallback(TrainerCallback):
         self.check_outputs(args)  # training again would find the first run's outputs
         self._meet_late(model, anew=getattr(self._trainer, "model_init", None) is not None)
         if state.global_step:
-            check_resumed(model)
+            check_resumed(find_trainer(model), model)
         self._layers = active_layers(model)  # sharding may have replaced modules
         check_trains(model)
         self._moved = False
@@ -173,7 +183,9 @@ class QBLoRACallback(TrainerCallback):
             check_rounding(self._layers, self.outputs.stored_delta)
             self._rounding = DeltaRounding(self._layers, self.outputs.stored_delta, self.round_from_step == 0)
             self._rounding.install()
-        self.record.begin()
+        self.record.begin(state.global_step)
+        if state.is_world_process_zero and (Path(args.output_dir) / REPORT).is_file():  # of an earlier run
+            self.record.write(args, state, finished=False)
 
     # -- during training ------------------------------------------------------------------------------------------
 
@@ -238,7 +250,7 @@ class QBLoRACallback(TrainerCallback):
                 with self._unrounded():
                     merged, _ = finish.merge_and_verify(whole, self._input_ids(whole), self.outputs.stored_delta)
                 if merged is not None:
-                    finish.write_merged(merged, self._tokenizer(kwargs), folder / "merged", overwrite=True)
+                    finish.write_merged(merged, self._tokenizer(kwargs), folder / checkpoints.MERGED, overwrite=True)
             if folder.is_dir():
                 checkpoints.mark_whole(folder)
             self.record.write(args, state, finished=False)
@@ -280,6 +292,7 @@ class QBLoRACallback(TrainerCallback):
         every reporter."""
         layers = active_layers(model)
         self._check(trainer, model, layers)
+        forget_rounding(layers)
         self.record = run_record.RunRecord.start(model, layers, probe(layers))
         self._trainer, self._layers, self._adapters = trainer, layers, _names(layers)
         if trainer is not None:

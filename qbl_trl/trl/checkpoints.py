@@ -1,9 +1,10 @@
 """Which checkpoint folders are whole. A trainer writes checkpoint-N file by file: killed in between, it leaves a part.
 
 A folder is whole if the note `qblora_complete.json` in it names files that are all there with the sizes it states, as
-far as a resumed run reads them (a README may be edited). The callback writes that note last, in one rename. Without a
-note (a folder written before the callback was used, or a kill just after the last file), the folder is whole if
-`trainer_state.json`, which the trainer writes last, can be read and every safetensors and torch file in it has its end.
+far as a resumed run reads them (a README may be edited, a merged model moved away). The callback writes that note last,
+in one rename. Without a note (a folder written before the callback was used, or a kill just after the last file), the
+folder is whole if `trainer_state.json`, which the trainer writes last, can be read and every safetensors and torch file
+in it has its end.
 """
 
 import json
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from qbl_trl.errors import CheckpointError
+from qbl_trl.leftovers import remove_leftovers
 from qbl_trl.quant.checkpoint import read_headers
 
 logger = logging.getLogger(__name__)
 
 NOTE = "qblora_complete.json"
 _STATE = "trainer_state.json"
+MERGED = "merged"  # a folder in a checkpoint, which no trainer reads
 _WEIGHTS = {".safetensors", ".bin", ".distcp"}
 _READ = _WEIGHTS | {".pt", ".pth"}  # by a trainer that resumes
 _NAME = re.compile(r"checkpoint-(\d+)$")
@@ -33,13 +36,21 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w") as stream:
-            json.dump(content, stream, indent=1)
+            json.dump(content, stream, indent=1, default=_plain)
             stream.write("\n")
         os.chmod(draft, 0o644)
         os.replace(draft, path)
     except BaseException:
         os.unlink(draft)
         raise
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy or torch that a callback left in a log; anything else as text."""
+    try:
+        return value.item()
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return str(value)
 
 
 def mark_whole(folder: Path) -> None:
@@ -58,7 +69,7 @@ def check_checkpoint(folder: str | os.PathLike[str]) -> None:
     path = Path(folder)
     if (path / NOTE).is_file():
         for name, size in _noted(path / NOTE).items():
-            _check_file(path / name, size)
+            _check_file(path, name, size)
         return
     state = path / _STATE
     try:
@@ -74,9 +85,10 @@ def check_checkpoint(folder: str | os.PathLike[str]) -> None:
             raise CheckpointError(f"{file} is cut short; the checkpoint is not whole, resume from an earlier one")
 
 
-def _check_file(file: Path, size: int) -> None:
+def _check_file(folder: Path, name: str, size: int) -> None:
     """One file of a folder that was whole once."""
-    if file.suffix not in _READ and file.name != _STATE:
+    file = folder / name
+    if Path(name).parts[0] == MERGED or (file.suffix not in _READ and file.name != _STATE):
         return
     if not file.is_file():
         raise CheckpointError(f"{file} is missing although the checkpoint was complete once")
@@ -89,14 +101,23 @@ def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     return next((str(folder) for folder in reversed(_checkpoints(Path(output_dir))) if _problem(folder) is None), None)
 
 
-def set_aside_parts(output_dir: str | os.PathLike[str]) -> list[Path]:
+def set_aside_parts(output_dir: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> list[Path]:
     """Rename every checkpoint-N that cannot be resumed from, so that `resume_from_checkpoint=True` finds one that can.
 
-    One that was whole and lacks an optimizer since, deleted to save space, stays where it is. Nothing is deleted here.
-    Returns the new names.
+    One that was whole and lacks an optimizer since, deleted to save space, stays where it is. Nothing is deleted here,
+    but for what a killed process left of a merged model.
+
+    Args:
+        base: folder of the model that is trained, which is no checkpoint of this run whatever it is called.
+
+    Returns:
+        The new names.
     """
     moved = []
     for folder in _checkpoints(Path(output_dir)):
+        if base is not None and Path(base).resolve() == folder.resolve():
+            continue
+        remove_leftovers(folder / MERGED, folder)
         problem = _problem(folder)
         if problem is None:
             continue
@@ -106,7 +127,11 @@ def set_aside_parts(output_dir: str | os.PathLike[str]) -> list[Path]:
         aside = folder.with_name(_ASIDE + folder.name)
         while aside.exists():
             aside = aside.with_name(aside.name + "-")
-        folder.rename(aside)
+        try:
+            folder.rename(aside)
+        except OSError as error:
+            logger.warning("%s, and it cannot be moved aside (%s)", problem, error.strerror or error)
+            continue
         logger.warning("half-written checkpoint moved to %s: %s", aside, problem)
         moved.append(aside)
     return moved
@@ -117,8 +142,9 @@ def _can_be_resumed_from(folder: Path) -> bool:
     try:
         for name, size in _noted(folder / NOTE).items():
             file = folder / name
-            if file.is_file() or file.suffix in _WEIGHTS or file.name == _STATE:
-                _check_file(file, size)
+            weights = file.suffix in _WEIGHTS and not Path(name).parts[0].startswith("optimizer")  # FSDP's are .distcp
+            if file.is_file() or weights or file.name == _STATE:
+                _check_file(folder, name, size)
     except CheckpointError:
         return False
     return True

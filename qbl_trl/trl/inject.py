@@ -9,6 +9,7 @@ import copy
 import logging
 import sys
 from collections.abc import Iterator
+from os import PathLike
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -43,16 +44,27 @@ def find_trainer(model: nn.Module) -> Trainer | None:
 
     Events carry no reference to the trainer; the stack is the only place where it can be met at `on_init_end`.
     """
-    callers = (variables.get("self") for variables in _callers())
+    callers = (frame.f_locals["self"] for frame in _methods())
     return next((c for c in callers if isinstance(c, Trainer) and getattr(c, "model", None) is model), None)
 
 
-def _callers() -> Iterator[dict[str, Any]]:
-    """Variables of the functions that are running, the nearest first."""
+def _methods() -> Iterator[FrameType]:
+    """The methods that are running, the nearest first, as far as they still have their `self`.
+
+    Looking at the variables of a frame keeps them alive until it returns (before Python 3.13): those of a script's
+    functions, which may want to let go of a model, are not looked at.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        yield frame.f_locals
+        code = frame.f_code
+        if code.co_argcount and code.co_varnames[0] == "self" and "self" in frame.f_locals:
+            yield frame
         frame = frame.f_back
+
+
+def _variables(trainer: Trainer | None) -> Iterator[dict[str, Any]]:
+    """Variables of the methods of a trainer that are running, the nearest first."""
+    return (frame.f_locals for frame in _methods() if frame.f_locals["self"] is trainer is not None)
 
 
 def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> PeftModel:
@@ -75,7 +87,7 @@ def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> P
         )
     _check_trainer(trainer)
     config = copy.deepcopy(config)
-    _train_added_tokens_(config, model)
+    _train_added_tokens_(config, model, trainer)
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     if trainer.args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
         peft_model.enable_input_require_grads()
@@ -87,16 +99,31 @@ def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> P
     return peft_model  # type: ignore[return-value]
 
 
-def _train_added_tokens_(config: QBLoRAConfig, model: nn.Module) -> None:
+def take_back_(peft_model: PeftModel, trained: dict[str, bool]) -> None:
+    """Undo `place_` on the model, which somebody will try again with: nothing trains that did not before.
+
+    Args:
+        trained: requires_grad of its parameters by name, as they were.
+    """
+    model = peft_model.unload()
+    if hasattr(model, "disable_input_require_grads") and hasattr(model, "_require_grads_hook"):
+        model.disable_input_require_grads()
+    vars(model).pop("peft_config", None)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained.get(name, parameter.requires_grad))
+
+
+def _train_added_tokens_(config: QBLoRAConfig, model: nn.Module, trainer: Trainer) -> None:
     """What a trainer does to a peft_config when a chat template brings new tokens: their rows and the head train, too.
 
     SFTTrainer keeps the new ids in a variable of its constructor, which is running now. It calls the two layers
     "embed_tokens" and "lm_head"; here they have the names that the model gives them.
     """
-    building = next((variables for variables in _callers() if variables.get("added_tokens")), {})
-    if not isinstance(building.get("self"), Trainer):
+    named = (variables.get("added_tokens") for variables in _variables(trainer))
+    added = next((found for found in named if isinstance(found, list) and found), None)
+    if added is None:
         return
-    added, rows = building["added_tokens"], config.trainable_token_indices
+    rows = config.trainable_token_indices
     inner: Any = unwrap(model)
     table, head = (
         same_module_name(inner, layer).rpartition(".")[2]
@@ -129,7 +156,7 @@ def _let_go_of_copied_reference_(trainer: Trainer) -> None:
     """
     if not any(cls.__name__ == "OnlineDPOTrainer" for cls in type(trainer).__mro__):
         return
-    given = (names["ref_model"] for names in _callers() if names.get("self") is trainer and "ref_model" in names)
+    given = (names["ref_model"] for names in _variables(trainer) if "ref_model" in names)
     if next(given, trainer.ref_model) is None:
         trainer.ref_model = None
 
@@ -191,14 +218,14 @@ def check_teacher(args: TrainingArguments) -> None:
         )
 
 
-def check_resumed(model: nn.Module) -> None:
+def check_resumed(trainer: Trainer | None, model: nn.Module) -> None:
     """Refuse to go on from a checkpoint that was trained over another base: only its adapter is loaded.
 
     Raises:
         ConfigError: naming what differs.
     """
-    named = (variables.get("resume_from_checkpoint") for variables in _callers())
-    folder = next((Path(name) for name in named if isinstance(name, str)), None)
+    named = (variables.get("resume_from_checkpoint") for variables in _variables(trainer))
+    folder = next((Path(name) for name in named if isinstance(name, str | PathLike)), None)
     if folder is None or not (folder / "adapter_config.json").is_file():
         return
     saved = saved_adapter(folder)

@@ -26,8 +26,9 @@ def merged_loss(
         data: what it was made on.
         stored: type the merged delta is rounded to, None for float32.
     """
-    measured = next((key.removesuffix("_runtime") for key in evaluated if key.endswith("_runtime")), None)
-    if data is None or measured is None or f"{measured}_loss" not in evaluated:
+    prefixes = (key.removesuffix("_runtime") for key in evaluated if key.endswith("_runtime"))  # a metric may, too
+    measured = next((prefix for prefix in prefixes if f"{prefix}_loss" in evaluated), None)
+    if data is None or measured is None:
         return {}
     first, *rest = measured.split("_", 1)
     prefix = "_".join([first, "merged", *rest])

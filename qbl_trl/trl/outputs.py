@@ -12,11 +12,18 @@ from transformers import TrainerState, TrainingArguments
 
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.errors import ConfigError
-from qbl_trl.folders import check_free, folder_bytes
+from qbl_trl.folders import check_apart, check_free, folder_bytes
+from qbl_trl.merging import unwrap
 from qbl_trl.progress import say
 from qbl_trl.trl import finish
 from qbl_trl.trl.page import size
 from qbl_trl.trl.run_record import RunRecord
+
+
+def base_folder(model: nn.Module) -> Path | None:
+    """The folder that a model was loaded from, if it was one."""
+    named = getattr(getattr(unwrap(model), "config", None), "_name_or_path", "")
+    return Path(named) if named and Path(named).is_dir() else None
 
 
 @dataclass
@@ -40,6 +47,8 @@ class Outputs:
     def __post_init__(self) -> None:
         if self.onnx is not None and self.merged is None:
             raise ConfigError("QBLoRACallback: onnx_output_dir exports the merged model; set merged_output_dir as well")
+        if self.onnx_options and self.onnx is None:
+            raise ConfigError("QBLoRACallback: onnx_options says how to export to onnx_output_dir; set it as well")
 
     def check(self, run: str | os.PathLike[str]) -> None:
         """Refuse what could not be written when training is over, before it begins.
@@ -71,6 +80,16 @@ class Outputs:
             taken[name] = folder
         if self.onnx is not None:
             finish.check_export(self.onnx_options)
+
+    def check_apart(self, base: Path | None) -> None:
+        """Refuse to put a folder in the place of the base, which every checkpoint of the run needs.
+
+        Raises:
+            ConfigError: naming both.
+        """
+        for folder in (self.merged, self.onnx):
+            if folder is not None:
+                check_apart(folder, base)
 
     def finish(
         self,

@@ -94,8 +94,8 @@ def _key_figures(record: dict[str, Any], history: Any) -> str:
         if points:
             items.append((f"{points[-1][1]:.3f}", label))
     items.append((f"{record['adapter']['trainable_parameters'] / 1e6:.2f} M", "trained parameters"))
-    steps, seconds = record["step"], record["seconds"]
-    if steps and seconds:
+    steps, seconds = record["step"] - record.get("first_step", 0), record["seconds"]
+    if steps > 0 and seconds:
         items.append((f"{seconds / steps:.2f} s", f"per step, {_processes(record['world_size'])}"))
         items.append((f"{100 * record['callback_seconds'] / seconds:.2f} %", "of it spent on metrics"))
     if "merged" in record["sizes"]:

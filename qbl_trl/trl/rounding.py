@@ -92,6 +92,7 @@ class DeltaRounding:
         self.cost = (lost / total) ** 0.5 if total else 0.0
 
     def _hook(self, name: str) -> Any:
+        @_marked
         def add(layer: BalancedLinear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if layer.disable_adapters or layer.merged or active(layer) != self._trained[name]:
                 return output
@@ -100,6 +101,18 @@ class DeltaRounding:
             return add_expanded(output, pooled, change, layer.out_factor[adapter])
 
         return add
+
+
+def _marked(hook: Any) -> Any:
+    hook.rounds_delta = True
+    return hook
+
+
+def forget_rounding(layers: dict[str, BalancedLinear]) -> None:
+    """Take off what a run that was interrupted left on its layers, whose callback may be gone."""
+    for layer in layers.values():
+        for key in [key for key, hook in layer._forward_hooks.items() if hasattr(hook, "rounds_delta")]:
+            del layer._forward_hooks[key]
 
 
 @contextmanager
@@ -140,4 +153,4 @@ def check_rounding(layers: dict[str, BalancedLinear], stored: str | None) -> Non
             )
 
 
-__all__ = ["STORED", "DeltaRounding", "check_rounding", "round_delta", "round_deltas_", "rounded"]
+__all__ = ["STORED", "DeltaRounding", "check_rounding", "forget_rounding", "round_delta", "round_deltas_", "rounded"]

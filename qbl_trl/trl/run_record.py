@@ -28,7 +28,8 @@ class RunRecord:
         probe: difference of trained and merged form before training, by layer.
         merge, sizes, export: set when training ends.
         rounding: type the merged delta is stored in and ||Q(D) - D|| / ||D||, where training rounded it.
-        seconds: wall time of training; callback_seconds of it were spent on metrics.
+        first_step: where this process began, if it resumed a run.
+        seconds: wall time of training since; callback_seconds of it were spent on metrics.
     """
 
     model: str = ""
@@ -39,6 +40,7 @@ class RunRecord:
     sizes: dict[str, int] = field(default_factory=dict)
     export: dict[str, Any] | None = None
     rounding: dict[str, Any] = field(default_factory=dict)
+    first_step: int = 0
     seconds: float = 0.0
     callback_seconds: float = 0.0
     _started: float = 0.0
@@ -56,8 +58,9 @@ class RunRecord:
             probe=probe,
         )
 
-    def begin(self) -> None:
-        """Training starts now, perhaps again."""
+    def begin(self, step: int = 0) -> None:
+        """Training starts now, perhaps again, perhaps from a checkpoint of some step."""
+        self.first_step = step
         self.merge, self.sizes, self.export, self.rounding = {}, {}, None, {}
         self.seconds = self.callback_seconds = 0.0
         self._started = time.perf_counter()
@@ -87,6 +90,7 @@ class RunRecord:
             "finished": finished,
             "model": self.model,
             "step": state.global_step,
+            "first_step": self.first_step,
             "max_steps": state.max_steps,
             "world_size": args.world_size,
             "seconds": self.seconds or time.perf_counter() - self._started,

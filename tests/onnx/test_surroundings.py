@@ -1,5 +1,7 @@
 """What lies around an export: where models, tokenizers and folders come from, and what verify says of a graph."""
 
+import errno
+import json
 import os
 import shutil
 
@@ -7,27 +9,30 @@ import onnx
 import pytest
 import torch
 import transformers
-from peft import get_peft_model
+from peft import PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AttentionInterface, PreTrainedTokenizerFast
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, export_onnx, verify
 from qbl_trl.cli import main
-from qbl_trl.errors import ExportError
+from qbl_trl.errors import CheckpointError, ExportError
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.onnx.companions import Held
 from qbl_trl.onnx.files import MODEL_FILE
 from qbl_trl.onnx.reference import float32_reference
+from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.onnx.skeleton import build_skeleton
 from qbl_trl.onnx.sources import linear_sources
+from qbl_trl.parity import compare, logits_of
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.tokenizers import save_tokenizer
 from tests.onnx.architectures import ARCHITECTURES, GATED, build_named
 from tests.onnx.models import merged_llama
-from tests.tiny import tiny_llama, tokens
+from tests.tiny import tiny_llama, tiny_tokenizer, tokens
 
 
 @pytest.fixture
@@ -167,3 +172,116 @@ def test_transformers_5_is_named_where_states_have_graphs_with_it(tmp_path, monk
     monkeypatch.setattr(Held, "linears", lambda held: pytest.fail("work began"))
     with pytest.raises(ExportError, match=r"states beside keys and values, have graphs with transformers 5 alone"):
         export_onnx(model, tmp_path / "out")
+
+
+def test_a_graph_does_not_take_the_place_of_what_it_is_made_from(adapter_without_tokenizer, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    for given in (adapter_without_tokenizer, model, get_peft_model(model, QBLoRAConfig(r=4))):
+        with pytest.raises(ExportError, match=r"would replace .*base, which it is made from"):
+            export_onnx(given, tmp_path / "base", overwrite=True)
+    assert main(["export", str(adapter_without_tokenizer), str(tmp_path / "base"), "--overwrite"]) == 1
+    assert "which it is made from" in capsys.readouterr().err
+    assert (tmp_path / "base" / "model.safetensors").is_file()
+
+
+def test_a_tokenizer_that_was_asked_for_is_there_or_nothing_is(tmp_path, monkeypatch):
+    model = merged_llama()
+    words = tmp_path / "words"
+    tiny_tokenizer().save_pretrained(words)
+    (words / "tokenizer.json").write_text((words / "tokenizer.json").read_text()[:-9])
+    with pytest.raises(ExportError, match=r"words' holds files that cannot be read"):
+        export_onnx(model, tmp_path / "out", tokenizer=words)
+
+    def full(source, folder):
+        (folder / "tokenizer.json").write_text("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("qbl_trl.onnx.companions.save_tokenizer", full)
+    with pytest.raises(ExportError, match="No space left on device; nothing was written"):
+        export_onnx(model, tmp_path / "out", tokenizer=tiny_tokenizer())
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_settings_of_the_callers_model_stay_as_they_are(tmp_path):
+    model = merged_llama()
+    model.config.use_cache = False
+    before = model.config.to_dict()
+    export_onnx(model, tmp_path / "out")
+    assert model.config.to_dict() == before
+
+
+OPTIONS = [
+    {"embedding_bits": 8, "accuracy_level": 4, "prompt_weights": "int8"},
+    {"attention": "standard"},
+    {"dtype": "float16"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_the_caller_has_set_for_new_tensors_is_no_matter(tmp_path, dtype, options):
+    model = merged_llama()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            export_onnx(model, tmp_path / "out", **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    export_onnx(model, tmp_path / "again", **options)
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_generation_settings_mean_the_same_to_onnx_runtime_genai(tmp_path):
+    model = merged_llama()
+    model.generation_config.update(do_sample=True, top_k=0, eos_token_id=None)
+    model.config.eos_token_id = None
+    export_onnx(model, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    assert written["search"]["top_k"] == 0  # all tokens
+    assert written["model"]["eos_token_id"] == []  # 0 would be a token
+
+
+@pytest.mark.parametrize("lost", ["lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"])
+def test_a_folder_that_lacks_a_float_tensor_is_no_model(tmp_path, lost):
+    quantize_model_(tiny_llama(), GroupQuantConfig()).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    held = load_file(file)
+    del held[lost]
+    save_file(held, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"the files lack 1 of the model's tensors \({lost}, ...\)"):
+        export_onnx(tmp_path / "model", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="the files lack 1"):
+        verify(tmp_path / "model", merged_llama(), tokens())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_graph_that_was_cut_is_named(tmp_path, exported):
+    found = exported(next(iter(ARCHITECTURES)))
+    copy = shutil.copytree(found.folder, tmp_path / "copy")
+    whole = (copy / MODEL_FILE).read_bytes()
+    for content in (whole[:5000], b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"):
+        (copy / MODEL_FILE).write_bytes(content)
+        with pytest.raises(ExportError, match=r"model.onnx is no whole ONNX graph .*; copy or export it again"):
+            verify(found.model, copy, tokens())
+
+
+def test_vectors_before_a_text_have_no_place_in_a_graph(tmp_path):
+    base = quantize_model_(tiny_llama(), GroupQuantConfig())
+    model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    for tolerance in (1e-3, None):
+        with pytest.raises(ExportError, match="prompt and prefix tuning put trained vectors before"):
+            export_onnx(model, tmp_path / "out", tolerance=tolerance)
+
+
+def test_steps_that_are_far_off_are_not_hidden_behind_prompts_that_are_exact(tmp_path):
+    model = merged_llama(tie_word_embeddings=False)
+    model.lm_head.weight.data *= 30
+    with pytest.raises(ExportError, match="the graph is no longer the model"):
+        export_onnx(model, tmp_path / "out", kv_cache_dtype="int8", calibration=[torch.tensor([[5]])])
+    report = export_onnx(model, tmp_path / "out", accuracy_level=4, prompt_accuracy_level=0)
+    ids, length = tokens(8, 60, seed=1), 20
+    expected = logits_of(model)(ids, torch.ones_like(ids))
+    found = OnnxLogits(tmp_path / "out").with_cache(ids, torch.ones_like(ids), length)
+    told, steps = report.parity_as_written.kl_per_token, compare(expected[:, length:], found[:, length:]).kl_per_token
+    assert steps / 4 < told < 4 * steps

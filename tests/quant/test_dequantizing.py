@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from qbl_trl import GroupQuantConfig
 from qbl_trl.quant.hf_quantizer import quantize_model_
@@ -29,6 +35,18 @@ def test_it_computes_the_same_and_so_does_what_it_saves(tmp_path, kind, quantize
     plain.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not getattr(again, "is_quantized", False)
+    assert torch.equal(logits(again, tokens()), logits(plain, tokens()))
+
+
+def test_a_model_of_several_parts_saves_and_opens_again(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = LlamaConfig(**sizes, vocab_size=100)
+    vision = CLIPVisionConfig(**sizes, image_size=28, patch_size=14)
+    LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path / "f")
+    packed = LlavaForConditionalGeneration.from_pretrained(tmp_path / "f", quantization_config=GroupQuantConfig())
+    plain = packed.dequantize()
+    plain.save_pretrained(tmp_path / "d")
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "d")
     assert torch.equal(logits(again, tokens()), logits(plain, tokens()))
 
 

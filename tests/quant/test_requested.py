@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
 from qbl_trl.errors import ConfigError
@@ -14,6 +14,13 @@ from qbl_trl.quant.linear import GroupQuantLinear
 from tests.tiny import logits, tiny_llama, tokens
 
 IDS = tokens()
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
 
 
 def merged():
@@ -32,6 +39,19 @@ def test_the_configuration_of_a_merged_model_quantizes_another_and_stays_as_it_i
     model.save_pretrained(tmp_path / "packed")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert torch.equal(logits(again, IDS), logits(model, IDS))
+
+
+@pytest.mark.parametrize("algorithm", ["hqq", "rtn"])
+def test_the_callers_configuration_stays_as_it_is(tmp_path, algorithm):
+    settings = GroupQuantConfig(algorithm=algorithm)
+    before = settings.to_dict()
+    bare = BertModel(BertConfig(**SMALL), add_pooling_layer=False)
+    bare.save_pretrained(tmp_path)
+    loaded = BertModel.from_pretrained(tmp_path, quantization_config=settings)
+    assert type(loaded.pooler.dense) is torch.nn.Linear  # fresh, which transformers 5 sees, and writes down, only then
+    quantized = quantize_model_(tiny_llama(), settings)
+    assert settings.to_dict() == before
+    assert quantized.config.quantization_config.modules_to_not_convert is None
 
 
 def test_factors_given_by_hand_are_left_out_of_what_is_written(tmp_path, caplog):

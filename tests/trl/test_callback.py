@@ -231,6 +231,8 @@ def test_arguments_that_make_no_sense_are_refused():
         QBLoRACallback(peft.LoraConfig())
     with pytest.raises(ConfigError, match="set merged_output_dir as well"):
         QBLoRACallback(adapter(), onnx_output_dir="x")
+    with pytest.raises(ConfigError, match="onnx_options says how to export to onnx_output_dir; set it as well"):
+        QBLoRACallback(adapter(), merged_output_dir="x", onnx_options={"dtype": "float16"})
     for wrong in (-1, 2.5):
         with pytest.raises(ConfigError, match="round_from_step"):
             QBLoRACallback(adapter(), stored_delta="int8", round_from_step=wrong)

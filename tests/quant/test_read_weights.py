@@ -1,0 +1,77 @@
+"""Layers whose weight the model around them reads: they stay in float, and the model runs."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from qbl_trl import GroupQuantConfig
+from qbl_trl.quant.hf_quantizer import quantize_model_
+from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.read_weights import read_by, read_by_others
+from tests.tiny import tokens
+
+T5 = {"vocab_size": 100, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4}
+VIDEO = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cast, self.typed, self.product, self.called, self.guarded = (nn.Linear(32, 32) for _ in range(5))
+        self.table = nn.Embedding(4, 32)
+
+    def forward(self, x):
+        kind = self.typed.weight.dtype
+        x = self.cast(x.to(self.cast.weight.dtype))
+        x = self.typed(x.to(dtype=kind))
+        x = nn.functional.linear(x.view(x.shape), self.product.weight, bias=self.product.bias)
+        return self.called(self.closed(x.to(self.table.weight.dtype)))
+
+    def closed(self, x):
+        if self.guarded.weight.dtype != torch.int8 and self.guarded.weight.dtype != torch.uint8:
+            x = x.to(self.guarded.weight.dtype)
+        return self.guarded(x).to(self.called.weight.device)
+
+
+class Child(Reader):
+    """Its methods are those of its parent."""
+
+
+def test_the_source_of_a_class_says_which_weights_it_reads():
+    assert read_by(Reader) == read_by(Child) == {"cast", "typed", "product", "table"}
+    assert read_by_others(nn.Sequential(Child())) == {"0.cast", "0.typed", "0.product"}
+
+
+def test_a_class_without_a_source_reads_nothing():
+    space = {"nn": nn}
+    exec("class Made(nn.Module):\n    def forward(self, x):\n        return self.a(x.to(self.a.weight.dtype))", space)
+    assert read_by(space["Made"]) == set()
+
+
+def long_t5():
+    config = transformers.LongT5Config(**T5, decoder_start_token_id=0, local_radius=3)
+    return transformers.LongT5ForConditionalGeneration(config), {
+        "input_ids": tokens(),
+        "decoder_input_ids": tokens(),
+    }
+
+
+def video_mae():
+    config = transformers.VideoMAEConfig(**VIDEO, image_size=32, patch_size=8, num_frames=2, tubelet_size=2)
+    return transformers.VideoMAEForVideoClassification(config), {"pixel_values": torch.randn(2, 2, 3, 32, 32)}
+
+
+def exact_bloom():
+    sizes = {"hidden_size": 64, "n_layer": 1, "n_head": 4, "vocab_size": 100}
+    config = transformers.BloomConfig(**sizes, pretraining_tp=2, slow_but_exact=True)
+    return transformers.BloomForCausalLM(config), {"input_ids": tokens()}
+
+
+@pytest.mark.parametrize("build", [long_t5, video_mae, exact_bloom])
+def test_a_quantized_model_runs_that_reads_weights_of_its_layers(build):
+    model, inputs = build()
+    quantize_model_(model.eval(), GroupQuantConfig())
+    assert any(isinstance(module, GroupQuantLinear) for module in model.modules())
+    with torch.no_grad():
+        assert torch.isfinite(model(**inputs).logits).all()
