@@ -145,6 +145,10 @@ def convert(args: argparse.Namespace) -> None:
     from qbl_trl.quant.writers import check_request, write_checkpoint
     from qbl_trl.tokenizers import save_tokenizer
 
+    if args.template is not None and args.to != "gguf":
+        raise ConfigError(f"--template is for --to gguf; leave it out with --to {args.to}")
+    if args.template is None and args.to == "gguf":
+        raise ConfigError("--to gguf needs --template, a GGUF file of the same model, for its metadata")
     check_request(args.output, args.to, args.template, args.overwrite)
     check_apart(args.output, args.model)
     if args.to == "hqq":

@@ -61,10 +61,19 @@ def said(error: BaseException, flags: Mapping[str, str] = FLAGS) -> str:
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """For scripts: an error of this package is its message on standard error and exit status 1, not a traceback."""
+    """For scripts: an error of this package is its message on standard error and exit status 1, not a traceback.
+
+    So is that of a file, a model or a dataset which is not there.
+    """
     try:
         yield
     except QblError as error:
         if os.environ.get(SHOWN):
             raise
         raise SystemExit(said(error)) from None
+    except (OSError, ValueError) as error:
+        not_there = isinstance(error, OSError) or type(error).__module__.startswith("huggingface_hub")
+        if os.environ.get(SHOWN) or not not_there:
+            raise
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise SystemExit(f"{first} ({SHOWN}=1 shows where)") from None

@@ -123,7 +123,9 @@ def test_convert_writes_hqq_and_says_why_integer_zero_points_cannot_be(adapter, 
     assert main(["convert", str(tmp_path / "merged"), str(tmp_path / "gptq"), "--to", "gptq"]) == 1
     assert "gptq stores integer zero points" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "merged"), str(tmp_path / "out.gguf"), "--to", "gguf"]) == 1
-    assert "needs template=" in capsys.readouterr().err
+    assert "--to gguf needs --template, a GGUF file of the same model" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "merged"), str(tmp_path / "h"), "--to", "hqq", "--template", "x.gguf"]) == 1
+    assert "--template is for --to gguf; leave it out with --to hqq" in capsys.readouterr().err
     assert not (tmp_path / "gptq").exists()
     assert not (tmp_path / "out.gguf").exists()
 

@@ -81,6 +81,14 @@ def test_a_second_launch_says_in_one_line_what_to_do_before_anything_is_loaded(
     assert said == f"{folder} is not empty; choose another folder, or pass --overwrite to replace all of it"
 
 
+def test_a_model_or_a_dataset_that_is_not_there_is_one_line(monkeypatch, tmp_path):
+    arguments = (*ON_CPU, *NOWHERE, "--output_dir", tmp_path / "run")
+    for recipe in ("sft_qablora", "sft_qblora", "dpo_qblora"):
+        said = launch(recipe, monkeypatch, *arguments)
+        assert "/no/where" in said
+        assert len(said.splitlines()) == 1
+
+
 def test_a_setting_that_cannot_work_is_one_line_too_and_its_traceback_one_variable_away(monkeypatch, tmp_path):
     pytest.importorskip("bitsandbytes", reason="the [bnb] extra is not installed")
     arguments = (*ON_CPU, *NOWHERE, "--output_dir", str(tmp_path), "--in_factor", "0")

@@ -115,10 +115,10 @@ class Outputs:
             say(_merged(record))
             if merged is not None and self.merged is not None:
                 self._write(record, merged, self.merged, tokenizer)
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C too: an export may take minutes
             model.save_pretrained(args.output_dir)  # type: ignore[operator]
             if not record.merge:
-                record.merge = {"exact": False, "reason": str(error)}
+                record.merge = {"exact": False, "reason": str(error) or type(error).__name__}
             record.write(args, state, finished=True)
             error.add_note(f"(adapter saved in {args.output_dir})")
             raise

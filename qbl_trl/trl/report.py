@@ -62,6 +62,9 @@ def _read(path: Path) -> dict[str, Any]:
     return record
 
 
+_EVALUATED = re.compile(r"eval_(?!merged_)(.+_)?loss")
+
+
 def _series(history: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
     return [(entry["step"], float(entry[name])) for entry in history if name in entry]
 
@@ -104,16 +107,29 @@ def _key_figures(record: dict[str, Any], history: Any) -> str:
 
 
 def _losses(record: dict[str, Any], history: Any) -> str:
-    lines = [
-        Line("training", "--train", _series(history, "loss")),
-        Line("evaluation", "--eval", _series(history, "eval_loss"), marks=True),
-        Line("merged", "--merged", _series(history, "eval_merged_loss"), marks=True, dashed=True),
-    ]
+    lines = [Line("training", "--train", _series(history, "loss")), *_evaluations(history)]
     chart = charts.line_chart(lines, x_label="step", y_label="loss")
     merged = "The merged curve is the loss of the 4-bit model that deploys; it should lie on the evaluation's."
     return section(
-        "Loss", merged if lines[-1].points else "Of the training batches, and of the evaluation.", scroll(chart)
+        "Loss",
+        merged
+        if any(line.dashed and line.points for line in lines)
+        else "Of the training batches, and of the evaluation.",
+        scroll(chart),
     )
+
+
+def _evaluations(history: Any) -> list[Line]:
+    """Of the one dataset, or of each of several, as it is and merged."""
+    found = {match[1] or "" for entry in history for key in entry if (match := _EVALUATED.fullmatch(key))}
+    lines = []
+    for index, name in enumerate(sorted(found) or [""]):
+        own, merged = (f"--k{index % 6}",) * 2 if name else ("--eval", "--merged")
+        of = f" {name.removesuffix('_')}" if name else ""
+        lines.append(Line(f"evaluation{of}", own, _series(history, f"eval_{name}loss"), marks=True))
+        again = _series(history, f"eval_merged_{name}loss")
+        lines.append(Line(f"merged{of}", merged, again, marks=True, dashed=True))
+    return lines
 
 
 def _shifts(record: dict[str, Any], history: Any) -> str:

@@ -14,8 +14,10 @@ from trl import SFTConfig, SFTTrainer
 from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.trl import finish
 from qbl_trl.trl.callback import REPORT, QBLoRACallback
 from qbl_trl.trl.checkpoints import NOTE, check_checkpoint, mark_whole, set_aside_parts
+from qbl_trl.trl.report import write_report
 from tests.trl import data
 from tests.trl.runs import adapter, base, losses, settings, sft
 
@@ -178,3 +180,26 @@ def test_seconds_per_step_are_those_of_the_steps_that_this_process_made(tmp_path
     trainer.train(resume_from_checkpoint=True)
     report = json.loads((tmp_path / REPORT).read_text())
     assert (report["first_step"], report["step"]) == (4, 6)
+
+
+def test_an_interrupted_export_leaves_the_adapter_and_the_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(finish, "export", interrupted)
+    monkeypatch.setattr(finish, "check_export", lambda options: None)
+    callback = QBLoRACallback(adapter(), merged_output_dir=tmp_path / "m", onnx_output_dir=tmp_path / "x")
+    with pytest.raises(KeyboardInterrupt):
+        sft(tmp_path / "run", callback).train()
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert json.loads((tmp_path / "run" / REPORT).read_text())["merge"]["exact"]
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_the_page_shows_the_losses_of_several_datasets(tmp_path):
+    several = {"a": data.texts(), "b": data.texts()}
+    callback = QBLoRACallback(adapter(), eval_merged_loss=True)
+    sft(tmp_path, callback, eval_dataset=several, eval_strategy="steps", eval_steps=2).train()
+    page = write_report(tmp_path).read_text()
+    for name in ("evaluation a", "merged a", "evaluation b", "merged b"):
+        assert name in page
