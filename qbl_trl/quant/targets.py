@@ -38,7 +38,7 @@ def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
     """Full names of the linear layers to quantize."""
     skipped = {*HfQuantizer.get_modules_to_not_convert(_without_memory(model), None), *_kept_in_float(model)}
     skipped |= {*(config.modules_to_not_convert or []), *routers(model)}
-    prefix, head = _inner_prefix(model), task_head(model)
+    prefix, exactly = _inner_prefix(model), task_head(model) | read_by_others(model)
 
     def is_skipped(name: str) -> bool:
         return not skipped.isdisjoint(keys_of(name))
@@ -47,7 +47,7 @@ def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
         name
         for name, module in model.named_modules()
         if name.startswith(prefix) and name and is_linear(module) and _is_wide(module)
-        if name not in head and not is_skipped(name)
+        if name not in exactly and not is_skipped(name)
     ]
 
 
@@ -149,18 +149,14 @@ def _kept_in_float(model: nn.Module) -> set[str]:
     whose weight is read by others."""
     lists = [getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")]
     wanted = {name.removesuffix(".weight") for names in lists if isinstance(names, (list, set)) for name in names}
-    return (
-        wanted
-        | {*read_elsewhere(model), *_of_type(model, _READ_BY_KERNELS), *read_by_others(model)}
-        | _in_slices(model)
-    )
+    return wanted | {*read_elsewhere(model), *_of_type(model, _READ_BY_KERNELS), *_in_slices(model)}
 
 
-def _in_slices(model: nn.Module) -> set[str]:
+def _in_slices(model: nn.Module) -> tuple[str, ...]:
     """Bloom multiplies by slices of a weight where its configuration asks for the sums of its training."""
     config = getattr(model, "config", None)
     sliced = getattr(config, "pretraining_tp", 1) > 1 and getattr(config, "slow_but_exact", False)
-    return {"self_attention.dense", "dense_4h_to_h"} if sliced else set()
+    return ("self_attention.dense", "dense_4h_to_h") if sliced else ()
 
 
 def read_elsewhere(model: nn.Module) -> tuple[str, ...]:

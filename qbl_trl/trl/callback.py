@@ -173,7 +173,7 @@ class QBLoRACallback(TrainerCallback):
         self.check_outputs(args)  # training again would find the first run's outputs
         self._meet_late(model, anew=getattr(self._trainer, "model_init", None) is not None)
         if state.global_step:
-            check_resumed(find_trainer(model), model)
+            check_resumed(find_trainer(model) or self._trainer, model)
         self._layers = active_layers(model)  # sharding may have replaced modules
         check_trains(model)
         self._moved = False

@@ -9,6 +9,7 @@ from qbl_trl import GroupQuantConfig
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.read_weights import read_by, read_by_others
+from qbl_trl.quant.targets import target_layers
 from tests.tiny import tokens
 
 T5 = {"vocab_size": 100, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4}
@@ -75,3 +76,26 @@ def test_a_quantized_model_runs_that_reads_weights_of_its_layers(build):
     assert any(isinstance(module, GroupQuantLinear) for module in model.modules())
     with torch.no_grad():
         assert torch.isfinite(model(**inputs).logits).all()
+
+
+class Around(Reader):
+    """Reads the weight of one `cast`; that of the block is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.ModuleDict({"cast": nn.Linear(32, 32)})
+
+
+def test_a_layer_of_the_same_name_elsewhere_is_none_of_its_business():
+    class Model(transformers.PreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.cast, self.block, self.last = nn.Linear(32, 32), Around(), nn.Linear(32, 32)
+            self.post_init()
+
+        def forward(self, x):
+            return self.last(self.block(self.cast(x.to(self.cast.weight.dtype))))
+
+    found = target_layers(Model(transformers.PretrainedConfig()), GroupQuantConfig())
+    assert "block.block.cast" in found
+    assert not {"cast", "block.cast", "block.product"} & {*found}
