@@ -1,5 +1,6 @@
 """Products in the dtype they are written in, whatever a training run allows itself: what comparisons are made in."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -11,6 +12,10 @@ _BACKENDS: tuple[Any, ...] = tuple(  # none before torch 2.9; mixing them with t
     for backend in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
     if hasattr(backend, "fp32_precision")
 )
+
+
+_DEFAULTS = threading.Lock()
+_before: list[torch.dtype] = []  # the caller's first, then one for each that came while it was open
 
 
 @contextmanager
@@ -29,15 +34,22 @@ def plain_arithmetic(device_type: str) -> Iterator[None]:
 
 @contextmanager
 def plain_defaults() -> Iterator[None]:
-    """While open, new tensors are float32 and on the CPU, whatever the caller has set for models of his own."""
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    elsewhere = nullcontext() if device.type == "cpu" else torch.device("cpu")
-    torch.set_default_dtype(torch.float32)
+    """While open, new tensors are float32 and on the CPU, whatever the caller has set for models of his own.
+
+    The type is the whole process's: of several threads the first sets it, and the last sets it back.
+    """
+    elsewhere = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    with _DEFAULTS:
+        _before.append(torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
     try:
         with elsewhere:
             yield
     finally:
-        torch.set_default_dtype(dtype)
+        with _DEFAULTS:
+            if len(_before) == 1:
+                torch.set_default_dtype(_before[0])
+            _before.pop()
 
 
 @contextmanager

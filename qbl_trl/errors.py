@@ -72,8 +72,8 @@ def one_line() -> Iterator[None]:
             raise
         raise SystemExit(said(error)) from None
     except (OSError, ValueError) as error:
-        not_there = isinstance(error, OSError) or type(error).__module__.startswith("huggingface_hub")
-        if os.environ.get(SHOWN) or not not_there:
+        of_the_hub = type(error).__module__.startswith("huggingface_hub") or getattr(error, "errno", 0) is None
+        if os.environ.get(SHOWN) or not (of_the_hub or isinstance(error, FileNotFoundError)):
             raise
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise SystemExit(f"{first} ({SHOWN}=1 shows where)") from None
+        raise SystemExit(" ".join([first, *getattr(error, "__notes__", ()), f"({SHOWN}=1 shows where)"])) from None

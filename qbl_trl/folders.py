@@ -11,7 +11,7 @@ from pathlib import Path
 from qbl_trl.errors import ConfigError, QblError
 from qbl_trl.leftovers import OLD, mark, remove_leftovers
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RACED = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)  # another process took a folder away, or put one there
 
 
@@ -85,7 +85,7 @@ def new_folder(
         else:
             _put(draft, path, old)
     except OSError as reason:
-        if reason.errno not in _FULL:
+        if reason.errno not in FULL:
             raise
         raise error(f"{folder}: {reason.strerror}; nothing was written") from reason
     finally:

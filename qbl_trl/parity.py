@@ -74,7 +74,6 @@ class ParityReport:
         )
 
 
-@plain_defaults()
 def verify(reference: Any, candidate: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> ParityReport:
     """Compare two models on the same tokens; of a graph exported with logits="last", the last position only.
 
@@ -117,7 +116,7 @@ def _tokens(input_ids: Any, attention_mask: Any) -> tuple[Tensor, Tensor]:
 
 def _tensor(name: str, given: Any) -> Tensor:
     try:
-        return torch.as_tensor(given)
+        return given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"verify: {name} is {given!r:.40}; give a tensor of (batch, tokens) integers") from error
 
@@ -126,8 +125,8 @@ def _last(logits: Tensor, mask: Tensor) -> Tensor:
     """Logits of each row's last token that is no padding, (B, 1, V)."""
     if logits.shape[1] == 1:
         return logits
-    places = torch.arange(mask.shape[1]) * mask.cpu()
-    return logits[torch.arange(len(logits)), places.argmax(1)].unsqueeze(1)
+    places = torch.arange(mask.shape[1], device="cpu") * mask.cpu()
+    return logits[torch.arange(len(logits), device="cpu"), places.argmax(1)].unsqueeze(1)
 
 
 def compare(reference: Tensor, candidate: Tensor, attention_mask: Tensor | None = None) -> ParityReport:
@@ -141,7 +140,8 @@ def compare(reference: Tensor, candidate: Tensor, attention_mask: Tensor | None 
             f"logits of shape {tuple(reference.shape)} and {tuple(candidate.shape)} cannot be compared; a graph "
             'exported with logits="last" gives the last position only'
         )
-    kept = torch.ones(reference.shape[:-1], dtype=torch.bool) if attention_mask is None else attention_mask.bool().cpu()
+    whole = torch.ones(reference.shape[:-1], dtype=torch.bool, device="cpu")
+    kept = whole if attention_mask is None else attention_mask.bool().cpu()
     first, second = reference.detach().cpu()[kept], candidate.detach().cpu()[kept]
     if not first.numel():
         raise ConfigError("no position is left to compare: the attention mask is all zero")
@@ -279,6 +279,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@plain_defaults()
 def _open(folder: Path) -> Any:
     if not folder.is_dir():
         raise ConfigError(f"verify: {folder} is no folder")

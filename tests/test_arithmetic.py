@@ -1,5 +1,7 @@
 """What comparisons are made in, while a run allows itself coarser products."""
 
+import threading
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -7,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, arithmetic, merge
 from qbl_trl.adapter.layer import adapter_layers
-from qbl_trl.arithmetic import plain_arithmetic
+from qbl_trl.arithmetic import plain_arithmetic, plain_defaults
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.trl.probe import probe
 from tests.tiny import tiny_llama
@@ -118,3 +120,27 @@ def test_autocast_is_off_inside():
         assert (a @ a).dtype == torch.bfloat16
         with plain_arithmetic("cpu"):
             assert (a @ a).dtype == torch.float32
+
+
+def test_defaults_of_the_process_come_back_when_the_last_of_several_threads_is_done():
+    first, second = threading.Event(), threading.Event()
+
+    def work():
+        with plain_defaults():
+            first.set()
+            assert second.wait(10)
+            seen.append(torch.get_default_dtype())
+
+    seen = []
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with plain_defaults():
+            thread = threading.Thread(target=work)
+            thread.start()
+            assert first.wait(10)
+        second.set()
+        thread.join()
+        assert seen == [torch.float32]
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)

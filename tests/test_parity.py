@@ -196,3 +196,13 @@ def test_what_gives_no_logits_for_token_ids_is_refused():
     for model in (torch.nn.Linear(4, 4), pictures):
         with pytest.raises(ConfigError, match=f"a {type(model).__name__} reads no token ids; pass a callable"):
             verify(model, tiny_llama(), tokens())
+
+
+def test_functions_of_the_caller_run_under_the_callers_defaults():
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer = torch.nn.Linear(100, 100)
+        found = verify(*[lambda ids, mask: layer(torch.ones(*ids.shape, 100))] * 2, tokens())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.max_abs_difference == 0

@@ -1,5 +1,6 @@
 """Every recipe's parser takes every configuration shipped for it, and every flag is documented."""
 
+import errno
 import importlib.util
 import runpy
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qbl_trl.errors import ConfigError
+from qbl_trl.errors import ConfigError, one_line
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 CONFIGS = {
@@ -87,6 +88,16 @@ def test_a_model_or_a_dataset_that_is_not_there_is_one_line(monkeypatch, tmp_pat
         said = launch(recipe, monkeypatch, *arguments)
         assert "/no/where" in said
         assert len(said.splitlines()) == 1
+
+
+def test_an_error_of_the_machine_is_no_thing_that_is_not_there():
+    error = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space"), one_line():
+        raise error
+    gone = FileNotFoundError(errno.ENOENT, "nothing there")
+    gone.add_note("(adapter saved in run)")
+    with pytest.raises(SystemExit, match=r"nothing there \(adapter saved in run\)"), one_line():
+        raise gone
 
 
 def test_a_setting_that_cannot_work_is_one_line_too_and_its_traceback_one_variable_away(monkeypatch, tmp_path):

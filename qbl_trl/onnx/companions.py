@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from qbl_trl.adapter.wrapped import is_decoder
 from qbl_trl.errors import ExportError
-from qbl_trl.folders import refuse_graph
+from qbl_trl.folders import FULL, refuse_graph
 from qbl_trl.loading import load_adapter, open_whole, saved_adapter
 from qbl_trl.model_files import valid_generation
 from qbl_trl.onnx.caches import served
@@ -209,7 +209,7 @@ def write(held: Held, source: Any, tokenizer: Any, folder: Path, dtype: torch.dt
             if origin:
                 save_tokenizer(origin, Path(draft))
         except Exception as error:  # of the model id that a model was loaded from
-            if getattr(error, "errno", None) is not None:  # a disk that is full, say
+            if getattr(error, "errno", None) in FULL:
                 raise
             if tokenizer is not None:
                 raise ExportError(f"export_onnx: the tokenizer that was given is not saved: {error}") from error

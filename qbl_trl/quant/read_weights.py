@@ -10,15 +10,18 @@ uint8, nothing is read of packed ones.
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
-_CAST = re.compile(r"\.to\((?:dtype=)?self\.(\w+)\.weight\.dtype\)")
-_TYPE = re.compile(r"(\w+) = self\.(\w+)\.weight\.dtype\b")
-_PRODUCT = re.compile(r"\b(?:linear|conv[123]d)\((?:[^()]|\([^()]*\))*?\bself\.(\w+)\.weight\b")
+_CAST = re.compile(r"\.(?:to|type_as)\(\s*(?:[^()]*\bdtype=)?self\.(\w+)\.weight(?:\.dtype)?\s*[,)]")
+_TYPE = re.compile(r"(\w+) = self\.(\w+)\.weight\.dtype\s*$", re.MULTILINE)
+_READ = r"(?:[^()]|\([^()]*\))*?\bself\.(\w+)\.weight\b(?!\.(?:device|dtype|shape))"
+_PRODUCT = re.compile(r"\b(?:F|functional)\.(?:linear|conv[123]d)\(" + _READ)
+_COMMENT = re.compile(r"#.*")
+_known: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
 
 
 def read_by_others(model: nn.Module) -> set[str]:
@@ -26,15 +29,16 @@ def read_by_others(model: nn.Module) -> set[str]:
     return {
         f"{path}.{child}" if path else child
         for path, module in model.named_modules()
-        for child in read_by(type(module))  # type: ignore[arg-type]
+        for child in read_by(type(module))
         if isinstance(module._modules.get(child), nn.Linear)
     }
 
 
-@cache
 def read_by(kind: type[nn.Module]) -> frozenset[str]:
     """Names of the children whose weight methods of a class read."""
-    return frozenset(name for text in _sources(kind) for name in _names(text))
+    if kind not in _known:
+        _known[kind] = frozenset(name for text in _sources(kind) for name in _names(_COMMENT.sub("", text)))
+    return _known[kind]
 
 
 def _names(text: str) -> Iterator[str]:
@@ -46,17 +50,21 @@ def _names(text: str) -> Iterator[str]:
 
 
 def _sources(kind: type[nn.Module]) -> Iterator[str]:
-    """The source of every method that reads a weight, in which none but `forward` and what it calls can be."""
+    """The source of every method that reads a weight and that no class below has replaced."""
+    seen = set[str]()
     for part in kind.__mro__:
         if part.__module__.startswith("torch."):
             continue
         for name, value in vars(part).items():
-            method: Any = inspect.unwrap(value) if isinstance(value, Callable) else None  # type: ignore[arg-type]
-            if not name.startswith("__") and "weight" in getattr(getattr(method, "__code__", None), "co_names", ()):
-                try:
+            if name.startswith("__") or name in seen or not callable(value):
+                continue
+            seen.add(name)
+            try:
+                method: Any = inspect.unwrap(value)
+                if "weight" in getattr(getattr(method, "__code__", None), "co_names", ()):
                     yield inspect.getsource(method)
-                except (OSError, TypeError):  # made without a file
-                    continue
+            except (OSError, TypeError, ValueError):  # made without a file, or no function at all
+                continue
 
 
 __all__ = ["read_by", "read_by_others"]

@@ -35,7 +35,8 @@ def layers_in_model(model: PreTrainedModel, layers: Mapping[str, Any], stored: I
     lost = [name for name, found in here.items() if found not in modules]
     if lost:
         moved = names_in_model(model, {*stored, *(f"{name}.weight" for name in lost)})
-        here |= {name: moved[f"{name}.weight"].removesuffix(".weight") for name in lost}
+        # 4.57 names nothing of a head that this model lacks
+        here |= {name: moved.get(f"{name}.weight", name).removesuffix(".weight") for name in lost}
     return {here[name]: settings for name, settings in layers.items()}
 
 

@@ -1,12 +1,15 @@
 """What a packed folder says of itself, before its tensors are loaded into packed layers."""
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.pytorch_utils import Conv1D
 
@@ -69,17 +72,26 @@ def stored_layers(
             f"{folder}: {lost!r} is packed by itself, and transformers {transformers_version} holds the experts of a "
             f"layer in one tensor; open this folder with the version it was written with ({made_with or 'before 5'})"
         )
-    chosen = packed | (set(usual) - plain - _stacked(model, found) - _of_another_head(model, folder, packed | plain))
+    lacking = set(usual) - packed - plain - _stacked(model, found)
+    chosen = packed | (lacking - _of_another_head(model, folder, lacking))  # type: ignore[arg-type]
     layers = [name for name, layer in modules.items() if name in chosen and layer is not head and is_linear(layer)]
     return layers, plain
 
 
-def _of_another_head(model: nn.Module, folder: Path, held: set[str]) -> set[str]:
-    """Layers that the class of a stored model does not have: whoever opens it as another draws them, in float."""
-    written_by = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
-    if type(model).__name__ in written_by:
+def _of_another_head(model: PreTrainedModel, folder: Path, lacking: set[str]) -> set[str]:
+    """Of the layers that a folder lacks, those that the class of the stored model lacks too: fresh ones, in float.
+
+    None where that class is not known, or this one does all that it does: then the folder is damaged.
+    """
+    file = folder / "config.json"
+    written_by = (json.loads(file.read_text(encoding="utf-8")).get("architectures") or []) if file.is_file() else []
+    stored = getattr(transformers, next(iter(written_by), ""), None)
+    if not lacking or stored is None or isinstance(model, stored) or not isinstance(model.config, stored.config_class):
         return set()
-    return {name for name, module in model.named_modules() if name not in held and is_linear(module)}
+    with torch.device("meta"):
+        names = dict(stored(copy.deepcopy(model.config)).named_modules())
+    prefix, inner = f"{stored.base_model_prefix}.", f"{model.base_model_prefix}."
+    return {name for name in lacking if not {name, prefix + name, name.removeprefix(inner)} & names.keys()}
 
 
 def _stacked(model: nn.Module, found: dict[str, Stored]) -> set[str]:

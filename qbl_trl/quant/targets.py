@@ -145,8 +145,7 @@ def _is_wide(module: Any) -> bool:
 
 
 def _kept_in_float(model: nn.Module) -> set[str]:
-    """Modules that a model class declares to need float32 (T5 even casts its activations to their dtype), and those
-    whose weight is read by others."""
+    """Modules that a model class declares to need float32, and those that kernels read, or others unseen."""
     lists = [getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")]
     wanted = {name.removesuffix(".weight") for names in lists if isinstance(names, (list, set)) for name in names}
     return wanted | {*read_elsewhere(model), *_of_type(model, _READ_BY_KERNELS), *_in_slices(model)}

@@ -28,6 +28,7 @@ from qbl_trl.merging import unwrap
 from qbl_trl.quant.head import input_table
 from qbl_trl.trl import checkpoints, finish, gather, run_record
 from qbl_trl.trl.inject import (
+    Unadapted,
     check_head,
     check_launch,
     check_merges,
@@ -36,8 +37,8 @@ from qbl_trl.trl.inject import (
     check_teacher,
     check_trains,
     find_trainer,
+    is_adapted,
     place_,
-    take_back_,
 )
 from qbl_trl.trl.layers import active, active_layers
 from qbl_trl.trl.merged_loss import merged_loss
@@ -148,16 +149,16 @@ class QBLoRACallback(TrainerCallback):
             finish.check_decoder(model)
         base = base_folder(model)
         self.outputs.check_apart(base)
-        trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        placed = None if self.config is None else place_(trainer, model, self.config)
-        model = model if placed is None else placed
+        before = None if self.config is None or is_adapted(model) else Unadapted(model)
         try:
+            if self.config is not None:
+                model = place_(trainer, model, self.config)
             self._meet(trainer, model)
             if trainer is not None:
                 check_optimizer(trainer, model)
         except Exception:
-            if placed is not None:
-                take_back_(placed, trained)
+            if before is not None:
+                before.restore_()
             raise
         if trainer is not None:
             if trainer.is_fsdp_enabled:

@@ -16,6 +16,7 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -27,7 +28,7 @@ from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.loading import saved_adapter
 from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.quant.modules import same_module_name
+from qbl_trl.quant.modules import replace, same_module_name
 from qbl_trl.trl.layers import active, base_of
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,11 @@ def _variables(trainer: Trainer | None) -> Iterator[dict[str, Any]]:
     return (frame.f_locals for frame in _methods() if frame.f_locals["self"] is trainer is not None)
 
 
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a model has adapters of any method."""
+    return isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
 def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> PeftModel:
     """Wrap the trainer's model in place; saving, resuming and loading the best model then work as with peft_config.
 
@@ -75,7 +81,7 @@ def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> P
     Raises:
         ConfigError: if the model has adapters already, the trainer cannot take them now, or the factors do not fit.
     """
-    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+    if is_adapted(model):
         raise ConfigError(
             "QBLoRACallback was given a config, but the model already has adapters (from peft_config= or "
             "get_peft_model). Give the adapter once: QBLoRACallback() without a config watches those that are there"
@@ -99,18 +105,32 @@ def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> P
     return peft_model  # type: ignore[return-value]
 
 
-def take_back_(peft_model: PeftModel, trained: dict[str, bool]) -> None:
-    """Undo `place_` on the model, which somebody will try again with: nothing trains that did not before.
+class Unadapted:
+    """A model as it was before `place_`, for whoever is refused and tries again.
 
     Args:
-        trained: requires_grad of its parameters by name, as they were.
+        model: without adapters.
     """
-    model = peft_model.unload()
-    if hasattr(model, "disable_input_require_grads") and hasattr(model, "_require_grads_hook"):
-        model.disable_input_require_grads()
-    vars(model).pop("peft_config", None)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained.get(name, parameter.requires_grad))
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self._hooks = {id(module): set(module._forward_hooks) for module in model.modules()}
+
+    def restore_(self) -> None:
+        """Take adapters and hooks away again, those of a placing that failed half-way too; nothing else trains."""
+        model = self._model
+        for name, module in list(model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                replace(model, name, module.unload_and_optionally_merge_module(False, False, None))
+            elif isinstance(module, BaseTunerLayer) and name:
+                replace(model, name, module.get_base_layer())  # type: ignore[no-untyped-call]
+        vars(model).pop("peft_config", None)
+        for module in model.modules():
+            for hook in set(module._forward_hooks) - self._hooks.get(id(module), set()):
+                del module._forward_hooks[hook]
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self._trains.get(name, parameter.requires_grad))
 
 
 def _train_added_tokens_(config: QBLoRAConfig, model: nn.Module, trainer: Trainer) -> None:

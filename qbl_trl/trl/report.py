@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 from itertools import takewhile
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ _EVALUATED = re.compile(r"eval_(?!merged_)(.+_)?loss")
 
 
 def _series(history: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    return [(entry["step"], float(entry[name])) for entry in history if name in entry]
+    return [(entry["step"], float(entry[name])) for entry in history if isinstance(entry.get(name), Real)]
 
 
 def _head(record: dict[str, Any], history: Any) -> str:
@@ -120,8 +121,9 @@ def _losses(record: dict[str, Any], history: Any) -> str:
 
 
 def _evaluations(history: Any) -> list[Line]:
-    """Of the one dataset, or of each of several, as it is and merged."""
-    found = {match[1] or "" for entry in history for key in entry if (match := _EVALUATED.fullmatch(key))}
+    """Of the one dataset, or of each of several, as it is and merged. Trainers log other things called losses."""
+    matches = [(entry, match[1] or "") for entry in history for key in entry if (match := _EVALUATED.fullmatch(key))]
+    found = {name for entry, name in matches if f"eval_{name}runtime" in entry}
     lines = []
     for index, name in enumerate(sorted(found) or [""]):
         own, merged = (f"--k{index % 6}",) * 2 if name else ("--eval", "--merged")

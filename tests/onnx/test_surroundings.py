@@ -285,3 +285,14 @@ def test_steps_that_are_far_off_are_not_hidden_behind_prompts_that_are_exact(tmp
     found = OnnxLogits(tmp_path / "out").with_cache(ids, torch.ones_like(ids), length)
     told, steps = report.parity_as_written.kl_per_token, compare(expected[:, length:], found[:, length:]).kl_per_token
     assert steps / 4 < told < 4 * steps
+
+
+def test_a_tokenizer_that_nobody_asked_for_costs_a_warning(tmp_path, monkeypatch, caplog):
+    def unreadable(source, folder):
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory")
+
+    monkeypatch.setattr("qbl_trl.onnx.companions.save_tokenizer", unreadable)
+    model = merged_llama()
+    model.config._name_or_path = "org/some-model"
+    export_onnx(model, tmp_path / "out")
+    assert "written without a tokenizer: [Errno 20] Not a directory" in caplog.text

@@ -3,18 +3,25 @@
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     GPT2Model,
+    LlamaForCausalLM,
 )
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
-from qbl_trl.quant.hf_quantizer import quantize_model_
+from qbl_trl.errors import CheckpointError
+from qbl_trl.generation import BEFORE_5
+from qbl_trl.quant.algorithms import quantize
+from qbl_trl.quant.hf_quantizer import describe_stored_, quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
 from tests.tiny import tiny_gpt2, tiny_llama, tokens
 
@@ -55,3 +62,37 @@ def test_a_layer_that_the_stored_class_lacks_is_drawn_in_float_as_from_a_float_f
     assert isinstance(classifier.bert.encoder.layer[0].output.dense, GroupQuantLinear)
     assert torch.equal(states(classifier.bert), states(model.eval().bert))
     assert torch.isfinite(classifier(tokens()).logits).all()
+
+
+@pytest.mark.parametrize("opened", [AutoModel, AutoModelForSequenceClassification, "a class of its own"])
+def test_a_layer_that_a_folder_has_lost_is_missing_under_any_head(tmp_path, opened):
+    class Own(LlamaForCausalLM):
+        pass
+
+    quantize_model_(tiny_llama(), GroupQuantConfig()).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    held = {name: tensor for name, tensor in load_file(file).items() if "layers.1.mlp.up_proj" not in name}
+    save_file(held, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight' is missing"):
+        (Own if isinstance(opened, str) else opened).from_pretrained(tmp_path)
+
+
+def test_the_format_of_a_head_that_the_inner_model_lacks_is_no_matter(tmp_path):
+    model = quantize_model_(tiny_llama(), GroupQuantConfig(quantize_embeddings=True))
+    fine = quantize(torch.randn(100, 64), bits=8, group_size=32, symmetric=False, algorithm="rtn")
+    model.lm_head = GroupQuantLinear.from_affine(fine, bits=8, group_size=32)
+    describe_stored_(model, model.config.quantization_config)
+    model.save_pretrained(tmp_path)
+    assert "lm_head" in model.config.quantization_config.layers
+    assert torch.equal(states(AutoModel.from_pretrained(tmp_path)), states(model.model))
+
+
+@pytest.mark.skipif(BEFORE_5, reason="transformers 4.57 has no files to look at there, and never did")
+def test_weights_may_lie_apart_from_their_configuration(tmp_path):
+    model = quantize_model_(tiny_llama(), GroupQuantConfig())
+    model.save_pretrained(tmp_path)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "model.safetensors").rename(tmp_path / "weights" / "model.safetensors")
+    config = AutoConfig.from_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="weights", config=config)
+    assert torch.equal(states(again.model), states(model.model))

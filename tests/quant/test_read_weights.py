@@ -1,5 +1,7 @@
 """Layers whose weight the model around them reads: they stay in float, and the model runs."""
 
+from unittest import mock
+
 import pytest
 import torch
 import transformers
@@ -39,9 +41,24 @@ class Child(Reader):
     """Its methods are those of its parent."""
 
 
+class Replaced(Reader):
+    """None of what its parent reads is read here."""
+
+    proxy = mock.call
+
+    def forward(self, x):
+        # x = self.cast(x.to(self.cast.weight.dtype))
+        kind = self.typed.weight.dtype if x.is_cuda else x.dtype
+        return self.product(self.typed(x.to(kind)), self.cast.weight.device)
+
+    def closed(self, x):
+        return x.type_as(self.called.weight)
+
+
 def test_the_source_of_a_class_says_which_weights_it_reads():
     assert read_by(Reader) == read_by(Child) == {"cast", "typed", "product", "table"}
     assert read_by_others(nn.Sequential(Child())) == {"0.cast", "0.typed", "0.product"}
+    assert read_by(Replaced) == {"called"}
 
 
 def test_a_class_without_a_source_reads_nothing():

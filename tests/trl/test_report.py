@@ -230,3 +230,13 @@ def test_a_difference_of_zero_and_one_beyond_the_limit_can_be_drawn():
 def test_an_empty_heat_map_says_so():
     assert "Nothing was measured" in heat_map(["a"], ["0"], {}, "codes")
     assert charts_of(heat_map(["a"], ["0"], {("a", "0"): 0.0}, "codes"))
+
+
+def test_what_else_trainers_call_a_loss_is_no_dataset(record):
+    record["log_history"] = [
+        {"step": 1, "loss": 1.0, "eval_loss": None},
+        {"step": 2, "eval_loss": 1.0, "eval_nll_loss": 3.0, "eval_per_domain_loss": [1.0, 2.0], "eval_runtime": 0.1},
+    ]
+    page = render(record)
+    assert "evaluation nll" not in page
+    assert "per_domain" not in page

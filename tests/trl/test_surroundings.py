@@ -157,6 +157,23 @@ def test_a_trainer_that_was_refused_leaves_the_model_as_it_was_to_be_tried_again
     assert losses(trainer) == losses(first)
 
 
+def hooks(model):
+    return {name: list(module._forward_hooks) for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_factors_that_fit_some_layers_alone_leave_no_trace_of_them(tmp_path, checkpointing):
+    model = base()
+    model.enable_input_require_grads()
+    before = hooks(model)
+    wrong = adapter(in_factor=32, target_modules=["q_proj", "down_proj"], in_factor_pattern={"1.mlp.down_proj": 7})
+    with pytest.raises(ConfigError, match="7"):
+        sft(tmp_path, QBLoRACallback(wrong), model=model, gradient_checkpointing=checkpointing)
+    assert not any(isinstance(module, BalancedLinear) for module in model.modules())
+    assert hooks(model) == before
+    sft(tmp_path, QBLoRACallback(adapter()), model=model).train()
+
+
 def test_numbers_that_json_does_not_know_may_stand_in_a_log(tmp_path):
     class Logging(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
