@@ -1,14 +1,12 @@
 """A packed model made float again, in place: what `model.dequantize()` of transformers does here."""
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.quant.embedding import GroupQuantEmbedding
-from qbl_trl.quant.modules import replace
+from qbl_trl.quant.modules import empty_model, replace
 from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.stacks import together_
 
@@ -19,8 +17,7 @@ def dequantize_model_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     Which layers are stored transposed (GPT-2's) only the class knows: it is built once more, without memory. What one
     table holds for a tied pair stays one, and experts that the class stacks are stacked again.
     """
-    with torch.device("meta"):
-        own = dict(type(model)(copy.deepcopy(model.config)).named_modules())
+    own = dict(empty_model(type(model), model.config).named_modules())
     _make_float_(model, own, dtype)
     together_(model)
     vars(model).pop("_weight_conversions", None)  # names of packed layers; transformers knows those of its own

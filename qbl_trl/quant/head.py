@@ -4,7 +4,6 @@ A tied pair is one table: the head is a view of the embedding's tensors and adds
 modules_to_not_convert names stays in float, and with it the other, if the two are tied.
 """
 
-import copy
 from collections.abc import Container
 from typing import Any
 
@@ -17,7 +16,7 @@ from qbl_trl.quant.affine import Affine
 from qbl_trl.quant.algorithms import quantize
 from qbl_trl.quant.embedding import GroupQuantEmbedding
 from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.quant.modules import replace, same_module_name
+from qbl_trl.quant.modules import empty_model, replace, same_module_name
 from qbl_trl.quant.packed import BESIDE_CODES
 from qbl_trl.quant.targets import is_named
 
@@ -204,8 +203,7 @@ def _class_ties(model: nn.Module) -> bool:
     An encoder's embedding is not that of the decoder whose head it would be.
     """
     try:
-        with torch.device("meta"):
-            table, head = _pair(type(model)(copy.deepcopy(model.config)))
+        table, head = _pair(empty_model(type(model), model.config))
     except Exception:  # of a class that takes more than a configuration
         return True
     return head is not None and head.weight is getattr(table, "weight", None)

@@ -1,7 +1,9 @@
 """Finding, replacing and cleaning modules of a transformers model."""
 
+import copy
 from typing import Any, TypeVar
 
+import torch
 from accelerate.hooks import add_hook_to_module
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -25,6 +27,12 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
         if not any(True for _ in holder.parameters(recurse=False)):
             holder._is_hf_initialized = True
         parent = parent.rpartition(".")[0]
+
+
+def empty_model(kind: type[nn.Module], config: Any) -> nn.Module:
+    """A model of a class and configuration, built once more without memory: what the class itself has where."""
+    with torch.device("meta"):
+        return kind(copy.deepcopy(config))
 
 
 def same_module_name(model: nn.Module, wanted: nn.Module) -> str:

@@ -1,6 +1,5 @@
 """What a packed folder says of itself, before its tensors are loaded into packed layers."""
 
-import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.checkpoint import Stored, read_files, read_headers
 from qbl_trl.quant.experts import Experts
 from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.modules import empty_model
 from qbl_trl.quant.packed import BESIDE_CODES, PackedWeight
 from qbl_trl.quant.renaming import names_in_model
 from qbl_trl.quant.targets import is_linear
@@ -88,8 +88,7 @@ def _of_another_head(model: PreTrainedModel, folder: Path, lacking: set[str]) ->
     stored = getattr(transformers, next(iter(written_by), ""), None)
     if not lacking or stored is None or isinstance(model, stored) or not isinstance(model.config, stored.config_class):
         return set()
-    with torch.device("meta"):
-        names = dict(stored(copy.deepcopy(model.config)).named_modules())
+    names = dict(empty_model(stored, model.config).named_modules())
     prefix, inner = f"{stored.base_model_prefix}.", f"{model.base_model_prefix}."
     return {name for name in lacking if not {name, prefix + name, name.removeprefix(inner)} & names.keys()}
 
