@@ -1,5 +1,7 @@
 """The transformers model under whatever wraps it."""
 
+from pathlib import Path
+
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,6 +18,12 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def base_folder(model: nn.Module) -> Path | None:
+    """The folder that a model was loaded from, if it was one."""
+    named = getattr(getattr(unwrap(model), "config", None), "_name_or_path", "")
+    return Path(named) if named and Path(named).is_dir() else None
 
 
 def is_decoder(model: nn.Module) -> bool:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from qbl_trl.adapter.wrapped import is_decoder
+from qbl_trl.adapter.wrapped import base_folder, is_decoder
 from qbl_trl.errors import ExportError
 from qbl_trl.folders import FULL, refuse_graph
 from qbl_trl.loading import load_adapter, open_whole, saved_adapter
@@ -90,8 +90,7 @@ def folders_of(model_or_path: Any) -> tuple[Any, ...]:
     if isinstance(model_or_path, (str, PathLike)):
         base = saved_adapter(model_or_path).base_model_name_or_path if _is_adapter(model_or_path) else None
         return model_or_path, base or None
-    unwrap = getattr(model_or_path, "get_base_model", lambda: model_or_path)
-    return (getattr(getattr(unwrap(), "config", None), "_name_or_path", None) or None,)
+    return (base_folder(model_or_path),) if isinstance(model_or_path, torch.nn.Module) else ()
 
 
 def _is_adapter(folder: Any) -> bool:

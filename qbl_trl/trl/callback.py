@@ -22,6 +22,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qbl_trl.adapter.layer import BalancedLinear
+from qbl_trl.adapter.wrapped import base_folder
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.merging import unwrap
@@ -43,7 +44,7 @@ from qbl_trl.trl.inject import (
 from qbl_trl.trl.layers import active, active_layers
 from qbl_trl.trl.merged_loss import merged_loss
 from qbl_trl.trl.metrics import check_finite, measure, summarize, warn_of_untrained
-from qbl_trl.trl.outputs import Outputs, base_folder
+from qbl_trl.trl.outputs import Outputs
 from qbl_trl.trl.probe import probe
 from qbl_trl.trl.rounding import DeltaRounding, check_rounding, forget_rounding
 from qbl_trl.trl.tokens import FirstTokens, random_tokens

@@ -13,17 +13,10 @@ from transformers import TrainerState, TrainingArguments
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.errors import ConfigError
 from qbl_trl.folders import check_apart, check_free, folder_bytes
-from qbl_trl.merging import unwrap
 from qbl_trl.progress import say
 from qbl_trl.trl import finish
 from qbl_trl.trl.page import size
 from qbl_trl.trl.run_record import RunRecord
-
-
-def base_folder(model: nn.Module) -> Path | None:
-    """The folder that a model was loaded from, if it was one."""
-    named = getattr(getattr(unwrap(model), "config", None), "_name_or_path", "")
-    return Path(named) if named and Path(named).is_dir() else None
 
 
 @dataclass
