@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from qbl_trl.folders import refuse_graph
 
 
 def quantize(args: argparse.Namespace) -> None:
+    import torch
+
     from qbl_trl.config import GroupQuantConfig
     from qbl_trl.folders import check_apart, check_free
+    from qbl_trl.quant.hf_quantizer import quantize_model_
     from qbl_trl.quant.importers import convert_checkpoint
     from qbl_trl.texts import read_texts, token_ids
 
@@ -28,7 +32,7 @@ def quantize(args: argparse.Namespace) -> None:
         raise ConfigError(f"{args.model} is a file; `qbl-trl quantize --from` takes over what a GGUF file holds")
     else:
         _check_holds_model(args.model)
-        _check_float(args.model)
+        widened = _widened(args.model)
         settings = GroupQuantConfig(
             bits=args.bits,
             group_size=args.group_size,
@@ -39,23 +43,56 @@ def quantize(args: argparse.Namespace) -> None:
             modules_to_not_convert=args.modules_to_not_convert,
             calibration=args.calibration and token_ids(args.model, read_texts(args.calibration)),
         )
-        _save(_load(args.model, args.dtype, settings), args.model, args.output, args.overwrite)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You passed `quantization_config`")  # to make wide what the folder holds
+            model = _load(args.model, args.dtype, widened or settings)
+        if widened is not None:
+            model = quantize_model_(model.to(getattr(torch, args.dtype)), settings)
+        _save(model, args.model, args.output, args.overwrite)
     print(_written(args.output, args.model, began))
 
 
-def _check_float(name: str) -> None:
-    from transformers import AutoConfig
+def _widened(name: str) -> Any:
+    """The configuration by which transformers makes narrow floats (FP8, MXFP4) wide while it loads; None for others.
+
+    Raises:
+        ConfigError: if a checkpoint holds codes.
+    """
+    import transformers
+    from transformers.quantizers import AutoQuantizationConfig
 
     from qbl_trl.config import QUANT_METHOD
+    from qbl_trl.quant.importers import METHODS
 
-    stored = getattr(AutoConfig.from_pretrained(name), "quantization_config", None)
-    if stored is not None and stored.get("quant_method") == QUANT_METHOD:
+    stored = getattr(transformers.AutoConfig.from_pretrained(name), "quantization_config", None)
+    if stored is None:
+        return None
+    method = stored.get("quant_method", "unknown method")
+    if method == QUANT_METHOD:
         raise ConfigError(f"{name} is quantized already, in the format that this command writes")
-    if stored is not None:
+    if method in METHODS and not _holds_floats(stored):
         raise ConfigError(
-            f"{name} is quantized already ({stored.get('quant_method', 'unknown method')}); `qbl-trl quantize --from` "
-            "takes its codes over as they are, or name the float model"
+            f"{name} is quantized already ({method}); `qbl-trl quantize --from` takes its codes over as they are, or "
+            "name the float model"
         )
+    try:
+        config = AutoQuantizationConfig.from_dict({**stored, "dequantize": True})
+    except ImportError as error:
+        raise ConfigError(f"{name} is quantized already ({method}): {error}") from error
+    except (ValueError, TypeError):
+        config = None
+    if not getattr(config, "dequantize", False):
+        raise ConfigError(
+            f"{name} is quantized already ({method}), and transformers {transformers.__version__} makes no float model "
+            "of it while it loads; name the float model"
+        )
+    return config
+
+
+def _holds_floats(stored: dict[str, Any]) -> bool:
+    """Whether compressed-tensors describes narrow floats."""
+    groups = (stored.get("config_groups") or {}).values()
+    return any((group.get("weights") or {}).get("type") == "float" for group in groups if isinstance(group, dict))
 
 
 def _check_exists(name: str) -> None:

@@ -59,11 +59,22 @@ def said(error: BaseException, flags: Mapping[str, str] = FLAGS) -> str:
     return text
 
 
+_READERS = ("datasets", "trl.scripts", "transformers.hf_argparser")  # modules that read what a user asked for
+
+
+def _raised_in(error: BaseException) -> str:
+    """The module that an error comes from."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+
+
 @contextmanager
 def one_line() -> Iterator[None]:
     """For scripts: an error of this package is its message on standard error and exit status 1, not a traceback.
 
-    So is that of a file, a model or a dataset which is not there.
+    So is that of a file, a model or a dataset which is not there, of a split it lacks, and of a flag nobody knows.
     """
     try:
         yield
@@ -73,7 +84,8 @@ def one_line() -> Iterator[None]:
         raise SystemExit(said(error)) from None
     except (OSError, ValueError) as error:
         of_the_hub = type(error).__module__.startswith("huggingface_hub") or getattr(error, "errno", 0) is None
-        if os.environ.get(SHOWN) or not (of_the_hub or isinstance(error, FileNotFoundError)):
+        asked = of_the_hub or isinstance(error, FileNotFoundError) or _raised_in(error).startswith(_READERS)
+        if os.environ.get(SHOWN) or not asked:
             raise
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise SystemExit(" ".join([first, *getattr(error, "__notes__", ()), f"({SHOWN}=1 shows where)"])) from None

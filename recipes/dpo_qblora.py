@@ -47,17 +47,21 @@ def main(script: ScriptArguments, training: DPOConfig, args: DPOQBLoRAArguments)
         raise SystemExit("--model_name_or_path and --dataset_name are needed (or --config with both)")
     callback = QBLoRACallback(merged_output_dir=Path(training.output_dir, "merged"), overwrite=args.overwrite)
     callback.check_outputs(training)
+    splits = [script.dataset_train_split] + [script.dataset_test_split] * (training.eval_strategy != "no")
+    train, *test = (
+        load_dataset(script.dataset_name, script.dataset_config, split=split, streaming=script.dataset_streaming)
+        for split in splits
+    )
     code = {"trust_remote_code": training.trust_remote_code}
     options: dict[str, Any] = {"dtype": getattr(torch, args.dtype)}
     if getattr(AutoConfig.from_pretrained(args.model_name_or_path, **code), "quantization_config", None) is None:
         options["quantization_config"] = GroupQuantConfig(group_size=args.group_size, algorithm=args.algorithm)
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options, **code)
-    dataset = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
     trainer = DPOTrainer(
         model,
         args=training,
-        train_dataset=dataset[script.dataset_train_split],
-        eval_dataset=dataset[script.dataset_test_split] if training.eval_strategy != "no" else None,
+        train_dataset=train,
+        eval_dataset=test[0] if test else None,
         processing_class=AutoTokenizer.from_pretrained(args.model_name_or_path, **code),
         peft_config=QBLoRAConfig(
             r=args.r,

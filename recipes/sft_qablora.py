@@ -113,19 +113,22 @@ def main(script: ScriptArguments, training: SFTConfig, args: QABLoRAArguments) -
     callback.check_outputs(training)
 
     name, dataset = args.model_name_or_path, None
+    splits = [script.dataset_train_split] + [script.dataset_test_split] * (training.eval_strategy != "no")
     if name == DEMO:
         name, dataset = load_demo()
     if script.dataset_name:
-        dataset = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+        named, config, streaming = script.dataset_name, script.dataset_config, script.dataset_streaming
+        dataset = {split: load_dataset(named, config, split=split, streaming=streaming) for split in splits}
     if dataset is None:
         raise SystemExit("--dataset_name is needed beside --model_name_or_path: any dataset TRL's SFTTrainer takes")
+    train, *test = (dataset[split] for split in splits)
 
     code = {"trust_remote_code": training.trust_remote_code}
     trainer = SFTTrainer(
         load_base(args, name, code),
         args=training,
-        train_dataset=dataset[script.dataset_train_split],
-        eval_dataset=dataset[script.dataset_test_split] if training.eval_strategy != "no" else None,
+        train_dataset=train,
+        eval_dataset=test[0] if test else None,
         processing_class=AutoTokenizer.from_pretrained(name, **code),
         callbacks=[callback],
     )

@@ -56,6 +56,11 @@ def main(script: ScriptArguments, training: SFTConfig, args: QBLoRAArguments) ->
         out_factor=args.out_factor,
         task_type="CAUSAL_LM",
     )
+    splits = [script.dataset_train_split] + [script.dataset_test_split] * (training.eval_strategy != "no")
+    train, *test = (
+        load_dataset(script.dataset_name, script.dataset_config, split=split, streaming=script.dataset_streaming)
+        for split in splits
+    )
     dtype, code = getattr(torch, args.dtype), {"trust_remote_code": training.trust_remote_code}
     model = AutoModelForCausalLM.from_pretrained(
         args.model_name_or_path,
@@ -69,12 +74,11 @@ def main(script: ScriptArguments, training: SFTConfig, args: QBLoRAArguments) ->
             bnb_4bit_use_double_quant=args.double_quant,
         ),
     )
-    dataset = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
     trainer = SFTTrainer(
         model,
         args=training,
-        train_dataset=dataset[script.dataset_train_split],
-        eval_dataset=dataset[script.dataset_test_split] if training.eval_strategy != "no" else None,
+        train_dataset=train,
+        eval_dataset=test[0] if test else None,
         processing_class=AutoTokenizer.from_pretrained(args.model_name_or_path, **code),
         peft_config=adapter,
         callbacks=[QBLoRACallback()],

@@ -90,6 +90,21 @@ def test_a_model_or_a_dataset_that_is_not_there_is_one_line(monkeypatch, tmp_pat
         assert len(said.splitlines()) == 1
 
 
+def test_a_split_that_a_dataset_lacks_and_a_flag_nobody_knows_are_one_line_before_a_model_is_loaded(
+    monkeypatch, tmp_path
+):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"text": "w1 w2"}\n')
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    arguments = (*ON_CPU, *NOWHERE[:3], tmp_path / "data", "--output_dir", tmp_path / "run")
+    for recipe in ("sft_qablora", "sft_qblora", "dpo_qblora"):
+        said = launch(recipe, monkeypatch, *arguments, "--dataset_train_split", "nope")
+        assert "nope" in said
+        assert "train" in said
+        assert len(said.splitlines()) == 1
+        assert "--nope" in launch(recipe, monkeypatch, *arguments, "--nope", "3")
+
+
 def test_an_error_of_the_machine_is_no_thing_that_is_not_there():
     error = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OSError, match="No space"), one_line():

@@ -42,11 +42,13 @@ def build(
     add("ours, float prompts, last logits", lambda out: ours(source, out, **quick, **floats))
     cached = "ours, float prompts, last logits, int8 cache"
     add(cached, lambda out: ours(source, out, **quick, **floats, kv_cache_dtype="int8"))
+    bare = {"accuracy_level": 4, "merged": False}
+    add(cached.replace("ours", "base"), lambda out: ours(source, out, **bare, **floats, kv_cache_dtype="int8"))
     integers = {"logits": "last", "prompt_weights": "int8", "kv_cache_dtype": "int8"}
     add("ours, int8 prompts, last logits, int8 cache", lambda out: ours(source, out, **quick, **integers))
     if genai_python:
         add("genai int4, int8 cache", lambda out: genai_build_int8_cache(genai_python, source, out, folders[cached]))
-    add("base int8 activations", lambda out: ours(source, out, merged=False, accuracy_level=4))
+    add("base int8 activations", lambda out: ours(source, out, **bare))
     add("ours exact, last logits", lambda out: ours(source, out, merged=True, logits="last"))
     add("ours int8 activations, Attention", lambda out: ours(source, out, **quick, attention="attention"))
     add("optimum fp32", lambda out: optimum_fp32(source, out))

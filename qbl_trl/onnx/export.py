@@ -20,7 +20,7 @@ from qbl_trl.onnx.digits import layout_for
 from qbl_trl.onnx.gate import Gate
 from qbl_trl.onnx.genai import write_genai_config
 from qbl_trl.onnx.group_query import takes_query_lengths
-from qbl_trl.onnx.layers import DenseBase
+from qbl_trl.onnx.layers import DenseBase, GroupBase
 from qbl_trl.onnx.making import finish, make_exact
 from qbl_trl.onnx.options import TOLERANCE, check_choices
 from qbl_trl.onnx.ranges import check_texts, measured
@@ -145,7 +145,8 @@ def export_onnx(
         check_supported(held.decoder())
         companions.warn_of_towers(held.decoder())
         # Refuses what cannot be lowered before work starts. No source is kept: it would keep the model's weights.
-        quantized = any(not isinstance(source.base, DenseBase) for source in held.linears().values())
+        bases = {type(source.base) for source in held.linears().values()}
+        quantized = bool(bases - {DenseBase})
         if prompt_weights is not None and not quantized:
             raise ExportError(
                 f"export_onnx: prompt_weights={prompt_weights!r} takes the place of 4-bit codes, and no layer of this "
@@ -231,6 +232,11 @@ def export_onnx(
             companions.write(held, model_or_path, tokenizer, folder, float_type)
             write_genai_config(text_config, held.generation_config, folder, provider, exact.shares, options.max_length)
             size = folder_bytes(folder)
+    if 4 in (accuracy_level, prompt_accuracy_level) and GroupBase not in bases and embedding_bits is None:
+        logger.warning(
+            "accuracy_level=4 changed nothing: 8-bit activations are for layers of integer codes, which this model "
+            "has none of"
+        )
     if not quantized:
         logger.warning(
             "no layer of this model is quantized: the graph holds it in %s. For 4 bits load it with GroupQuantConfig, "

@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError
@@ -76,12 +77,20 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
                 where = tempfile.gettempdir()
                 raise ExportError(f"{where} (TMPDIR), where the graph is traced: {error.strerror}") from error
             reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
-            raise Untraceable(f"a {type(skeleton.model).__name__} could not be traced: {reason}") from error
+            raise Untraceable(
+                f"a {type(skeleton.model).__name__} could not be traced: {reason}{_of_adapters(skeleton.model)}"
+            ) from error
         model = ir.load(path)
         ir.external_data.load_to_model(model)
     _state_caches(model, caches)
     _count_booleans(model)
     return model
+
+
+def _of_adapters(model: PreTrainedModel) -> str:
+    """What may be at fault: adapters of PEFT's own that read the weight below them, or have functions of their own."""
+    kinds = {type(part).__module__.split(".")[2] for part in model.modules() if isinstance(part, BaseTunerLayer)}
+    return f". It carries adapters of PEFT ({', '.join(sorted(kinds))}): merge_and_unload() them first" * bool(kinds)
 
 
 def _check_states(model: PreTrainedModel, caches: LayerCaches, calls: Calls) -> None:

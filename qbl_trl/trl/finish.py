@@ -109,6 +109,8 @@ def check_export(options: Mapping[str, Any]) -> None:
         call = inspect.signature(export_onnx).bind(None, None, **options)
         call.apply_defaults()
         importlib.import_module("qbl_trl.onnx.options").check_choices(**call.arguments)
+        if options.get("tokenizer") is not None:
+            importlib.import_module("qbl_trl.onnx.companions").check_tokenizer(options["tokenizer"])
     except ImportError as error:
         raise ConfigError(f"QBLoRACallback: onnx_output_dir: {error}") from error
     except (TypeError, ExportError) as error:

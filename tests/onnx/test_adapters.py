@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, export_onnx, merge, verify
@@ -75,6 +75,13 @@ def test_a_plain_lora_over_4_bits_is_traced_as_it_is(tmp_path):
     base = quantize(tiny_llama(), p=None)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     assert export_onnx(model, tmp_path / "out").parity.max_abs_difference < 2e-5
+
+
+@pytest.mark.parametrize("config", [LoraConfig(use_dora=True), LoHaConfig()])
+def test_adapters_that_no_trace_follows_are_named(tmp_path, config):
+    config.target_modules = ["q_proj"]
+    with pytest.raises(ExportError, match=r"It carries adapters of PEFT \((lora|loha)\): merge_and_unload\(\) them"):
+        export_onnx(get_peft_model(tiny_llama(), config), tmp_path / "out")
 
 
 def test_an_adapter_that_is_switched_off_is_not_written(tmp_path):

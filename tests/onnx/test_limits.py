@@ -280,6 +280,14 @@ def test_a_model_without_a_quantized_layer_is_said_to_stay_in_float(tmp_path, ca
     assert "is quantized" not in caplog.text
 
 
+def test_8_bit_activations_where_no_layer_holds_integer_codes_are_said_to_change_nothing(tmp_path, caplog):
+    export_onnx(tiny_llama(), tmp_path / "float", accuracy_level=4)
+    assert "accuracy_level=4 changed nothing" in caplog.text
+    caplog.clear()
+    export_onnx(tiny_llama(), tmp_path / "packed", accuracy_level=4, embedding_bits=8)  # the head has codes
+    assert "changed nothing" not in caplog.text
+
+
 OWN = ["stablelm, which calls torch's attention", "bloom, whose heads lie in turns", "mpt, whose bias is a table"]
 OWN += ["falcon with alibi", "gptj, which rotates in a way of its own", "codegen, whose heads lie in four parts"]
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import qbl_trl  # noqa: F401  (registers the quantizer)
 from qbl_trl.errors import CheckpointError
+from qbl_trl.generation import BEFORE_5
 from qbl_trl.quant.importers import convert_checkpoint, describe_checkpoint
 from qbl_trl.quant.linear import GroupQuantLinear
 from tests.quant import foreign
@@ -125,3 +126,19 @@ def test_experts_of_one_tensor_become_layers_with_its_settings(tmp_path, bits):
     third = {f"layer.{part}": tensors[f"{stacked}.{part}"][3] for part in ("weight", "scales", "biases")}
     layer = layers["model.layers.1.mlp.experts.3.down_proj"]
     torch.testing.assert_close(layer.dequantize(), values(third, "layer"), rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(BEFORE_5, reason="transformers 4.57 has no Metal")
+def test_what_transformers_wrote_for_metal_comes_over_as_it_reads_it_itself(tmp_path):
+    def tensors(affine):
+        held = mlx_tensors(affine)
+        return {"qbiases": held.pop("biases"), **held}
+
+    settings = {"quant_method": "metal", "bits": 4, "group_size": 32, "modules_to_not_convert": ["lm_head"]}
+    _, written = foreign.write_folder(tmp_path / "in", tensors, settings, affines(dtype=torch.float32))
+    convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name, affine in written.items():
+        assert torch.equal(model.get_submodule(name).affine().codes, affine.codes)
+    widened = AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.float32, device_map="cpu")
+    torch.testing.assert_close(logits(model, tokens()), logits(widened, tokens()), rtol=0, atol=1e-5)  # float32 sums

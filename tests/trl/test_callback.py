@@ -279,6 +279,13 @@ def test_options_that_no_export_takes_are_refused_before_training(options, tmp_p
         sft(tmp_path, QBLoRACallback(adapter(), onnx_options=options, **folders))
 
 
+def test_a_tokenizer_for_the_export_that_is_not_there_is_named_before_training(tmp_path):
+    pytest.importorskip("onnx", reason="neither [onnx] nor [onnx5] is installed")
+    folders = {"merged_output_dir": tmp_path / "m", "onnx_output_dir": tmp_path / "x"}
+    with pytest.raises(ConfigError, match=r"tokenizer='/no/where' is no folder, nor a model id"):
+        sft(tmp_path, QBLoRACallback(adapter(), onnx_options={"tokenizer": "/no/where"}, **folders))
+
+
 def test_a_second_training_does_not_find_out_at_its_end_that_the_first_ones_output_is_there(tmp_path):
     trainer = sft(tmp_path / "run", QBLoRACallback(adapter(), merged_output_dir=tmp_path / "m"))
     trainer.train()

@@ -1,15 +1,16 @@
-"""MLX checkpoints (mlx-lm), mode "affine".
+"""MLX checkpoints (mlx-lm), mode "affine", and what transformers 5 writes for Apple's GPUs (`MetalConfig`).
 
 | tensor | shape | content |
 | --- | --- | --- |
 | weight | (N, K bits / 32) uint32 | codes along K, little-endian |
 | scales | (N, G) float | s; a quantizer may make it negative |
-| biases | (N, G) float | b: w = s q + b, so that the zero point is -b / s |
+| biases (Metal: qbiases) | (N, G) float | b: w = s q + b, so that the zero point is -b / s |
 
 Embeddings are quantized as linear layers are. They become float32, which is exact, as heads do. Experts of a mixture
 lie in one tensor of three dimensions, `switch_mlp.up_proj`, and become layers of their own.
 
-Source: mlx, python/mlx/nn/layers/quantized.py, and the documentation of mlx.core.quantize.
+Sources: mlx, python/mlx/nn/layers/quantized.py, and the documentation of mlx.core.quantize; transformers 5,
+integrations/metal_quantization.py.
 """
 
 import re
@@ -66,7 +67,7 @@ class MLXReader(FolderReader):
         return "embed" in last or last == "wte" or super().is_float(name)
 
     def geometry(self, name: str) -> tuple[int, int, int, int]:
-        if self.shards.dtype(f"{name}.weight") != torch.uint32 or f"{name}.biases" not in self.shards:
+        if self.shards.dtype(f"{name}.weight") != torch.uint32 or f"{name}.{self.parts[2]}" not in self.shards:
             raise self.misshapen(name)
         bits = int(self.own(name).get("bits") or self.quantization.get("bits") or _BITS)
         out_features, words = self.shards.shape(f"{name}.weight")
@@ -78,7 +79,7 @@ class MLXReader(FolderReader):
     def read_layer(self, name: str) -> GroupQuantLinear:
         bits, own_size, size = self.sizes(name)
         codes = split_words(self.part(name, "weight").view(torch.int32), bits, 1)
-        scales, offsets = self.part(name, "scales"), self.part(name, "biases").float()
+        scales, offsets = self.part(name, "scales"), self.part(name, self.parts[2]).float()
         if bool(((scales == 0) & (offsets != 0)).any()):
             raise CheckpointError(
                 f"{self.folder}: {name} has groups without a scale, whose weights no zero point gives. {CODES_ARE_KEPT}"
@@ -86,6 +87,13 @@ class MLXReader(FolderReader):
         zeros = -offsets / scales.float().where(scales != 0, 1)
         affine = Affine(codes, scales, zeros)
         return build(affine, bits=bits, own_size=own_size, group_size=size, symmetric=False, bias=self.bias(name))
+
+
+class MetalReader(MLXReader):
+    """Reads what `MetalConfig` of transformers wrote: MLX's layers under another name for b."""
+
+    kind = "metal"
+    parts = ("weight", "scales", "qbiases")
 
 
 class _ExpertsApart(Shards):

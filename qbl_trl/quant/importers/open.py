@@ -14,20 +14,23 @@ from qbl_trl.quant.importers.awq import AWQReader
 from qbl_trl.quant.importers.compressed import CompressedReader
 from qbl_trl.quant.importers.gptq import GPTQReader
 from qbl_trl.quant.importers.hqq import HQQReader
-from qbl_trl.quant.importers.mlx import MLXReader
+from qbl_trl.quant.importers.mlx import MetalReader, MLXReader
 from qbl_trl.quant.importers.reader import Reader
 from qbl_trl.quant.importers.shards import Shards, read_json
 from qbl_trl.quant.importers.spelling import Respelled
 from qbl_trl.quant.linear import GroupQuantLinear
 
-KINDS = "GPTQ, AWQ, AutoRound, HQQ, compressed-tensors, MLX (folders), GGUF (a file or a folder with one)"
+KINDS = "GPTQ, AWQ, AutoRound, HQQ, compressed-tensors, MLX, Metal (folders), GGUF (a file or a folder with one)"
 _READERS: dict[str, Callable[[Path, dict[str, Any]], Reader]] = {
     "gptq": GPTQReader,
     "awq": AWQReader,
     "hqq": HQQReader,
     "compressed-tensors": CompressedReader,
     "mlx": MLXReader,
+    "metal": MetalReader,
 }
+_AUTO_ROUND = ("auto-round", "auto_round", "intel/auto-round")  # in the packing of GPTQ or AWQ
+METHODS = (*_READERS, *_AUTO_ROUND)
 _OLD_FILES = ("quantize_config.json", "quant_config.json")  # AutoGPTQ, AutoAWQ before config.json held it
 
 
@@ -53,7 +56,7 @@ def open_reader(source: str | os.PathLike[str]) -> Reader:
     if not quantization:
         raise CheckpointError(f"{path}: config.json states no quantization; allowed: {KINDS}")
     method = str(quantization.get("quant_method", "")).lower()
-    if method in ("auto-round", "auto_round", "intel/auto-round"):
+    if method in _AUTO_ROUND:
         packing = quantization.get("packing_format", quantization.get("backend"))  # its name before 0.5
         method = "awq" if "awq" in str(packing) else "gptq"
         if packing not in (None, "auto"):
