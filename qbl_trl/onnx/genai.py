@@ -45,12 +45,15 @@ def write_genai_config(config: Any, generation: Any, folder: Path, provider: str
         return
     heads, width = sizes[0]
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in names}
-    eos = _first_set(getattr(generation, "eos_token_id", None), config.eos_token_id, [])  # 0 would be a token
-    pad = _first_set(getattr(generation, "pad_token_id", None), config.pad_token_id, eos or 0)
+    bos, eos, pad = (  # transformers 5 gives a configuration those alone that its class has
+        [getattr(source, f"{kind}_token_id", None) for source in (generation, config)] for kind in ("bos", "eos", "pad")
+    )
+    eos = _first_set(*eos, [])  # 0 would be a token
+    pad = _first_set(*pad, eos or 0)
     options = [] if provider == "cpu" else [{"cuda": {"enable_cuda_graph": "0"}}]
     written = {
         "model": {
-            "bos_token_id": _first_set(config.bos_token_id, 0),
+            "bos_token_id": _first_set(*bos, 0),
             "context_length": length,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": options},

@@ -66,7 +66,7 @@ def write_text(graph: OnnxLogits, config: Any, rows: int, length: int) -> tuple[
     generator, vocabulary = torch.Generator().manual_seed(0), config.vocab_size
     tokens = torch.randint(0, vocabulary, (rows, min(2, length)), generator=generator)
     marks = [mark for mark in _marks(config) if 0 <= mark < vocabulary]
-    first = config.bos_token_id
+    first = getattr(config, "bos_token_id", None)  # transformers 5 has none by default
     if first in marks:
         tokens[1::2, 0] = first  # odd rows: a gate pads its first
     cache, start = graph.empty_cache(rows), 0

@@ -242,6 +242,17 @@ def test_generation_settings_mean_the_same_to_onnx_runtime_genai(tmp_path):
     assert written["model"]["eos_token_id"] == []  # 0 would be a token
 
 
+@pytest.mark.skipif(BEFORE_5, reason="its decoder gives no cache in transformers 4.57")
+def test_a_configuration_that_names_no_special_tokens_has_a_graph(tmp_path):
+    sizes = {f"{part}_{name}": 32 for part in ("pronunciation", "shape") for name in ("vocab_size", "embed_dim")}
+    settings = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.RoCBertConfig(vocab_size=100, is_decoder=True, **sizes, **settings)
+    decoder = transformers.RoCBertForCausalLM(config).eval()
+    report = export_onnx(quantize_model_(decoder, GroupQuantConfig()), tmp_path / "out")
+    assert report.parity.max_abs_difference < 2e-5
+    assert json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["eos_token_id"] == []
+
+
 @pytest.mark.parametrize("lost", ["lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"])
 def test_a_folder_that_lacks_a_float_tensor_is_no_model(tmp_path, lost):
     quantize_model_(tiny_llama(), GroupQuantConfig()).save_pretrained(tmp_path / "model")
