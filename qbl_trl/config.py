@@ -326,6 +326,10 @@ class GroupQuantConfig(QuantizationConfigMixin):
         importers = importlib.import_module("qbl_trl.quant.importers")  # the one look upwards: readers sit on formats
         return cls(**importers.describe_checkpoint(source))
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """A field by name: transformers asks what a model's configuration holds as it asks a dictionary."""
+        return getattr(self, key, default)
+
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds; the calibration data never do."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -15,9 +15,22 @@ from qbl_trl.adapter.factors import recorded_factors
 from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.errors import ConfigError
 
+_SUMMED = ("linear", "ties", "dare_ties", "dare_linear", "magnitude_prune")
+
 
 class CombiningModel(LoraModel):
     """The part of QBLoRAModel that combines adapters."""
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """PEFT's. The sum has a scale of one, as its matrices take for granted: by rsLoRA it would be sqrt(r)."""
+        first = self.peft_config.get(adapters[0]) if adapters else None
+        if first is None or not first.use_rslora:
+            return super().add_weighted_adapter(adapters, *args, **kwargs)
+        first.use_rslora = False  # it is copied
+        try:
+            return super().add_weighted_adapter(adapters, *args, **kwargs)
+        finally:
+            first.use_rslora = True
 
     def _check_add_weighted_adapter(
         self, adapters: list[str], combination_type: str, svd_rank: int | None
@@ -39,6 +52,12 @@ class CombiningModel(LoraModel):
                         f"add_weighted_adapter: {', '.join(adapters)} differ in (in_factor, out_factor, pooling) at "
                         f"{layer_name}: {sorted(map(str, shapes))}; only adapters of one compressed shape can be "
                         "combined. Give them the same in_factor and out_factor when they are made"
+                    )
+                ranks = {layer.rank[name] for name in held}
+                if checked[0] in _SUMMED and len(ranks) > 1:
+                    raise ConfigError(
+                        f"add_weighted_adapter: {', '.join(adapters)} have ranks {sorted(ranks)} at {layer_name}, and "
+                        f'combination_type="{checked[0]}" sums matrices of one shape; "cat" and "svd" take any ranks'
                     )
         if any(self.peft_config[name].adapter == "block" for name in adapters):
             raise ConfigError("add_weighted_adapter combines low-rank factors; an adapter='block' has none")

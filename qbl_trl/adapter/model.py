@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qbl_trl.adapter import checkpointing, experts, hotswap, mixed, others
 from qbl_trl.adapter.balance import largest_useful_r
+from qbl_trl.adapter.bnb_packed import keep_order_
 from qbl_trl.adapter.checkpointing import let_inputs_require_grad
 from qbl_trl.adapter.combining import CombiningModel
 from qbl_trl.adapter.layer import BalancedLinear, record_placed_
@@ -99,6 +100,7 @@ class QBLoRAModel(CombiningModel):
             raise ConfigError(f"{error} Note: {in_vain}") from error
         if in_vain is not None:
             warnings.warn(in_vain, stacklevel=2)
+        keep_order_(model)
         if getattr(model, "is_gradient_checkpointing", False):
             let_inputs_require_grad(model)  # also where no PeftModel is put around it
         layers = record_placed_(model, adapter_name, self.peft_config[adapter_name])

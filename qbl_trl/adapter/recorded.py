@@ -16,6 +16,20 @@ _SAME = {  # what makes the same base of the same float model, by quantization m
     "hqq": ("quant_config", "skip_modules"),
 }
 _MERGED = "merged_adapter"
+_OF_THE_ADAPTER = (  # what decides which tensors an adapter has, and what they compute
+    *(
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "adapter",
+        "pooling",
+        "in_factor",
+        "out_factor",
+    ),
+    *("bias", "modules_to_save", "trainable_token_indices", "layers_to_transform", "fan_in_fan_out"),
+)
 
 
 def quantization(model: nn.Module) -> Any:
@@ -72,6 +86,29 @@ def check_same_base(saved: QBLoRAConfig, stored: Any, where: Any) -> None:
             f"{where} was trained over a base with {first}, and this one has {second}: load the base as its "
             "adapter_config.json says (base_quantization), or train anew"
         )
+
+
+def check_same_adapter(saved: QBLoRAConfig, present: QBLoRAConfig, where: Any) -> None:
+    """Refuse to go on with a saved adapter under settings by which its tensors mean something else, or are others.
+
+    Raises:
+        ConfigError: naming the settings, with what each of the two has.
+    """
+    pairs = {name: tuple(_comparable(getattr(each, name)) for each in (saved, present)) for name in _OF_THE_ADAPTER}
+    changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    if changed:
+        then, now = (", ".join(f"{name}={pair[side]!r}" for name, pair in changed.items()) for side in (0, 1))
+        raise ConfigError(
+            f"{where} was trained with {then}, and this run has {now}: its adapter cannot go on so. Set them as they "
+            "were, or train anew"
+        )
+
+
+def _comparable(setting: Any) -> Any:
+    """A setting as files tell it: without order where it has none, None where it is empty."""
+    if isinstance(setting, dict):
+        return {key: _comparable(value) for key, value in setting.items()} or None
+    return (sorted(setting) or None) if isinstance(setting, set | list | tuple) else setting
 
 
 def record_layers_(config: QBLoRAConfig, model: nn.Module) -> None:

@@ -83,8 +83,11 @@ def check_tensors(
     """
     for name, (shape, dtype) in expected.items():
         if name not in stored:
+            layer, _, part = name.rpartition(".")
+            wrapped = f"{layer}.base_layer.{part}" in stored
             raise CheckpointError(
                 f"{folder}: tensor {name!r} is missing although quantization_config in config.json calls for it"
+                + "; the model was saved from under an adapter (base_layer)" * wrapped
             )
         file, found_dtype, found_shape = stored[name]
         if found_shape != shape or found_dtype != (dtype or found_dtype):

@@ -5,6 +5,7 @@ packed checkpoint is loaded into packed layers, after its headers were checked. 
 are served: transformers 4.57 calls `create_quantized_param`, transformers 5 runs the operation of `get_quantize_ops`.
 """
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,12 @@ class GroupQuantizer(HfQuantizer):
             self.targets, held = stored_layers(model, folder, found or {}, self.targets)
         if not self.targets:
             keep_apart(model, stacked, ())
+            if folder is not None:
+                raise CheckpointError(
+                    f"{folder}: no layer of a {type(model).__name__} is packed in these files, although the "
+                    "configuration says so; if they are those of a float model, take quantization_config out of it "
+                    "(config.json, or what is given as config=)"
+                )
             raise ConfigError(
                 f"{type(model).__name__} has no linear layer to quantize once its head, layers with fewer inputs than "
                 f"{min(ALLOWED_GROUP_SIZES)} and modules_to_not_convert="
@@ -213,6 +220,28 @@ class GroupQuantizer(HfQuantizer):
                 "out, and safetensors are written"
             )
         return True
+
+    def get_state_dict_and_metadata(self, model: nn.Module, *args: Any) -> tuple[dict[str, Tensor] | None, dict]:
+        """What `save_pretrained` writes: the state it was given, if any, which it forgets where a model is quantized.
+
+        Raises:
+            ConfigError: if adapters wrap layers, whose names no model would load; if the state is none of this model.
+        """
+        if not getattr(model, "_hf_peft_config_loaded", False):  # transformers then saves the adapter alone
+            wrapped = next((name for name, m in model.named_modules() if "base_layer" in m._modules), None)
+            if wrapped is not None:
+                raise ConfigError(
+                    f"save_pretrained: an adapter sits on {wrapped}, and nothing would load such a base; save the "
+                    "PeftModel (its adapter), merge(model), or model.unload()"
+                )
+        caller = inspect.currentframe()
+        caller = None if caller is None else caller.f_back
+        given = None if caller is None or caller.f_code.co_name != "save_pretrained" else caller.f_locals["state_dict"]
+        if given is not None:
+            lacking = next((name for name in expected_tensors(model) if name not in given), None)
+            if lacking is not None:
+                raise ConfigError(f"save_pretrained: state_dict lacks {lacking!r}, a tensor of this packed model")
+        return given, {}
 
     @property
     def is_trainable(self) -> bool:

@@ -34,7 +34,6 @@ from qbl_trl.trl.inject import (
     check_launch,
     check_merges,
     check_optimizer,
-    check_resumed,
     check_teacher,
     check_trains,
     find_trainer,
@@ -46,6 +45,7 @@ from qbl_trl.trl.merged_loss import merged_loss
 from qbl_trl.trl.metrics import check_finite, measure, summarize, warn_of_untrained
 from qbl_trl.trl.outputs import Outputs
 from qbl_trl.trl.probe import probe
+from qbl_trl.trl.resume import check_before_loading_, check_resumed
 from qbl_trl.trl.rounding import DeltaRounding, check_rounding, forget_rounding
 from qbl_trl.trl.tokens import FirstTokens, random_tokens
 
@@ -298,6 +298,7 @@ class QBLoRACallback(TrainerCallback):
         self.record = run_record.RunRecord.start(model, layers, probe(layers))
         self._trainer, self._layers, self._adapters = trainer, layers, _names(layers)
         if trainer is not None:
+            check_before_loading_(trainer)
             callbacks = trainer.callback_handler.callbacks
             callbacks.insert(0, callbacks.pop(callbacks.index(self)))
 

@@ -9,8 +9,6 @@ import copy
 import logging
 import sys
 from collections.abc import Iterator
-from os import PathLike
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -22,11 +20,9 @@ from transformers import Trainer, TrainingArguments
 
 from qbl_trl.adapter.checkpointing import let_towers_require_grad
 from qbl_trl.adapter.layer import BalancedLinear
-from qbl_trl.adapter.recorded import check_same_base, quantization
 from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
-from qbl_trl.loading import saved_adapter
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import replace, same_module_name
 from qbl_trl.trl.layers import active, base_of
@@ -63,7 +59,7 @@ def _methods() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _variables(trainer: Trainer | None) -> Iterator[dict[str, Any]]:
+def variables_of(trainer: Trainer | None) -> Iterator[dict[str, Any]]:
     """Variables of the methods of a trainer that are running, the nearest first."""
     return (frame.f_locals for frame in _methods() if frame.f_locals["self"] is trainer is not None)
 
@@ -139,7 +135,7 @@ def _train_added_tokens_(config: QBLoRAConfig, model: nn.Module, trainer: Traine
     SFTTrainer keeps the new ids in a variable of its constructor, which is running now. It calls the two layers
     "embed_tokens" and "lm_head"; here they have the names that the model gives them.
     """
-    named = (variables.get("added_tokens") for variables in _variables(trainer))
+    named = (variables.get("added_tokens") for variables in variables_of(trainer))
     added = next((found for found in named if isinstance(found, list) and found), None)
     if added is None:
         return
@@ -176,7 +172,7 @@ def _let_go_of_copied_reference_(trainer: Trainer) -> None:
     """
     if not any(cls.__name__ == "OnlineDPOTrainer" for cls in type(trainer).__mro__):
         return
-    given = (names["ref_model"] for names in _variables(trainer) if "ref_model" in names)
+    given = (names["ref_model"] for names in variables_of(trainer) if "ref_model" in names)
     if next(given, trainer.ref_model) is None:
         trainer.ref_model = None
 
@@ -236,21 +232,6 @@ def check_teacher(args: TrainingArguments) -> None:
             f'{type(args).__name__}: teacher_model_kind="ema" averages the adapter into a second one, and TRL does so '
             'with plain LoRA alone. Set teacher_model_kind="base" (the model without its adapter) or "live" (with it)'
         )
-
-
-def check_resumed(trainer: Trainer | None, model: nn.Module) -> None:
-    """Refuse to go on from a checkpoint that was trained over another base: only its adapter is loaded.
-
-    Raises:
-        ConfigError: naming what differs.
-    """
-    named = (variables.get("resume_from_checkpoint") for variables in _variables(trainer))
-    folder = next((Path(name) for name in named if isinstance(name, str | PathLike)), None)
-    if folder is None or not (folder / "adapter_config.json").is_file():
-        return
-    saved = saved_adapter(folder)
-    if isinstance(saved, QBLoRAConfig):
-        check_same_base(saved, quantization(unwrap(model)), folder)
 
 
 def check_trains(model: nn.Module) -> None:

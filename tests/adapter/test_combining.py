@@ -41,11 +41,12 @@ def test_merge_and_unload_computes_the_same_and_unmerge_restores(kind):
     torch.testing.assert_close(logits(merged, IDS), before, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("kind", ["linear", "cat", "svd", "ties", "dare_linear", "ties_svd", "magnitude_prune_svd"])
-def test_weighted_combinations_run_and_the_exact_ones_are_exact(kind):
-    model = get_peft_model(tiny_llama(), config(r=3, in_factor=4)).eval()
+def test_weighted_combinations_run_and_the_exact_ones_are_exact(kind, rslora):
+    model = get_peft_model(tiny_llama(), config(r=3, in_factor=4, use_rslora=rslora)).eval()
     torch.manual_seed(1)
-    model.add_adapter("second", config(r=3, in_factor=4))
+    model.add_adapter("second", config(r=3, in_factor=4, use_rslora=rslora))
     density = None if kind in ("linear", "cat", "svd") else 0.5
     rank = 200 if kind == "svd" else None  # more than any layer has dimensions: nothing is cut off
     model.add_weighted_adapter(["default", "second"], [0.7, -0.2], "sum", kind, svd_rank=rank, density=density)
@@ -54,8 +55,17 @@ def test_weighted_combinations_run_and_the_exact_ones_are_exact(kind):
         assert torch.isfinite(layer.get_delta_weight("sum")).all()
         if kind in ("cat", "svd"):
             torch.testing.assert_close(layer.get_delta_weight("sum"), total, rtol=1e-4, atol=1e-6)  # SVD in float32
+    assert model.peft_config["default"].use_rslora == rslora
     model.set_adapter("sum")
     assert torch.isfinite(logits(model, IDS)).all()
+
+
+def test_adapters_of_different_ranks_are_not_summed_matrix_by_matrix():
+    model = get_peft_model(tiny_llama(), config(r=2, rank_pattern={"q_proj": 3}))
+    model.add_adapter("second", config(r=3))
+    with pytest.raises(ConfigError, match=r"have ranks .* sums matrices of one shape"):
+        model.add_weighted_adapter(["default", "second"], [1, 1], "sum", "ties", density=0.5)
+    model.add_weighted_adapter(["default", "second"], [1, 1], "sum", "cat")
 
 
 def test_adapters_of_different_blocks_do_not_combine():

@@ -56,6 +56,39 @@ def test_a_resumed_run_continues_with_identical_losses(tmp_path, build):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"pooling": "mean"},
+        {"lora_alpha": 128},
+        {"use_rslora": True},
+        {"r": 8},
+        {"out_factor": 1},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [5, 6]},
+        {"target_modules": ["q_proj"]},
+        {"bias": "all"},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+@pytest.mark.parametrize("form", ["callback", "peft_config"])
+def test_a_checkpoint_does_not_go_on_under_other_settings_of_its_adapter(run, changed, form):
+    other = adapter(**{"lora_dropout": 0.1, **changed})
+    callback = {"callback": (QBLoRACallback(other),), "peft_config": (QBLoRACallback(),)}[form]
+    trainer = sft(run, *callback, **({"peft_config": other} if form == "peft_config" else {}), **SAVING)
+    held = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with pytest.raises(
+        ConfigError, match=rf"checkpoint-2 (was trained with {next(iter(changed))}=|holds an adapter on)"
+    ):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert all(torch.equal(tensor, held[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_a_checkpoint_goes_on_under_another_dropout(run):
+    trainer = sft(run, QBLoRACallback(adapter(lora_dropout=0.5)), **SAVING)
+    trainer.train(resume_from_checkpoint=True)
+
+
 def test_the_best_checkpoint_is_loaded_at_the_end_and_it_is_the_one_merged(tmp_path):
     callback = QBLoRACallback(adapter(), merged_output_dir=tmp_path / "merged")
     trainer = sft(

@@ -1,0 +1,82 @@
+"""Going on from a checkpoint: with the base and the adapter that it was trained with, or not at all.
+
+PEFT loads the tensors of a checkpoint into the adapter that is there. Under other settings of the same shapes they
+compute something else; tensors that have no place are dropped, or loaded into what is frozen and never saved again.
+"""
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import nn
+from transformers import Trainer
+
+from qbl_trl.adapter.layer import adapter_layers
+from qbl_trl.adapter.recorded import check_same_adapter, check_same_base, quantization
+from qbl_trl.adapter.wrapped import unwrap
+from qbl_trl.config import QBLoRAConfig
+from qbl_trl.errors import ConfigError
+from qbl_trl.loading import saved_adapter
+from qbl_trl.module_names import name_here
+from qbl_trl.trl.inject import variables_of
+from qbl_trl.trl.layers import active
+
+_PEFTS = "base_model.model."
+
+
+def check_resumed(trainer: Trainer | None, model: nn.Module, folder: Any = None) -> None:
+    """Refuse to go on from a checkpoint of another base or another adapter: only tensors of its adapter are loaded.
+
+    Args:
+        folder: the checkpoint; by default the one that the trainer is resuming from, if any.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    named = (variables.get("resume_from_checkpoint") for variables in variables_of(trainer))
+    found = (Path(name) for name in (folder, *named) if isinstance(name, str | PathLike))
+    folder = next(found, None)
+    if folder is None or not (folder / "adapter_config.json").is_file():
+        return
+    saved = saved_adapter(folder)
+    if not isinstance(saved, QBLoRAConfig):
+        return
+    check_same_base(saved, quantization(unwrap(model)), folder)
+    layers = adapter_layers(model)
+    trained = {name for layer in layers.values() for name in active(layer)}
+    present = getattr(model, "peft_config", {}).get(next(iter(trained), None))
+    if len(trained) != 1 or not isinstance(present, QBLoRAConfig):
+        return
+    check_same_adapter(saved, present, folder)
+    held = {name.partition(".lora_")[0].removeprefix(_PEFTS) for name in _tensors(folder) if ".lora_" in name}
+    here = {name.removeprefix(_PEFTS) for name, layer in layers.items() if trained & set(active(layer))}
+    other = sorted(here.symmetric_difference(name_here(name, here) for name in held))
+    if held and other:
+        raise ConfigError(
+            f"{folder} holds an adapter on {len(held)} layers, and this run adapts {len(here)} ({other[0]} is among "
+            "one of them alone): set target_modules as it was, or train anew"
+        )
+
+
+def _tensors(folder: Path) -> list[str]:
+    """Names in the file of an adapter; none where it is no safetensors file."""
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return []
+    with safe_open(file, "pt") as opened:
+        return list(opened.keys())
+
+
+def check_before_loading_(trainer: Trainer) -> None:
+    """Have the trainer ask `check_resumed` before it loads a checkpoint, which fails on tensors that do not fit."""
+    load = trainer._load_from_checkpoint
+    if hasattr(load, "checks_adapter"):
+        return
+
+    def checked(folder: Any, *args: Any, **kwargs: Any) -> Any:
+        check_resumed(trainer, trainer.model, folder)
+        return load(folder, *args, **kwargs)
+
+    checked.checks_adapter = True  # type: ignore[attr-defined]
+    trainer._load_from_checkpoint = checked  # type: ignore[method-assign]
