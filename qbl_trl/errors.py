@@ -59,7 +59,12 @@ def said(error: BaseException, flags: Mapping[str, str] = FLAGS) -> str:
     return text
 
 
-_READERS = ("datasets", "trl.scripts", "transformers.hf_argparser")  # modules that read what a user asked for
+_READERS = (
+    "datasets",
+    "trl.scripts",
+    "transformers.hf_argparser",
+    "transformers.training_args",
+)  # modules that read what a user asked for
 
 
 def _raised_in(error: BaseException) -> str:

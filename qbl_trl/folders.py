@@ -12,7 +12,8 @@ from qbl_trl.errors import ConfigError, QblError
 from qbl_trl.leftovers import OLD, mark, remove_leftovers
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_RACED = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)  # another process took a folder away, or put one there
+_FILLED = (errno.ENOTEMPTY, errno.EEXIST)
+_RACED = (errno.ENOENT, *_FILLED)  # another process took a folder away, or put one there
 
 
 def check_free(folder: str | os.PathLike[str], overwrite: bool = False, error: type[QblError] = ConfigError) -> Path:
@@ -25,7 +26,11 @@ def check_free(folder: str | os.PathLike[str], overwrite: bool = False, error: t
     if not isinstance(folder, str | os.PathLike):
         raise error(f"{folder!r} is no path of a folder to write into")
     path = Path(folder)
-    if path.exists() and not path.is_dir():  # a file, a device, a pipe
+    try:
+        there = path.exists()
+    except (OSError, ValueError) as reason:  # too long, or with a zero in it
+        raise error(f"{str(path)[:80]} ... cannot be a folder ({getattr(reason, 'strerror', reason)})") from reason
+    if there and not path.is_dir():  # a file, a device, a pipe
         raise error(f"{path} is {'a file' if path.is_file() else 'no folder'}; name a folder to write into")
     stays, real = _stays(path), path.resolve()
     above = real if stays else next(parent for parent in real.parents if parent.exists())
@@ -79,12 +84,16 @@ def new_folder(
     try:
         draft.mkdir()  # with the permissions that folders have here; those of `holder` are its own
         yield draft
+        if inside and not overwrite and any(other != holder for other in path.iterdir()):
+            raise OSError(errno.ENOTEMPTY, "filled meanwhile")
         if inside:
             for file in sorted(draft.iterdir()):
                 file.rename(path / file.name)
         else:
-            _put(draft, path, old)
+            _put(draft, path, old, overwrite)
     except OSError as reason:
+        if not overwrite and reason.errno in _FILLED:
+            raise error(f"{folder} was filled meanwhile, and stays as it is; choose another folder") from reason
         if reason.errno not in FULL:
             raise
         raise error(f"{folder}: {reason.strerror}; nothing was written") from reason
@@ -94,20 +103,23 @@ def new_folder(
             lock.close()
 
 
-def _put(draft: Path, path: Path, old: Path) -> None:
+def _put(draft: Path, path: Path, old: Path, overwrite: bool) -> None:
     """Give a folder its name, and what has that name another one, for as long as this takes.
 
-    Others that put a whole folder there in the same moment come before this one, or after it.
+    Others that put a whole folder there in the same moment come before this one, or after it. Without `overwrite`
+    nothing but an empty folder makes room.
     """
     for tries_left in (2, 1, 0):
         try:
-            if path.is_dir():
+            if path.is_dir() and overwrite:
                 shutil.rmtree(old, ignore_errors=True)  # something whole stands at `path`
                 path.rename(old)
+            elif path.is_dir():
+                path.rmdir()
             draft.rename(path)
             return
         except OSError as reason:
-            if tries_left and reason.errno in _RACED:
+            if tries_left and reason.errno in _RACED and not (reason.errno in _FILLED and not overwrite):
                 continue
             if old.exists() and not path.exists():
                 old.rename(path)

@@ -134,7 +134,9 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
     path, saved = Path(folder), saved_adapter(folder)
     named = base or saved.base_model_name_or_path
     if not named:
-        raise ConfigError(f"{path} does not name its base model; add --base")
+        raise ConfigError(
+            f"{path} does not name its base model: `qbl-trl merge {path} OUTPUT --base MODEL` makes a model of the two"
+        )
     where = {"revision": saved.revision} if base is None and saved.revision else {}
     settings = None
     if isinstance(saved, QBLoRAConfig) and saved.base_quantization:

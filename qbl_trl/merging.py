@@ -110,9 +110,19 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
             max(errors),
         )
     untie_changed_head_(merged)
-    if hasattr(merged, "config"):  # a model of torch alone says nothing of itself
-        describe_stored_(merged, settings)
+    for part in _described(merged):
+        describe_stored_(part, settings)
     return _plain_(merged)
+
+
+def _described(model: nn.Module) -> list[nn.Module]:
+    """The models that say how they are stored: this one, or those of transformers inside; none of torch alone."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(not around or name.startswith(f"{around}.") for around in found)
+        if isinstance(module, PreTrainedModel) and not inside:
+            found[name] = module
+    return list(found.values()) or [model] * hasattr(model, "config")
 
 
 def _copy_sharing_tensors(model: nn.Module) -> nn.Module:
@@ -261,9 +271,9 @@ def _one_format_(model: nn.Module, settings: GroupQuantConfig, lossy: str | None
 
 def _plain_(model: nn.Module) -> nn.Module:
     """Drop what training left on the model."""
-    for name in ("peft_config", "_hf_peft_config_loaded"):
-        if name in vars(model):
-            delattr(model, name)
+    for part in model.modules():  # a model of sentence-transformers has that of transformers in it
+        for name in ("peft_config", "_hf_peft_config_loaded"):
+            vars(part).pop(name, None)
     if getattr(model, "is_gradient_checkpointing", False):
         model.gradient_checkpointing_disable()  # type: ignore[operator]
     config: Any = getattr(model, "config", None)

@@ -95,7 +95,7 @@ def verify(reference: Any, candidate: Any, input_ids: Tensor, attention_mask: Te
     first, second = logits_of(reference)(ids, mask), logits_of(candidate)(ids, mask)
     if first.dim() == 3 and 1 in (first.shape[1], second.shape[1]) and ids.shape[1] > 1:  # a graph of last logits
         first, second = _last(first, mask), _last(second, mask)
-        mask = torch.ones_like(mask[:, :1])
+        mask = mask.amax(1, keepdim=True)  # a row of padding alone has no last token
     return compare(first, second, mask if first.dim() == 3 else None)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qbl_trl.errors import ConfigError
-from qbl_trl.folders import new_folder
+from qbl_trl.folders import check_free, new_folder
 
 
 def test_a_folder_appears_only_when_the_block_ends(tmp_path):
@@ -131,3 +131,27 @@ def test_permissions_are_those_of_any_new_folder_and_a_full_disk_is_named(tmp_pa
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
     with pytest.raises(ConfigError, match="full: No space left"), new_folder(tmp_path / "full"):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_files_that_come_while_the_block_runs_stay(tmp_path, monkeypatch, here):
+    out = tmp_path / "out"
+    if here:
+        out.mkdir()
+        monkeypatch.chdir(out)
+
+    def write():
+        with new_folder(out) as draft:
+            (draft / "ours").touch()
+            out.mkdir(exist_ok=True)
+            (out / "thesis").write_text("mine")
+
+    with pytest.raises(ConfigError, match="out was filled meanwhile, and stays as it is"):
+        write()
+    assert [file.name for file in out.iterdir()] == ["thesis"]
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_name_that_no_file_system_takes_is_named():
+    with pytest.raises(ConfigError, match="cannot be a folder"):
+        check_free("n" * 5000)

@@ -374,3 +374,12 @@ def test_a_merged_mixture_generates_though_its_loss_wanted_the_routers():
     written = merged.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, min_new_tokens=2)
     assert written.shape == (2, 7)
     assert model.config.output_router_logits  # the trained model goes on training
+
+
+def test_a_model_around_one_of_transformers_is_saved_whole_after_its_merge(tmp_path):
+    inner = quantize_model_(tiny_llama(), GroupQuantConfig())
+    inner.add_adapter(QBLoRAConfig(r=2, quantization_aware=True, init_lora_weights=False))
+    expected = logits(inner, tokens())
+    merge(nn.ModuleDict({"inner": inner}))["inner"].save_pretrained(tmp_path)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(found, tokens()), expected, rtol=0, atol=1e-5)  # float32 sums

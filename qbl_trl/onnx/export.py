@@ -14,6 +14,7 @@ import torch
 from qbl_trl.arithmetic import plain_arithmetic, plain_defaults
 from qbl_trl.errors import ConfigError, ExportError, QblError
 from qbl_trl.folders import check_apart, check_free, folder_bytes, new_folder
+from qbl_trl.model_files import check_generation
 from qbl_trl.onnx import companions
 from qbl_trl.onnx.branches import choose_branches
 from qbl_trl.onnx.digits import layout_for
@@ -33,7 +34,7 @@ from qbl_trl.onnx.trace import check_supported
 from qbl_trl.onnx.weights import with_whole_zeros
 from qbl_trl.parity import compare
 from qbl_trl.progress import progress, step
-from qbl_trl.quant.calibration import tokens_of
+from qbl_trl.quant.calibration import batches_of, tokens_of
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +102,9 @@ def export_onnx(
         kv_cache_dtype: "int8" keeps keys and values in 8 bits on CPU, one scale for each feature of each key head: a
             quarter of the memory, and faster the longer the text; not exact, reported. It needs GroupQueryAttention
             and ONNX Runtime 1.32; None keeps them in the type of the graph.
-        calibration: texts for the scales of that cache and the rounding of packed embeddings, token ids (batch,
-            tokens) without padding; by default some that the model writes itself, and tokens without meaning.
+        calibration: texts for the scales of that cache and the rounding of packed embeddings: batches of token ids
+            (batch, tokens) without padding, or one; by default some that the model writes itself, and tokens without
+            meaning.
         logits: "all" positions, or the "last" one only, as `generate` needs: the head and the end of the last layer
             then see one position.
         max_length: positions of the rotary tables; the model's own maximum by default.
@@ -139,10 +141,11 @@ def export_onnx(
     )
     tokenizer = companions.check_tokenizer(tokenizer)
     float_type: torch.dtype = getattr(torch, named)
-    texts = None if calibration is None else [tokens_of(batch) for batch in calibration]
+    texts = None if calibration is None else [tokens_of(batch) for batch in batches_of(calibration)]
     with progress(4 + bool(kv_cache_dtype), "reading the model", "step") as bar:
         held = companions.Held(model_or_path)
         check_supported(held.decoder())
+        check_generation(held.generation_config)  # it is saved beside the graph
         companions.warn_of_towers(held.decoder())
         # Refuses what cannot be lowered before work starts. No source is kept: it would keep the model's weights.
         bases = {type(source.base) for source in held.linears().values()}

@@ -50,6 +50,7 @@ def write_genai_config(config: Any, generation: Any, folder: Path, provider: str
     )
     eos = _first_set(*eos, [])  # 0 would be a token
     pad = _first_set(*pad, eos or 0)
+    top_p = float(_first_set(getattr(generation, "top_p", None), 1.0))
     options = [] if provider == "cpu" else [{"cuda": {"enable_cuda_graph": "0"}}]
     written = {
         "model": {
@@ -75,14 +76,14 @@ def write_genai_config(config: Any, generation: Any, folder: Path, provider: str
         "search": {
             "do_sample": bool(getattr(generation, "do_sample", False)),
             "max_length": min(length, _BUFFERED) if shares else length,
-            "min_length": 0,
+            "min_length": int(getattr(generation, "min_length", None) or 0),
             "num_beams": 1,
             "num_return_sequences": 1,
             "past_present_share_buffer": shares,
             "repetition_penalty": float(getattr(generation, "repetition_penalty", None) or 1.0),
             "temperature": float(getattr(generation, "temperature", None) or 1.0),
-            "top_k": int(_first_set(getattr(generation, "top_k", None), 50)),
-            "top_p": float(getattr(generation, "top_p", None) or 1.0),
+            "top_k": 1 if top_p == 0 else int(_first_set(getattr(generation, "top_k", None), 50)),
+            "top_p": top_p or 1.0,  # 0 leaves the best token in transformers, and all of them in GenAI
         },
     }
     (folder / "genai_config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")

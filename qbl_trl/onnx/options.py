@@ -186,7 +186,7 @@ def check_choices(
     if kv_cache_dtype is not None and not _takes_query_lengths(provider):
         raise ExportError(f"export_onnx: kv_cache_dtype={kv_cache_dtype!r} needs ONNX Runtime 1.32 or newer")
     if calibration is not None:
-        if isinstance(calibration, (str, bytes)) or not isinstance(calibration, Iterable):
+        if isinstance(calibration, str | bytes) or not isinstance(calibration, Iterable):
             raise ExportError(f"export_onnx: calibration takes batches of token ids, not {calibration!r}")
         for batch in calibration if isinstance(calibration, (list, tuple)) else ():
             importlib.import_module("qbl_trl.quant.calibration").tokens_of(batch)

@@ -207,8 +207,7 @@ def calibration_batches(model: nn.Module, calibration: Any) -> list[dict[str, An
         ConfigError: if there is no batch, or one holds no ids of this model's vocabulary, padding, or what the model
             does not take.
     """
-    if isinstance(calibration, Mapping) or (isinstance(calibration, Tensor) and calibration.dim() in (1, 2)):
-        calibration = [calibration]
+    calibration = batches_of(calibration)
     alone = isinstance(calibration, str) or (isinstance(calibration, Tensor) and calibration.dim() == 0)
     if calibration is not None and (alone or not isinstance(calibration, Iterable)):
         raise ConfigError(
@@ -226,6 +225,12 @@ def calibration_batches(model: nn.Module, calibration: Any) -> list[dict[str, An
             "it out"
         )
     return batches
+
+
+def batches_of(calibration: Any) -> Any:
+    """Batches as they are; a mapping, or a tensor or array of one batch, is a list of itself."""
+    table = isinstance(calibration, Tensor | np.ndarray) and calibration.ndim in (1, 2)
+    return [calibration] if table or isinstance(calibration, Mapping) else calibration
 
 
 def _checked(batch: Any, vocabulary: int | None) -> dict[str, Any]:
@@ -265,7 +270,7 @@ def _tensor(name: str, value: Any) -> Tensor:
 
 
 def tokens_of(batch: Any) -> Tensor:
-    """The token ids of a batch, (batch, tokens): a tensor, an array, nested lists, or a mapping that holds one.
+    """The token ids of a batch or of one text, (batch, tokens): a tensor, an array, lists, or a mapping that holds one.
 
     Raises:
         ConfigError: if there are none, or some are padding.
@@ -277,6 +282,8 @@ def tokens_of(batch: Any) -> Tensor:
         raise
     except (TypeError, ValueError, RuntimeError):
         ids = torch.empty(0)
+    if ids.dim() == 1:
+        ids = ids[None]
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() != 2 or not ids.numel():
         raise ConfigError("calibration: each batch must be integer token ids, (batch, tokens)")
     return ids.long()

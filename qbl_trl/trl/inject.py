@@ -69,7 +69,7 @@ def is_adapted(model: nn.Module) -> bool:
     return isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
-def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> PeftModel:
+def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> nn.Module:
     """Wrap the trainer's model in place; saving, resuming and loading the best model then work as with peft_config.
 
     The given configuration is not changed.
@@ -89,6 +89,15 @@ def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> P
         )
     _check_trainer(trainer)
     config = copy.deepcopy(config)
+    if any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__):
+        model.add_adapter(config)  # type: ignore[operator]  # it saves more than a PeftModel around it would
+        return model
+    task = getattr(config.task_type, "value", config.task_type)
+    if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(unwrap(model), "prepare_inputs_for_generation"):
+        raise ConfigError(
+            f'QBLoRAConfig: task_type="{task}" is for models that generate text, and a {type(model).__name__} is none; '
+            'leave it out, or set the task of its head ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"), which then trains, too'
+        )
     _train_added_tokens_(config, model, trainer)
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     if trainer.args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
@@ -98,7 +107,7 @@ def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> P
         _disable_dropout_(peft_model)
     _let_go_of_copied_reference_(trainer)
     trainer.model = trainer.model_wrapped = trainer.callback_handler.model = peft_model
-    return peft_model  # type: ignore[return-value]
+    return peft_model
 
 
 class Unadapted:

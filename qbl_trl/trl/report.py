@@ -21,6 +21,9 @@ PAGE = "qblora_report.html"
 _HALF = 460.0  # width of a chart that shares its row
 
 
+_AGAIN = "run the training again, or delete the file"
+
+
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
     """Write RUN_DIR/qblora_report.html from RUN_DIR/qblora_report.json; a run that is not finished is shown so far.
 
@@ -28,10 +31,15 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         ConfigError: if the folder holds no report, a damaged one, or one of another version.
     """
     folder = Path(run_dir)
+    folder = folder.parent if folder.name == REPORT else folder
     record = _read(folder / REPORT)
+    try:
+        html = render(record)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{folder / REPORT} is not whole ({error!r}); {_AGAIN}") from error
     target = folder / PAGE
     draft = target.with_name(f".{PAGE}.draft")
-    draft.write_text(render(record), encoding="utf-8")
+    draft.write_text(html, encoding="utf-8")
     os.replace(draft, target)
     return target
 
@@ -55,7 +63,7 @@ def _read(path: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(path.read_text())
         schema = record["schema"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error!r}); run the training again, or delete the file") from error
+        raise ConfigError(f"{path} cannot be read ({error!r}); {_AGAIN}") from error
     if schema != SCHEMA:
         raise ConfigError(
             f"{path} is of version {schema}, this package reads version {SCHEMA}; use the one that wrote it"

@@ -186,7 +186,7 @@ def test_the_report_says_what_rounding_costs(tmp_path):
 def test_texts_of_the_caller_set_the_scales(tmp_path):
     text = [{"input_ids": tokens(1, 12), "attention_mask": torch.ones(1, 12)}, tokens(1, 7, seed=3)]
     text += [tokens(2, 5, seed=4).int(), tokens(1, 5, seed=5).numpy(), [[5, 6, 7]]]
-    for name, calibration in (("own", None), ("given", text), ("again", iter(text))):
+    for name, calibration in (("own", None), ("given", text), ("again", iter(text)), ("one", text[0])):
         export_onnx(merged_llama(), tmp_path / name, kv_cache_dtype="int8", calibration=calibration)
     own, given, again = (scales(tmp_path / name) for name in ("own", "given", "again"))
     for name, scale in given.items():

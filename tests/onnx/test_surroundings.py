@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, export_onnx, verify
 from qbl_trl.cli import main
-from qbl_trl.errors import CheckpointError, ExportError
+from qbl_trl.errors import CheckpointError, ConfigError, ExportError
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.onnx.companions import Held
 from qbl_trl.onnx.files import MODEL_FILE
@@ -240,6 +240,10 @@ def test_generation_settings_mean_the_same_to_onnx_runtime_genai(tmp_path):
     written = json.loads((tmp_path / "out" / "genai_config.json").read_text())
     assert written["search"]["top_k"] == 0  # all tokens
     assert written["model"]["eos_token_id"] == []  # 0 would be a token
+    model.generation_config.update(top_p=0.0, min_length=20)
+    export_onnx(model, tmp_path / "best")
+    search = json.loads((tmp_path / "best" / "genai_config.json").read_text())["search"]
+    assert (search["top_k"], search["top_p"], search["min_length"]) == (1, 1.0, 20)  # the best token alone
 
 
 @pytest.mark.skipif(BEFORE_5, reason="its decoder gives no cache in transformers 4.57")
@@ -307,3 +311,21 @@ def test_a_tokenizer_that_nobody_asked_for_costs_a_warning(tmp_path, monkeypatch
     model.config._name_or_path = "org/some-model"
     export_onnx(model, tmp_path / "out")
     assert "written without a tokenizer: [Errno 20] Not a directory" in caplog.text
+
+
+def test_generation_settings_that_cannot_be_saved_are_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("qbl_trl.onnx.export.Gate.on_noise", lambda *args: pytest.fail("it worked"))
+    model = merged_llama()
+    model.generation_config.pad_token_id = -1
+    with pytest.raises(ConfigError, match="pad_token_id"):
+        export_onnx(model, tmp_path / "out")
+
+
+def test_a_row_of_padding_alone_does_not_count_for_a_graph_of_last_logits(tmp_path):
+    model = merged_llama()
+    export_onnx(model, tmp_path / "out", logits="last")
+    mask = torch.ones_like(tokens())
+    mask[1] = 0
+    found = verify(model, tmp_path / "out", tokens(), mask)
+    assert found.tokens == 1
+    assert found.max_abs_difference < 2e-5

@@ -4,11 +4,13 @@ import gc
 import json
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback
+from torch import nn
+from transformers import LlamaForSequenceClassification, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
@@ -17,7 +19,9 @@ from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.trl import finish
 from qbl_trl.trl.callback import REPORT, QBLoRACallback
 from qbl_trl.trl.checkpoints import NOTE, check_checkpoint, mark_whole, set_aside_parts
+from qbl_trl.trl.inject import place_
 from qbl_trl.trl.report import write_report
+from tests.tiny import tiny_llama
 from tests.trl import data
 from tests.trl.runs import adapter, base, losses, settings, sft
 
@@ -220,3 +224,22 @@ def test_the_page_shows_the_losses_of_several_datasets(tmp_path):
     page = write_report(tmp_path).read_text()
     for name in ("evaluation a", "merged a", "evaluation b", "merged b"):
         assert name in page
+
+
+def test_a_sentence_transformer_places_its_adapter_itself_for_it_saves_more_than_that():
+    class Model(nn.Module):
+        def add_adapter(self, config):
+            self.config = config
+
+    Model.__module__ = "sentence_transformers.sentence_transformer"
+    model, config = Model(), adapter()
+    assert place_(SimpleNamespace(args=None), model, config) is model
+    assert model.config == config
+    assert model.config is not config
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])
+def test_a_task_that_a_model_does_not_have_is_named(task):
+    labels = LlamaForSequenceClassification(tiny_llama().config)
+    with pytest.raises(ConfigError, match=rf'task_type="{task}" is for models that generate text, and a LlamaForSeq'):
+        place_(SimpleNamespace(args=None), labels, adapter(task_type=task))
