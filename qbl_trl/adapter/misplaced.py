@@ -11,6 +11,7 @@ from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.generation import BEFORE_5
+from qbl_trl.module_names import name_here
 from qbl_trl.quant.stacks import layer_names, names_in_files, stacks_of
 
 _PREFIX = "base_model.model."  # of names in a PeftModel, and in files
@@ -59,6 +60,21 @@ def check_every_layer_is_here(model: nn.Module, adapter_name: str, names: Iterab
     ends = tuple(f".{kind}.weight" for kind in BalancedLinear.adapter_layer_names)
     lost = [name for name in names if name.endswith(ends) and _WRAPPERS.sub("", name) not in own]
     _refuse_lost(model, adapter_name, lost)
+
+
+def layers_left_out(model: nn.Module, adapter_name: str, names: Iterable[str]) -> list[str]:
+    """The other way round: layers with an adapter that none of a file's tensors is for.
+
+    Args:
+        model, names: as above.
+    """
+    own = {
+        _WRAPPERS.sub("", name).removeprefix(_PREFIX)
+        for name, layer in model.named_modules()
+        if isinstance(layer, BalancedLinear) and adapter_name in layer.rank
+    }
+    held = {_WRAPPERS.sub("", name).removeprefix(_PREFIX).partition(".lora_")[0] for name in names}
+    return sorted(own - {name_here(name, own) for name in held})
 
 
 def check_loaded(model: Any, already: Container[str], report: Any) -> None:

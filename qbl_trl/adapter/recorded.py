@@ -16,20 +16,9 @@ _SAME = {  # what makes the same base of the same float model, by quantization m
     "hqq": ("quant_config", "skip_modules"),
 }
 _MERGED = "merged_adapter"
-_OF_THE_ADAPTER = (  # what decides which tensors an adapter has, and what they compute
-    *(
-        "r",
-        "lora_alpha",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_rslora",
-        "adapter",
-        "pooling",
-        "in_factor",
-        "out_factor",
-    ),
-    *("bias", "modules_to_save", "trainable_token_indices", "layers_to_transform", "fan_in_fan_out"),
-)
+# What decides which tensors an adapter has, and what they compute.
+_SHAPES = ("r", "rank_pattern", "adapter", "in_factor", "out_factor", "bias", "modules_to_save", "layers_to_transform")
+_MEANING = ("lora_alpha", "alpha_pattern", "use_rslora", "pooling", "trainable_token_indices", "fan_in_fan_out")
 
 
 def quantization(model: nn.Module) -> Any:
@@ -94,7 +83,7 @@ def check_same_adapter(saved: QBLoRAConfig, present: QBLoRAConfig, where: Any) -
     Raises:
         ConfigError: naming the settings, with what each of the two has.
     """
-    pairs = {name: tuple(_comparable(getattr(each, name)) for each in (saved, present)) for name in _OF_THE_ADAPTER}
+    pairs = {name: tuple(_comparable(getattr(each, name)) for each in (saved, present)) for name in _SHAPES + _MEANING}
     changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     if changed:
         then, now = (", ".join(f"{name}={pair[side]!r}" for name, pair in changed.items()) for side in (0, 1))

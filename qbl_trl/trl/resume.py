@@ -13,16 +13,14 @@ from torch import nn
 from transformers import Trainer
 
 from qbl_trl.adapter.layer import adapter_layers
+from qbl_trl.adapter.misplaced import layers_left_out
 from qbl_trl.adapter.recorded import check_same_adapter, check_same_base, quantization
 from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.loading import saved_adapter
-from qbl_trl.module_names import name_here
 from qbl_trl.trl.inject import variables_of
 from qbl_trl.trl.layers import active
-
-_PEFTS = "base_model.model."
 
 
 def check_resumed(trainer: Trainer | None, model: nn.Module, folder: Any = None) -> None:
@@ -43,19 +41,17 @@ def check_resumed(trainer: Trainer | None, model: nn.Module, folder: Any = None)
     if not isinstance(saved, QBLoRAConfig):
         return
     check_same_base(saved, quantization(unwrap(model)), folder)
-    layers = adapter_layers(model)
-    trained = {name for layer in layers.values() for name in active(layer)}
-    present = getattr(model, "peft_config", {}).get(next(iter(trained), None))
+    trained = {name for layer in adapter_layers(model).values() for name in active(layer)}
+    present = getattr(model, "peft_config", {}).get(min(trained, default=None))
     if len(trained) != 1 or not isinstance(present, QBLoRAConfig):
         return
     check_same_adapter(saved, present, folder)
-    held = {name.partition(".lora_")[0].removeprefix(_PEFTS) for name in _tensors(folder) if ".lora_" in name}
-    here = {name.removeprefix(_PEFTS) for name, layer in layers.items() if trained & set(active(layer))}
-    other = sorted(here.symmetric_difference(name_here(name, here) for name in held))
-    if held and other:
+    names = _tensors(folder)
+    left_out = layers_left_out(model, min(trained), names) if names else []
+    if left_out:
         raise ConfigError(
-            f"{folder} holds an adapter on {len(held)} layers, and this run adapts {len(here)} ({other[0]} is among "
-            "one of them alone): set target_modules as it was, or train anew"
+            f"{folder} holds no adapter for {len(left_out)} of the layers that this run adapts ({left_out[0]}, ...): "
+            "set target_modules as it was, or train anew"
         )
 
 

@@ -66,7 +66,6 @@ def test_a_resumed_run_continues_with_identical_losses(tmp_path, build):
         {"out_factor": 1},
         {"modules_to_save": ["lm_head"]},
         {"trainable_token_indices": [5, 6]},
-        {"target_modules": ["q_proj"]},
         {"bias": "all"},
     ],
     ids=lambda changed: next(iter(changed)),
@@ -82,6 +81,16 @@ def test_a_checkpoint_does_not_go_on_under_other_settings_of_its_adapter(run, ch
     ):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
     assert all(torch.equal(tensor, held[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_a_checkpoint_does_not_go_on_with_more_or_fewer_layers(run, tmp_path):
+    fewer = sft(run, QBLoRACallback(adapter(target_modules=["q_proj"])), **SAVING)
+    with pytest.raises(ConfigError, match=r"24 tensors for layers that have no adapter"):
+        fewer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    sft(tmp_path / "few", QBLoRACallback(adapter(target_modules=["q_proj"])), **SAVING).train()
+    more = sft(tmp_path / "few", QBLoRACallback(adapter()), **SAVING)
+    with pytest.raises(ConfigError, match=r"checkpoint-4 holds no adapter for 12 of the layers that this run adapts"):
+        more.train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_goes_on_under_another_dropout(run):
