@@ -43,7 +43,7 @@ def repacked_weight(packed: Tensor, state: Any) -> Tensor:
 def keep_order_(model: nn.Module) -> None:
     """Have no 4-bit layer of a model repacked from now on; those that are get their codes back in the usual order.
 
-    Block maxima of these stay rounded to bfloat16, and are no longer quantized themselves.
+    Block maxima of these stay rounded to bfloat16 (double quantization then rounds them once more).
     """
     for layer in model.modules():
         if getattr(layer, "support_avx512bf16_for_cpu", False):
@@ -54,8 +54,8 @@ def keep_order_(model: nn.Module) -> None:
 
 def _put_back_(weight: Any) -> None:
     state = weight.quant_state
-    maxima = state.absmax.T.reshape(-1).float()
-    state.original_nested = False  # or they would be quantized anew
+    maxima = None if state.original_nested else state.absmax.T.reshape(-1).float()
     inverse = sys.modules["bitsandbytes.functional"]._convert_weight_packed_for_cpu_inverse
     weight.data, weight.quant_state = inverse(weight.data, state)
-    weight.quant_state.absmax = maxima
+    if maxima is not None:
+        weight.quant_state.absmax = maxima

@@ -62,19 +62,19 @@ def check_every_layer_is_here(model: nn.Module, adapter_name: str, names: Iterab
     _refuse_lost(model, adapter_name, lost)
 
 
-def layers_left_out(model: nn.Module, adapter_name: str, names: Iterable[str]) -> list[str]:
-    """The other way round: layers with an adapter that none of a file's tensors is for.
-
-    Args:
-        model, names: as above.
-    """
-    own = {
+def layers_with(model: nn.Module, adapter_name: str) -> set[str]:
+    """Names of the layers with an adapter, as files have them."""
+    return {
         _WRAPPERS.sub("", name).removeprefix(_PREFIX)
         for name, layer in model.named_modules()
         if isinstance(layer, BalancedLinear) and adapter_name in layer.rank
     }
+
+
+def layers_left_out(layers: set[str], names: Iterable[str]) -> list[str]:
+    """The other way round: those of some layers that none of a file's tensors is for."""
     held = {_WRAPPERS.sub("", name).removeprefix(_PREFIX).partition(".lora_")[0] for name in names}
-    return sorted(own - {name_here(name, own) for name in held})
+    return sorted(layers - {name_here(name, layers) for name in held})
 
 
 def check_loaded(model: Any, already: Container[str], report: Any) -> None:

@@ -1,12 +1,15 @@
 """What an adapter was trained over: written into its configuration, and compared where it is placed again."""
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from qbl_trl.config import QUANT_METHOD, QBLoRAConfig, holds_merged
 from qbl_trl.errors import ConfigError
+from qbl_trl.module_names import pattern_here
 from qbl_trl.quant.packed import PackedWeight
 
 _KEPT = "modules_to_not_convert"
@@ -16,9 +19,7 @@ _SAME = {  # what makes the same base of the same float model, by quantization m
     "hqq": ("quant_config", "skip_modules"),
 }
 _MERGED = "merged_adapter"
-# What decides which tensors an adapter has, and what they compute.
-_SHAPES = ("r", "rank_pattern", "adapter", "in_factor", "out_factor", "bias", "modules_to_save", "layers_to_transform")
-_MEANING = ("lora_alpha", "alpha_pattern", "use_rslora", "pooling", "trainable_token_indices", "fan_in_fan_out")
+_OF_THE_ADAPTER = ("use_rslora", "adapter", "pooling", "in_factor", "out_factor", "bias", "fan_in_fan_out")
 
 
 def quantization(model: nn.Module) -> Any:
@@ -77,27 +78,48 @@ def check_same_base(saved: QBLoRAConfig, stored: Any, where: Any) -> None:
         )
 
 
-def check_same_adapter(saved: QBLoRAConfig, present: QBLoRAConfig, where: Any) -> None:
+def check_same_adapter(saved: QBLoRAConfig, present: QBLoRAConfig, layers: Iterable[str], where: Any) -> None:
     """Refuse to go on with a saved adapter under settings by which its tensors mean something else, or are others.
+
+    Args:
+        layers: names of those with the adapter.
 
     Raises:
         ConfigError: naming the settings, with what each of the two has.
     """
-    pairs = {name: tuple(_comparable(getattr(each, name)) for each in (saved, present)) for name in _SHAPES + _MEANING}
-    changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    names = sorted(layers)
+    told, here = (_told(config, names) for config in (saved, present))
+    changed = [name for name in told if told[name] != here[name]]
     if changed:
-        then, now = (", ".join(f"{name}={pair[side]!r}" for name, pair in changed.items()) for side in (0, 1))
+        both = [_said(name, told[name], here[name]) for name in changed]
+        then, now = (", ".join(said[side] for said in both) for side in (0, 1))
         raise ConfigError(
             f"{where} was trained with {then}, and this run has {now}: its adapter cannot go on so. Set them as they "
             "were, or train anew"
         )
 
 
-def _comparable(setting: Any) -> Any:
-    """A setting as files tell it: without order where it has none, None where it is empty."""
-    if isinstance(setting, dict):
-        return {key: _comparable(value) for key, value in setting.items()} or None
-    return (sorted(setting) or None) if isinstance(setting, set | list | tuple) else setting
+def _told(config: QBLoRAConfig, layers: list[str]) -> dict[str, Any]:
+    """What decides which tensors an adapter has and what they compute, however it is spelled."""
+    told = {name: getattr(config, name) for name in _OF_THE_ADAPTER}
+    for name, common, pattern in (
+        ("r", config.r, config.rank_pattern),
+        ("lora_alpha", config.lora_alpha, config.alpha_pattern),
+    ):
+        here = pattern_here(pattern, layers)
+        told[name] = {layer: here.get(get_pattern_key(here.keys(), layer), common) for layer in layers}
+    rows = config.trainable_token_indices
+    told["trainable_token_indices"] = list(rows.values()) if isinstance(rows, dict) else [rows] * bool(rows)
+    told["modules_to_save"] = sorted({*(config.modules_to_save or ())})
+    return told
+
+
+def _said(name: str, *both: Any) -> list[str]:
+    """A setting that differs, as each of the two has it: of single layers, in the first that differs."""
+    if not isinstance(both[0], dict):
+        return [f"{name}={value!r}" for value in both]
+    layer = next(layer for layer in both[0] if both[0][layer] != both[1][layer])
+    return [f"{name}={values[layer]!r} ({layer})" for values in both]
 
 
 def record_layers_(config: QBLoRAConfig, model: nn.Module) -> None:

@@ -229,7 +229,7 @@ def calibration_batches(model: nn.Module, calibration: Any) -> list[dict[str, An
 
 def batches_of(calibration: Any) -> Any:
     """Batches as they are; a mapping, or a tensor or array of one batch, is a list of itself."""
-    table = isinstance(calibration, Tensor | np.ndarray) and calibration.ndim in (1, 2)
+    table = isinstance(calibration, Tensor | np.ndarray) and calibration.ndim in (1, 2) and calibration.dtype != object
     return [calibration] if table or isinstance(calibration, Mapping) else calibration
 
 

@@ -6,6 +6,7 @@ are served: transformers 4.57 calls `create_quantized_param`, transformers 5 run
 """
 
 import inspect
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from qbl_trl.quant.stacks import keep_apart, separate_, set_apart, take_apart_
 from qbl_trl.quant.stored import empty_layer, expected_tensors, files_of, folder_of, packed_in, stored_layers
 from qbl_trl.quant.targets import target_layers
 
+_AROUND = re.compile(r"^((_orig_mod|module)\.)+")  # what compiling and distributing a model put before its names
 _SOON = 1.0  # seconds: what is done by then needs no bar
 
 
@@ -227,7 +229,8 @@ class GroupQuantizer(HfQuantizer):
         Raises:
             ConfigError: if adapters wrap layers, whose names no model would load; if the state is none of this model.
         """
-        if not getattr(model, "_hf_peft_config_loaded", False):  # transformers then saves the adapter alone
+        adapter_alone = getattr(model, "_hf_peft_config_loaded", False)  # is saved by transformers then
+        if not adapter_alone:
             wrapped = next((name for name, m in model.named_modules() if "base_layer" in m._modules), None)
             if wrapped is not None:
                 raise ConfigError(
@@ -236,11 +239,14 @@ class GroupQuantizer(HfQuantizer):
                 )
         caller = inspect.currentframe()
         caller = None if caller is None else caller.f_back
-        given = None if caller is None or caller.f_code.co_name != "save_pretrained" else caller.f_locals["state_dict"]
-        if given is not None:
-            lacking = next((name for name in expected_tensors(model) if name not in given), None)
-            if lacking is not None:
-                raise ConfigError(f"save_pretrained: state_dict lacks {lacking!r}, a tensor of this packed model")
+        called = {} if caller is None or caller.f_code.co_name != "save_pretrained" else caller.f_locals
+        given = called.get("state_dict")
+        if not given or adapter_alone or not called.get("is_main_process", True):
+            return given or None, {}  # nothing of it, or no base, is written
+        given = {_AROUND.sub("", name): tensor for name, tensor in given.items()}
+        lacking = next((name for name in expected_tensors(model) if name not in given), None)
+        if lacking is not None:
+            raise ConfigError(f"save_pretrained: state_dict lacks {lacking!r}, a tensor of this packed model")
         return given, {}
 
     @property

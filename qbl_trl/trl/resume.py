@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer
 
 from qbl_trl.adapter.layer import adapter_layers
-from qbl_trl.adapter.misplaced import layers_left_out
+from qbl_trl.adapter.misplaced import layers_left_out, layers_with
 from qbl_trl.adapter.recorded import check_same_adapter, check_same_base, quantization
 from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.config import QBLoRAConfig
@@ -35,22 +35,25 @@ def check_resumed(trainer: Trainer | None, model: nn.Module, folder: Any = None)
     named = (variables.get("resume_from_checkpoint") for variables in variables_of(trainer))
     found = (Path(name) for name in (folder, *named) if isinstance(name, str | PathLike))
     folder = next(found, None)
-    if folder is None or not (folder / "adapter_config.json").is_file():
+    trained = {name for layer in adapter_layers(model).values() for name in active(layer)}
+    if folder is None:
         return
-    saved = saved_adapter(folder)
+    name = next(iter(trained)) if len(trained) == 1 else "default"
+    own = folder if name == "default" else folder / name  # as PEFT saves it
+    if not (own / "adapter_config.json").is_file():
+        return
+    saved, present = saved_adapter(own), getattr(model, "peft_config", {}).get(name)
     if not isinstance(saved, QBLoRAConfig):
         return
-    check_same_base(saved, quantization(unwrap(model)), folder)
-    trained = {name for layer in adapter_layers(model).values() for name in active(layer)}
-    present = getattr(model, "peft_config", {}).get(min(trained, default=None))
+    check_same_base(saved, quantization(unwrap(model)), own)
     if len(trained) != 1 or not isinstance(present, QBLoRAConfig):
         return
-    check_same_adapter(saved, present, folder)
-    names = _tensors(folder)
-    left_out = layers_left_out(model, min(trained), names) if names else []
+    layers, tensors = layers_with(model, name), _tensors(own)
+    check_same_adapter(saved, present, layers, own)
+    left_out = layers_left_out(layers, tensors) if tensors else []
     if left_out:
         raise ConfigError(
-            f"{folder} holds no adapter for {len(left_out)} of the layers that this run adapts ({left_out[0]}, ...): "
+            f"{own} holds no adapter for {len(left_out)} of the layers that this run adapts ({left_out[0]}, ...): "
             "set target_modules as it was, or train anew"
         )
 

@@ -315,8 +315,9 @@ def test_a_base_under_an_adapter_is_not_saved_over_itself(tmp_path):
     expected = logits(adapted.unload(), tokens())
     torch.testing.assert_close(logits(load(tmp_path / "base"), tokens()), expected, rtol=0, atol=0)
     model.add_adapter(QBLoRAConfig(r=2, quantization_aware=True))
-    model.save_pretrained(tmp_path / "adapter")  # by transformers: the adapter alone
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    for name, state in (("adapter", {}), ("given", {"state_dict": model.get_adapter_state_dict()})):
+        model.save_pretrained(tmp_path / name, **state)  # by transformers: the adapter alone
+        assert (tmp_path / name / "adapter_model.safetensors").is_file()
 
 
 def test_a_state_that_is_given_is_what_is_saved(tmp_path):
@@ -325,6 +326,9 @@ def test_a_state_that_is_given_is_what_is_saved(tmp_path):
     state["model.norm.weight"] *= 2
     model.save_pretrained(tmp_path / "out", state_dict=state)
     assert torch.equal(load(tmp_path / "out").model.norm.weight, state["model.norm.weight"])
+    model.save_pretrained(tmp_path / "compiled", state_dict={f"_orig_mod.{name}": t for name, t in state.items()})
+    assert torch.equal(load(tmp_path / "compiled").model.norm.weight, state["model.norm.weight"])
+    model.save_pretrained(tmp_path / "rank 1", state_dict={}, is_main_process=False)  # as accelerate has it
     with pytest.raises(ConfigError, match=r"state_dict lacks '.*', a tensor of this packed model"):
         model.save_pretrained(tmp_path / "float", state_dict=tiny_llama().state_dict())
     assert not list((tmp_path / "float").iterdir())
