@@ -19,8 +19,6 @@ from qbl_trl.trl.run_record import REPORT, SCHEMA
 
 PAGE = "qblora_report.html"
 _HALF = 460.0  # width of a chart that shares its row
-
-
 _AGAIN = "run the training again, or delete the file"
 
 

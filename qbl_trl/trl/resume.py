@@ -8,7 +8,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import nn
 from transformers import Trainer
 
@@ -19,6 +18,7 @@ from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.loading import saved_adapter
+from qbl_trl.quant.checkpoint import read_files
 from qbl_trl.trl.inject import variables_of
 from qbl_trl.trl.layers import active
 
@@ -35,9 +35,9 @@ def check_resumed(trainer: Trainer | None, model: nn.Module, folder: Any = None)
     named = (variables.get("resume_from_checkpoint") for variables in variables_of(trainer))
     found = (Path(name) for name in (folder, *named) if isinstance(name, str | PathLike))
     folder = next(found, None)
-    trained = {name for layer in adapter_layers(model).values() for name in active(layer)}
     if folder is None:
         return
+    trained = {name for layer in adapter_layers(model).values() for name in active(layer)}
     name = next(iter(trained)) if len(trained) == 1 else "default"
     own = folder if name == "default" else folder / name  # as PEFT saves it
     if not (own / "adapter_config.json").is_file():
@@ -48,23 +48,14 @@ def check_resumed(trainer: Trainer | None, model: nn.Module, folder: Any = None)
     check_same_base(saved, quantization(unwrap(model)), own)
     if len(trained) != 1 or not isinstance(present, QBLoRAConfig):
         return
-    layers, tensors = layers_with(model, name), _tensors(own)
+    layers, file = layers_with(model, name), own / "adapter_model.safetensors"
     check_same_adapter(saved, present, layers, own)
-    left_out = layers_left_out(layers, tensors) if tensors else []
+    left_out = layers_left_out(layers, read_files([file])) if file.is_file() else []
     if left_out:
         raise ConfigError(
             f"{own} holds no adapter for {len(left_out)} of the layers that this run adapts ({left_out[0]}, ...): "
             "set target_modules as it was, or train anew"
         )
-
-
-def _tensors(folder: Path) -> list[str]:
-    """Names in the file of an adapter; none where it is no safetensors file."""
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        return []
-    with safe_open(file, "pt") as opened:
-        return list(opened.keys())
 
 
 def check_before_loading_(trainer: Trainer) -> None:
