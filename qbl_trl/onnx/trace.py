@@ -89,7 +89,8 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
 
 def _of_adapters(model: PreTrainedModel) -> str:
     """What may be at fault: adapters of PEFT's own that read the weight below them, or have functions of their own."""
-    kinds = {type(part).__module__.split(".")[2] for part in model.modules() if isinstance(part, BaseTunerLayer)}
+    modules = {type(part).__module__ for part in model.modules() if isinstance(part, BaseTunerLayer)}
+    kinds = {module.removeprefix("peft.tuners.").partition(".")[0] for module in modules}
     return f". It carries adapters of PEFT ({', '.join(sorted(kinds))}): merge_and_unload() them first" * bool(kinds)
 
 
