@@ -1,9 +1,8 @@
 """RESULTS.md is what its cells say, and the quality benchmark measures what it claims to."""
 
-import argparse
 import copy
 import dataclasses
-import importlib
+import functools
 import math
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from integration.benchmarks import blocks, cells, claims, judging, models, render_results, running, tasks
+from integration.benchmarks import blocks, cells, claims, judging, models, render_results, running, tasks, turns
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.merging import unwrap
 from qbl_trl.quant.hf_quantizer import quantize_model_
@@ -100,15 +99,41 @@ def test_the_best_rate_is_chosen_on_validation_among_the_rates_with_the_most_see
     assert block.best_rate(("qlora_nf4", "none")) == 1e-3
 
 
-def test_ratios_are_those_of_the_same_turn():
-    pytest.importorskip("onnxruntime")
-    loops = importlib.import_module("integration.benchmarks.loops")
-    args = argparse.Namespace(prompt=100)
-    turns = {"peer": [(1.0, 1.0), (2.0, 4.0), (1.0, 1.0)], "ours": [(0.5, 2.0), (1.0, 2.0), (2.0, 2.0)]}
-    peer, ours = loops.rows_of("bare session", {"peer": 10, "ours": 20}, turns, args, bandwidth=100.0)
+def test_ratios_are_those_of_the_same_round():
+    found = {"peer": [(1.0, 1.0), (2.0, 4.0), (1.0, 1.0)], "ours": [(0.5, 2.0), (1.0, 2.0), (2.0, 2.0)]}
+    peer, ours = turns.rows_of("bare session", {"peer": 10, "ours": 20}, found, prompt=100, bandwidth=100.0)
     assert (peer.prefill_ratio, peer.decode_ratio) == (1.0, 1.0)
     assert (ours.prefill_ratio, ours.decode_ratio) == (2.0, 0.5)
     assert (ours.prefill, ours.decode, ours.bandwidth) == (100.0, 0.5, 0.1)
+
+
+def test_graphs_take_turns_by_blocks_and_none_is_timed_cold():
+    played = []
+
+    class Player:
+        """The first prefill and the first steps of every block take a hundred times as long."""
+
+        def __init__(self, name):
+            self.name, self.seconds, self.cold = name, {"peer": 1.0, "ours": 2.0}[name], True
+
+        def prefill(self):
+            cold, self.cold = self.cold, False
+            return self.seconds * (100 if cold else 10)
+
+        def steps(self, count):
+            played.append(self.name)
+            warm = count - turns.WARM_UP
+            return [100.0] * turns.WARM_UP + [self.seconds] * warm
+
+        def close(self):
+            played.append(f"{self.name} closed")
+
+    opened = {name: functools.partial(Player, name) for name in ("peer", "ours")}
+    found = turns.take_turns("loop", opened, rounds=2, new=2 * turns.BLOCK)
+    assert found == {"peer": [(10.0, 1.0)] * 2, "ours": [(20.0, 2.0)] * 2}
+    there, back = ["peer", "ours"], ["ours", "peer"]
+    closed = [[f"{name} closed" for name in names] for names in (there, back)]
+    assert played == [*there, *back, *closed[0], *back, *there, *closed[1]]
 
 
 # ---- the measurement

@@ -3,8 +3,8 @@
     python -m integration.benchmarks.decode --genai_python /path/to/genai/env/bin/python
 
 GenAI's builder needs transformers 5, so it runs in an environment of its own; without one its rows are left out. All
-graphs of one loop are measured in turn, in one process, so that whatever else the machine does hits all of them alike;
-speeds are medians, and ratios medians of the ratios within a turn. Our graphs hold a merged adapter (one value per
+graphs of one loop are open at once and generate in turn, by a few steps each (turns.py); speeds are medians, and ratios
+medians of the ratios within a round. Our graphs hold a merged adapter (one value per
 block of 32 by 2 weights, as large as training makes them) and an int4 embedding and head, which GenAI's has too; `base`
 is the same without the adapter: the difference is what it costs. llama.cpp runs SmolLM2 from its GGUF file, as
 published and with a merged adapter (`qbl-trl convert --to gguf`); torch runs the float model and the packed one through
@@ -24,7 +24,6 @@ import torch
 
 from integration.benchmarks.graphs import ADAPTER_STEPS, build, random_llama
 from integration.benchmarks.loops import (
-    Row,
     bare_sessions,
     genai_loop,
     llama_loop,
@@ -32,6 +31,7 @@ from integration.benchmarks.loops import (
     optimum_loop,
     torch_loop,
 )
+from integration.benchmarks.turns import BLOCK, Row
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
 
@@ -54,13 +54,14 @@ def add_measuring(parser: argparse.ArgumentParser, work: Path, output: Path) -> 
     parser.add_argument("--work", type=Path, default=work, help="where graphs are kept between runs")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of ONNX Runtime and of torch")
     parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--new", type=int, default=128, help=f"tokens, in whole blocks of {BLOCK}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=output)
 
 
 def main(args: argparse.Namespace) -> None:
     """Build what is missing, measure, print, write."""
+    check(args)
     torch.set_num_threads(args.threads)
     if args.random:
         args.model = random_llama(args.random, args.work, args.model)
@@ -77,6 +78,12 @@ def main(args: argparse.Namespace) -> None:
         rows += measured
         # After every loop: a runtime that dies takes no other's figures along.
         write(args.output, source.name, entry_of(source, args, bandwidth, seconds, rows))
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what would measure nothing."""
+    if args.new < BLOCK or args.rounds < 1:
+        raise SystemExit(f"--new {args.new} --rounds {args.rounds}: at least {BLOCK} tokens and one round")
 
 
 def default_model() -> Path:

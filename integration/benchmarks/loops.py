@@ -1,48 +1,26 @@
-"""The loops that decode.py times: a bare session, ORTModelForCausalLM, ONNX Runtime GenAI, llama.cpp, torch.
-
-Graphs of one loop take turns by whole generations, so that the machine's moods hit all of them alike. ONNX Runtime's
-open theirs anew for every turn, alone: where the weights come to lie in memory makes the steps of one and the same
-graph up to a tenth slower, for as long as its session lives.
-"""
+"""The loops that decode.py times: a bare session, ORTModelForCausalLM, ONNX Runtime GenAI, llama.cpp, torch."""
 
 import argparse
 import importlib.util
 import json
 import math
+import queue
+import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from statistics import median
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
 from integration.benchmarks.graphs import merged_gguf, packed_model, set_random_adapter_
+from integration.benchmarks.turns import Row, rows_of, take_turns
 from integration.demo.smollm2 import smollm2_gguf
-
-_WARM_UP = 4  # steps
-Turn = tuple[float, float]  # seconds of the prefill, seconds of one decoding step
-
-
-@dataclass
-class Row:
-    """One graph in one loop: tokens per second, ratios to the loop's first graph, share of what the machine reads."""
-
-    graph: str
-    loop: str
-    megabytes: float
-    prefill: float
-    decode: float
-    prefill_ratio: float
-    decode_ratio: float
-    bandwidth: float
 
 
 def memory_bandwidth(threads: int) -> float:
@@ -56,34 +34,36 @@ def memory_bandwidth(threads: int) -> float:
     return values.nbytes / best
 
 
-def take_turns(loop: str, names: list[str], rounds: int, turn: Callable[[str], Turn]) -> dict[str, list[Turn]]:
-    """Whole generations in turn, forwards and backwards, so that the machine's moods hit all graphs alike.
-
-    Stepping them in turn instead would let each session's threads spin into the next one's step.
-    """
-    found: dict[str, list[Turn]] = {name: [] for name in names}
-    for number in tqdm(range(rounds), desc=loop):
-        for name in names if number % 2 == 0 else names[::-1]:
-            found[name].append(turn(name))
-    return found
-
-
 def bare_sessions(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
-    """numpy in, numpy out, nothing shared between steps. The first prefill and steps of a turn only warm it up."""
-    ids = np.arange(1, args.prompt + 1)[None]
+    """numpy in, numpy out, nothing shared between steps."""
+    opened = {name: partial(BareSession, folder, args) for name, folder in folders.items()}
+    found = take_turns("bare session", opened, args.rounds, args.new)
+    return rows_of("bare session", sizes_of(folders), found, args.prompt, bandwidth, unread_of(folders))
 
-    def turn(name: str) -> Turn:
-        opened, size = session(folders[name], args.threads), head_size(folders[name])
-        step(opened, ids, args.prompt, size)
-        prefill, cache = step(opened, ids, args.prompt, size)
+
+class BareSession:
+    """Seconds are those inside `run`."""
+
+    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
+        self._session, self._empty = session(folder, args.threads), head_size(folder)
+        self._ids = np.arange(1, args.prompt + 1)[None]
+        self._length = args.prompt
+        self._cache: dict[str, Any] = {}
+
+    def prefill(self) -> float:
+        taken, self._cache = step(self._session, self._ids, self._length, self._empty)
+        return taken
+
+    def steps(self, count: int) -> list[float]:
         times = []
-        for length in range(args.prompt + 1, args.prompt + args.new + 1):
-            taken, cache = step(opened, ids[:, :1], length, cache)
+        for _ in range(count):
+            self._length += 1
+            taken, self._cache = step(self._session, self._ids[:, :1], self._length, self._cache)
             times.append(taken)
-        return prefill, median(times[_WARM_UP:])
+        return times
 
-    found = take_turns("bare session", list(folders), args.rounds, turn)
-    return rows_of("bare session", sizes_of(folders), found, args, bandwidth, unread_of(folders))
+    def close(self) -> None:
+        del self._session, self._cache
 
 
 def head_size(folder: Path) -> int:
@@ -139,43 +119,80 @@ def _empty(given: Any, made: Any, head: int) -> np.ndarray:
 
 
 def optimum_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
-    """ORTModelForCausalLM.generate, torch limited to one thread: one new token, then all of them."""
+    """ORTModelForCausalLM.generate, torch limited to one thread."""
     from optimum.onnxruntime import ORTModelForCausalLM
-
-    torch.set_num_threads(1)
-    ids = torch.arange(1, args.prompt + 1).unsqueeze(0)
 
     for folder in folders.values():
         if not (folder / "config.json").is_file():  # GenAI's builder writes none
             (folder / "config.json").write_text((args.model / "config.json").read_text())
 
-    def turn(name: str) -> Turn:
+    def opened(folder: Path) -> Generating:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = args.threads
-        return generation(ORTModelForCausalLM.from_pretrained(folders[name], session_options=options), ids, args)
+        return Generating(ORTModelForCausalLM.from_pretrained(folder, session_options=options), args)
 
-    found = take_turns("ORTModelForCausalLM", list(folders), args.rounds, turn)
+    torch.set_num_threads(1)
+    graphs = {name: partial(opened, folder) for name, folder in folders.items()}
+    found = take_turns("ORTModelForCausalLM", graphs, args.rounds, args.new)
     torch.set_num_threads(args.threads)
-    return rows_of("ORTModelForCausalLM", sizes_of(folders), found, args, bandwidth, unread_of(folders))
+    return rows_of("ORTModelForCausalLM", sizes_of(folders), found, args.prompt, bandwidth, unread_of(folders))
 
 
-def generation(model: Any, ids: torch.Tensor, args: argparse.Namespace) -> Turn:
-    """A turn of `generate`: one new token (the second time), then all of them."""
+class Generating:
+    """`generate` of one text, greedily, in a thread that stands still between blocks of steps.
 
-    def seconds(new: int) -> float:
-        start = time.perf_counter()
-        mask = torch.ones_like(ids)
-        model.generate(ids, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, do_sample=False)
-        return time.perf_counter() - start
+    It hands its tokens to this object, as to a streamer: there it waits until more steps are asked for.
+    """
 
-    seconds(1)
-    short = seconds(1)
-    return short, (seconds(args.new) - short) / (args.new - 1)
+    def __init__(self, model: Any, args: argparse.Namespace) -> None:
+        self._model, self._new = model, args.new + 1  # the first belongs to the prompt
+        self._ids = torch.arange(1, args.prompt + 1).unsqueeze(0)
+        self._asked, self._done = queue.Queue[int](), queue.Queue[list[float]]()
+        self._thread = threading.Thread(target=self._generate, args=(self._new,), kwargs={"streamer": self})
+        self._left, self._since, self._times = 0, 0.0, list[float]()
+
+    def _generate(self, new: int, **options: Any) -> None:
+        mask = torch.ones_like(self._ids)
+        self._model.generate(
+            self._ids, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, do_sample=False, **options
+        )
+
+    def prefill(self) -> float:
+        return seconds(self._generate, 1)
+
+    def steps(self, count: int) -> list[float]:
+        if not self._thread.is_alive():
+            self._thread.start()
+            self._ask(1)  # reads the prompt
+        return self._ask(count)
+
+    def _ask(self, count: int) -> list[float]:
+        self._asked.put(count)
+        return self._done.get()
+
+    def put(self, tokens: torch.Tensor) -> None:
+        """Of the prompt first, then of every step; waits where no step is left."""
+        if self._left:
+            self._times.append(time.perf_counter() - self._since)
+            self._left -= 1
+            if not self._left:
+                self._done.put(self._times)
+        if not self._left:
+            self._left, self._times = self._asked.get(), []
+        self._since = time.perf_counter()
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self._asked.put(self._new + 1)  # more than there are: it runs to its end
+            self._thread.join()
+        del self._model
 
 
 def torch_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
     """torch itself: the float model and the packed one with a merged adapter, through `generate`."""
-    ids = torch.arange(1, args.prompt + 1).unsqueeze(0)
     packed = packed_model(args.model, quantize_embeddings=True)
     set_random_adapter_(packed)
     models = {
@@ -183,71 +200,90 @@ def torch_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: fl
         "4-bit groups, merged adapter": packed,
     }
     sizes = {name: model.get_memory_footprint() for name, model in models.items()}
-    found = take_turns("torch", list(models), args.rounds, lambda name: generation(models[name], ids, args))
-    return rows_of("torch", sizes, found, args, bandwidth)
+    opened = {name: partial(Generating, model, args) for name, model in models.items()}
+    found = take_turns("torch", opened, args.rounds, args.new)
+    return rows_of("torch", sizes, found, args.prompt, bandwidth)
 
 
 def genai_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
     """ONNX Runtime GenAI, where it is installed."""
-    try:
-        import onnxruntime_genai as genai
-    except ImportError:
+    if not importlib.util.find_spec("onnxruntime_genai"):
         return []
-    runnable = {name: folder / "genai_config.json" for name, folder in folders.items()}
-    runnable = {name: file for name, file in runnable.items() if file.is_file()}
-    for file in runnable.values():
+    runnable = {name: folder for name, folder in folders.items() if (folder / "genai_config.json").is_file()}
+    for folder in runnable.values():
+        file = folder / "genai_config.json"
         config = json.loads(file.read_text())
         config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = args.threads
         file.write_text(json.dumps(config, indent=2))
+    opened = {name: partial(GenAI, folder, args) for name, folder in runnable.items()}
+    found = take_turns("GenAI runtime", opened, args.rounds, args.new)
+    return rows_of("GenAI runtime", sizes_of(folders), found, args.prompt, bandwidth, unread_of(folders))
 
-    def turn(name: str) -> Turn:
-        model = genai.Model(str(folders[name]))
-        length = args.prompt + args.new
 
-        def started() -> tuple[Any, float]:
-            params = genai.GeneratorParams(model)
-            params.set_search_options(max_length=length, min_length=length, do_sample=False)
-            generator, start = genai.Generator(model, params), time.perf_counter()
-            generator.append_tokens(list(range(1, args.prompt + 1)))
-            generator.generate_next_token()
-            return generator, time.perf_counter() - start
+class GenAI:
+    """A generator of ONNX Runtime GenAI, over a buffer for as many tokens as are measured."""
 
-        started()
-        generator, first = started()
-        start, count = time.perf_counter(), 0
-        while not generator.is_done():
-            generator.generate_next_token()
-            count += 1
-        return first, (time.perf_counter() - start) / max(count, 1)
+    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
+        import onnxruntime_genai as genai
 
-    found = take_turns("GenAI runtime", list(runnable), args.rounds, turn)
-    return rows_of("GenAI runtime", sizes_of(folders), found, args, bandwidth, unread_of(folders))
+        self._genai, self._model = genai, genai.Model(str(folder))
+        self._prompt, self._length = args.prompt, args.prompt + 1 + args.new
+        self._generator: Any = None
+
+    def prefill(self) -> float:
+        params = self._genai.GeneratorParams(self._model)
+        params.set_search_options(max_length=self._length, min_length=self._length, do_sample=False)
+        self._generator = self._genai.Generator(self._model, params)
+        start = time.perf_counter()
+        self._generator.append_tokens(list(range(1, self._prompt + 1)))
+        self._generator.generate_next_token()
+        return time.perf_counter() - start
+
+    def steps(self, count: int) -> list[float]:
+        return [seconds(self._generator.generate_next_token) for _ in range(count)]
+
+    def close(self) -> None:
+        del self._generator, self._model
 
 
 def llama_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
     """llama.cpp, where it is installed and the model came as a GGUF file: SmolLM2."""
     if args.random or not importlib.util.find_spec("llama_cpp"):
         return []
-    from llama_cpp import Llama
-
     files = {"GGUF Q4_1, as published": smollm2_gguf(), "GGUF Q4_1, merged adapter": merged_gguf(folders)}
-    models = {
-        name: Llama(str(file), n_ctx=args.prompt + args.new + 8, n_threads=args.threads, verbose=False)
-        for name, file in files.items()
-    }
+    opened = {name: partial(LlamaCpp, file, args) for name, file in files.items()}
+    found = take_turns("llama.cpp", opened, args.rounds, args.new)
+    return rows_of(
+        "llama.cpp", {name: file.stat().st_size for name, file in files.items()}, found, args.prompt, bandwidth
+    )
 
-    def seconds(name: str, tokens: list[int]) -> float:
-        start = time.perf_counter()
-        models[name].eval(tokens)
-        return time.perf_counter() - start
 
-    def turn(name: str) -> Turn:
-        models[name].reset()
-        first = seconds(name, list(range(1, args.prompt + 1)))
-        return first, median(seconds(name, [1]) for _ in range(args.new))
+class LlamaCpp:
+    """A GGUF file."""
 
-    found = take_turns("llama.cpp", list(models), args.rounds, turn)
-    return rows_of("llama.cpp", {name: file.stat().st_size for name, file in files.items()}, found, args, bandwidth)
+    def __init__(self, file: Path, args: argparse.Namespace) -> None:
+        from llama_cpp import Llama
+
+        length = args.prompt + args.new + 8
+        self._model = Llama(str(file), n_ctx=length, n_threads=args.threads, verbose=False)
+        self._prompt = list(range(1, args.prompt + 1))
+
+    def prefill(self) -> float:
+        self._model.reset()
+        return seconds(self._model.eval, self._prompt)
+
+    def steps(self, count: int) -> list[float]:
+        return [seconds(self._model.eval, [1]) for _ in range(count)]
+
+    def close(self) -> None:
+        self._model.close()
+
+
+def seconds(call: Callable[..., Any], *args: Any) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    call(*args)
+    return time.perf_counter() - start
 
 
 def sizes_of(folders: dict[str, Path]) -> dict[str, int]:
@@ -264,35 +300,3 @@ def unread_of(folders: dict[str, Path]) -> dict[str, int]:
         name: sum(math.prod(weight.dims) for weight in graph.initializer if weight.name.endswith("/int8"))
         for name, graph in graphs.items()
     }
-
-
-def rows_of(
-    loop: str,
-    sizes: dict[str, int],
-    found: dict[str, list[Turn]],
-    args: argparse.Namespace,
-    bandwidth: float,
-    unread: Mapping[str, int] = MappingProxyType({}),
-) -> list[Row]:
-    """Median speeds, and the medians of the ratios to the first graph in the same turn.
-
-    Args:
-        unread: bytes of `sizes` that no step reads.
-    """
-    rows, first = [], next(iter(found.values()))
-    for name, turns in found.items():
-        prefill, decode = (median(seconds) for seconds in zip(*turns, strict=True))
-        ratios = [[theirs[i] / ours[i] for ours, theirs in zip(turns, first, strict=True)] for i in (0, 1)]
-        rows.append(
-            Row(
-                graph=name,
-                loop=loop,
-                megabytes=sizes[name] / 1e6,
-                prefill=args.prompt / prefill,
-                decode=1 / decode,
-                prefill_ratio=median(ratios[0]),
-                decode_ratio=median(ratios[1]),
-                bandwidth=(sizes[name] - unread.get(name, 0)) / decode / bandwidth,
-            )
-        )
-    return rows

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from integration.benchmarks.decode import add_measuring, default_model, entry_of, table, write
+from integration.benchmarks.decode import add_measuring, check, default_model, entry_of, table, write
 from integration.benchmarks.graphs import genai_build, once, ours, random_qwen
-from integration.benchmarks.loops import Row, bare_sessions, genai_loop, memory_bandwidth
+from integration.benchmarks.loops import bare_sessions, genai_loop, memory_bandwidth
+from integration.benchmarks.turns import Row
 
 RESULTS = Path(__file__).parent / "results" / "states.json"
 
@@ -30,6 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Build what is missing, measure, print, write."""
+    check(args)
     torch.set_num_threads(args.threads)
     source, work = random_qwen(args.random, args.work, args.model), args.work / args.random
     folders: dict[str, Path] = {}
