@@ -65,8 +65,11 @@ def plus_product(y: Tensor, h: Tensor, weight: Tensor, factor: int, into: Tensor
     """y + expand(h weight^T): (..., N), (..., R) and (N / factor, R) -> (..., N) in the dtype of y."""
     if y.dtype == weight.dtype and factor * weight.shape[1] <= _EXPANDED_COLUMNS:
         wide = weight if factor == 1 else weight.repeat_interleave(factor, 0)
-        target = None if into is None else into.view(-1, into.shape[-1])
-        return torch.addmm(_rows(y), _rows(h), wide.T, out=target).view(y.shape)
+        if into is not None:
+            torch.addmm(_rows(y), _rows(h), wide.T, out=into.view(-1, into.shape[-1]))
+            return into
+        # No view: a model may add in place to what it gets, and autograd forbids that for a function's view.
+        return torch.ops.aten._unsafe_view(torch.addmm(_rows(y), _rows(h), wide.T), y.shape)
     return plus_expanded(y, h @ weight.T, factor, into)
 
 

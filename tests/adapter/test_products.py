@@ -92,6 +92,21 @@ def test_an_output_that_is_a_view_is_not_written_over():
     assert torch.equal(y, before)
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("rank", "e"), [(1, 2), (200, 2), (1, 1), (200, 1), (3, 32)])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("view", [False, True])
+def test_a_model_may_add_in_place_to_what_it_gets(own, rank, e, shape, view):
+    given = torch.randn(*shape, 64, requires_grad=True)
+    y = given * 2
+    h, weight = torch.randn(*shape, rank), torch.randn(64 // e, rank, requires_grad=True)
+    found = add_expanded(y.view(y.shape) if view else y, h, weight, e, own)
+    found += 1
+    torch.testing.assert_close(found, given * 2 + (h @ weight.T).repeat_interleave(e, -1) + 1)
+    found.sum().backward()
+    assert torch.equal(given.grad, torch.full_like(given, 2))
+
+
 @pytest.mark.parametrize("function", [lambda x, w: project(x, w, 2), lambda x, w: pool(x, 2, torch.float32)])
 def test_an_input_without_gradient_asks_the_base_layer_for_none(function):
     weight = torch.randn(3, 4, requires_grad=True)
