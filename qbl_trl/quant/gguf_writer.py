@@ -3,9 +3,9 @@
     w = d q + m,      d = scales (float16, as stored),      m = D - s z, rounded to float16
 
 Metadata, tokenizer, tensor names and the order of q and k rows come from the template, a GGUF file of the same model
-in any type. Tensors that are not packed are copied byte for byte where the model still holds the same values, and
-written as float32 where it does not (trained norms or embeddings). Experts of a mixture, which are layers of their own
-here, are stacked as the template stacks them.
+in any type (gguf_template.py). Tensors that are not packed are copied byte for byte where the model still holds the
+same values, and written as float32 where it does not (trained norms or embeddings, a trained head that the file ties).
+Experts of a mixture, which are layers of their own here, are stacked as the template stacks them.
 """
 
 import os
@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.errors import ConfigError
 from qbl_trl.module_names import name_here
+from qbl_trl.quant.gguf_template import HEAD, check_template
 from qbl_trl.quant.importers.gguf import GGUFReader
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.stacks import slices_of
@@ -64,7 +64,7 @@ def write_gguf(model: nn.Module, path: Path, template: Path) -> tuple[int, float
     """Write the file; returns the number of packed layers and the largest rounding of a weight.
 
     Raises:
-        ConfigError: if a layer has no place in the template or does not fit Q4_1.
+        ConfigError: if the template is another model's, a tensor has no place in it, or a layer does not fit Q4_1.
         CheckpointError: if the template cannot be read.
     """
     import gguf
@@ -72,46 +72,17 @@ def write_gguf(model: nn.Module, path: Path, template: Path) -> tuple[int, float
     layers, source = packed_layers(model), GGUFReader(template)
     state = model.state_dict() | slices_of(model)
     places = {name_here(name, state): name for name in source.sources()}
-    homeless = sorted(name for name in layers if f"{name}.weight" not in places)
-    if homeless:
-        raise ConfigError(f"write_checkpoint: {template} has no tensor for {homeless[0]}; it is another model's file")
-    _check_shapes(model, state, layers, source, places)
+    head = check_template(model, state, layers, source, places)
     held = _held(source, places)
     _check_stacks(layers, held)
-    _check_query_scale(model, source, template)
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        largest = _write(state, layers, source, held, gguf.GGUFWriter(partial, source.architecture))
+        largest = _write(state, layers, source, held, head, gguf.GGUFWriter(partial, source.architecture))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return len(layers), largest
-
-
-def _check_shapes(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    layers: dict[str, GroupQuantLinear],
-    source: GGUFReader,
-    places: dict[str, str],
-) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    transposed = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)]
-    shapes |= {name: shapes[name][::-1] for name in transposed}
-    shapes |= {f"{name}.weight": (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    for name, known in places.items():
-        theirs = tuple(int(size) for size in reversed(source.raw(known).shape))
-        if name in shapes and _long(shapes[name]) != _long(theirs):
-            raise ConfigError(
-                f"write_checkpoint: {source.path} holds {source.raw(known).name} of {theirs}, and {name} is "
-                f"{shapes[name]}; it is another model's file"
-            )
-
-
-def _long(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without the dimensions of one, which files leave out."""
-    return tuple(size for size in shape if size != 1)
 
 
 def _held(source: GGUFReader, places: dict[str, str]) -> dict[str, list[tuple[str, str]]]:
@@ -134,25 +105,15 @@ def _check_stacks(layers: dict[str, GroupQuantLinear], held: dict[str, list[tupl
             )
 
 
-def _check_query_scale(model: Any, source: GGUFReader, template: Path) -> None:
-    """Gemma's files have no key for it: llama.cpp derives it from sizes, which a model may not follow."""
-    theirs = source.config().get("query_pre_attn_scalar")
-    ours = getattr(model.config.get_text_config(), "query_pre_attn_scalar", theirs)
-    if ours != theirs:
-        raise ConfigError(
-            f"write_checkpoint: the model has query_pre_attn_scalar={ours}, and {template} would be run with {theirs}, "
-            'which follows from its sizes; GGUF has no place for another. Write format="hqq" or export to ONNX'
-        )
-
-
 def _write(
     state: Mapping[str, Tensor],
     layers: dict[str, GroupQuantLinear],
     source: GGUFReader,
     held: dict[str, list[tuple[str, str]]],
+    head: Tensor | None,
     writer: Any,
 ) -> float:
-    """The file, and the largest rounding of an offset."""
+    """The file, with a head that the template lacks; returns the largest rounding of an offset."""
     import gguf
 
     _copy_metadata(writer, source, gguf)
@@ -172,6 +133,8 @@ def _write(
             writer.add_tensor(place, _joined(values, raw))
         else:
             writer.add_tensor(place, np.array(raw.data), raw_dtype=raw.tensor_type)
+    if head is not None:
+        writer.add_tensor(HEAD, head.detach().float().cpu().numpy())
     for factors in source.rope_factors():
         writer.add_tensor(factors.name, np.array(factors.data), raw_dtype=factors.tensor_type)
     writer.write_header_to_file()

@@ -19,7 +19,7 @@ from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
 
 def packed_llama(*, bits=4, group_size=32, merged=True, algorithm="rtn", **changes):
     """A tiny llama of packed layers, with a block delta on each as `merge` leaves it."""
-    model = tiny_llama(tie_word_embeddings=False, **changes)
+    model = tiny_llama(**{"tie_word_embeddings": False, **changes})
     for seed, (name, layer) in enumerate(foreign.linear_layers(model).items()):
         affine = quantize(layer.weight.data, bits=bits, group_size=group_size, symmetric=False, algorithm=algorithm)
         packed = GroupQuantLinear.from_affine(affine, bits=bits, group_size=group_size, bias=layer.bias)
@@ -105,6 +105,46 @@ def test_trained_norms_and_embeddings_are_written_in_float(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", dtype=torch.float32)
     assert torch.equal(loaded.model.norm.weight, model.model.norm.weight)
     assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_the_template_ties_is_written_where_the_model_has_one_of_its_own(tmp_path, tied):
+    pytest.importorskip("gguf", reason="the GGUF writer needs the package gguf")
+    write_gguf(tmp_path / "tied.gguf", tiny_llama(tie_word_embeddings=True), {}, default="F32")
+    model = packed_llama(tie_word_embeddings=tied)
+    write_checkpoint(model, tmp_path / "out.gguf", "gguf", template=tmp_path / "tied.gguf")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", dtype=torch.float32)
+    assert loaded.config.tie_word_embeddings == tied
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_tensor_that_the_template_lacks_is_not_lost(tmp_path, packed):
+    model = packed_llama(attention_bias=not packed)
+    layer = model.model.layers[1].mlp.up_proj if packed else model.model.layers[1].self_attn.q_proj
+    layer.bias = torch.nn.Parameter(torch.zeros(layer.out_features))
+    file = template(tmp_path / "template.gguf")
+    write_checkpoint(model, tmp_path / "zeros.gguf", "gguf", template=file)  # which change nothing
+    layer.bias.data[3] = 1.0
+    name = "mlp.up_proj" if packed else "self_attn.q_proj"
+    with pytest.raises(ConfigError, match=rf"no tensor for model.layers.1.{name}.bias, which the model was given"):
+        write_checkpoint(model, tmp_path / "out.gguf", "gguf", template=file)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rms_norm_eps": 1e-2}, "rms_norm_eps=1e-06, and .* would be run with 0.01"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 1}, "num_attention_heads=4, and .* would be run with 2"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers=2, and .* would be run with 3"),
+    ],
+)
+def test_a_template_with_other_numbers_for_the_same_shapes_is_refused(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        write_checkpoint(
+            packed_llama(), tmp_path / "out.gguf", "gguf", template=template(tmp_path / "template.gguf", **changes)
+        )
 
 
 def test_folding_is_adding_the_delta_to_the_weight():
