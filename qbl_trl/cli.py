@@ -42,7 +42,8 @@ def make_parser() -> argparse.ArgumentParser:
         "MODEL base --algorithm gptq --calibration texts.jsonl",
         "--from GPTQ_FOLDER base",
     )
-    quantize.add_argument("model", help="model id or folder (with --from: the GPTQ, AWQ, HQQ or GGUF checkpoint)")
+    foreign = "GPTQ, AWQ, AutoRound, HQQ, compressed-tensors, MLX or Metal, or a GGUF file"
+    quantize.add_argument("model", help=f"model id or folder (with --from: a checkpoint of {foreign})")
     quantize.add_argument("output", type=Path, help=_NEW)
     quantize.add_argument("--from", dest="convert", action="store_true", help="keep the codes the checkpoint holds")
     quantize.add_argument("--bits", type=int, default=4, choices=ALLOWED_BITS, help="of a code (default: %(default)s)")
@@ -107,7 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("model", help="a quantized or merged folder")
     convert.add_argument("output", type=Path, help="a new file (gguf) or folder (hqq)")
-    convert.add_argument("--to", required=True, metavar="{gguf,hqq}", help="formats that hold a merged adapter")
+    convert.add_argument("--to", required=True, metavar="{gguf,hqq}", help="the two formats that hold a merged adapter")
     convert.add_argument("--template", type=Path, help="gguf: a GGUF file of the same model, for its metadata")
     convert.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
 

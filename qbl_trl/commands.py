@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from qbl_trl.errors import ConfigError
+from qbl_trl.errors import OTHERS_DEPLOYED, ConfigError
 from qbl_trl.folders import refuse_graph
 
 
@@ -107,6 +107,14 @@ def _check_holds_model(name: str) -> None:
     folder = Path(name)
     refuse_graph(folder)
     if (folder / "adapter_config.json").is_file():
+        from qbl_trl.config import QBLoRAConfig
+        from qbl_trl.loading import saved_adapter
+
+        saved = saved_adapter(folder)
+        if not isinstance(saved, QBLoRAConfig):
+            raise ConfigError(
+                f"{name} is an adapter of another PEFT method ({saved.peft_type.value}): {OTHERS_DEPLOYED}"
+            )
         raise ConfigError(f"{name} is an adapter; `qbl-trl merge {name} MERGED` makes a model of it and its base")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ConfigError(f"{name} holds no model (no config.json)")

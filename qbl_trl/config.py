@@ -79,7 +79,8 @@ class LayerFormat:
 class QBLoRAConfig(LoraConfig):
     """A balanced low-rank adapter: y = W x + (lora_alpha / r) * expand_e(B (A pool_p(x))).
 
-    Every field of `peft.LoraConfig` that is not named below keeps its meaning. The rank really used is matched to
+    Every field of `peft.LoraConfig` that is not named below keeps its meaning, with R for r where it means A's rows
+    (`init_lora_weights="gaussian"`: a standard deviation of 1 / R). The rank really used is matched to
     the parameters of a plain LoRA of rank `r`: R = round(r (K + N) / (K / in_factor + N / out_factor)).
 
     Attributes:

@@ -33,6 +33,12 @@ class PackageError(QblError, ImportError):
     """A package is not installed that comes with one of the extras."""
 
 
+# What can be done with a trained LoRA.
+OTHERS_DEPLOYED = (
+    "PEFT's merge_and_unload() merges it into a float base, to be saved and given to `qbl-trl quantize`; over a base "
+    "of GroupQuantConfig, export_onnx takes a plain LoRA as it is, exactly"
+)
+
 _EXPORT_PACKAGES = {"onnx", "onnx_ir", "onnxruntime", "optimum"}
 
 
@@ -93,4 +99,6 @@ def one_line() -> Iterator[None]:
         if os.environ.get(SHOWN) or not asked:
             raise
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if "bf16/gpu" in first:
+            first += " On a CPU pass --use_cpu true --bf16 false --dtype float32."
         raise SystemExit(" ".join([first, *getattr(error, "__notes__", ()), f"({SHOWN}=1 shows where)"])) from None

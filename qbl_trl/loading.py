@@ -55,7 +55,23 @@ def open_model(
         options["num_labels"] = num_labels
     if made_for is transformers.AutoModelForCausalLM and type(config) not in made_for._model_mapping:
         made_for = None  # models of images or sound write text too, and are of no such class
-    return (made_for or _class_saved(config)).from_pretrained(source, revision=revision, **options)
+    try:
+        return (made_for or _class_saved(config)).from_pretrained(source, revision=revision, **options)
+    except (ImportError, NameError) as error:  # a name that an import would have brought
+        _explain_unreadable(source, getattr(config, "quantization_config", None), error)
+        raise
+
+
+def _explain_unreadable(source: str | os.PathLike[str], stored: Any, error: Exception) -> None:
+    """Raise what can be done with a checkpoint of another library's layers, which is not installed."""
+    from qbl_trl.quant.importers import METHODS
+
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    if method in METHODS:
+        raise CheckpointError(
+            f"{source} is quantized ({method}), and the library of that format cannot open it here ({error}); "
+            f"`qbl-trl quantize --from {source} OUTPUT` takes its codes over as they are"
+        ) from error
 
 
 def open_whole(source: str | os.PathLike[str], **options: Any) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qbl_trl.adapter.bases import describe, float_weight, foreign_kind
+from qbl_trl.adapter.checkpointing import stop_checkpointing_
 from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
 from qbl_trl.adapter.recorded import quantization
 from qbl_trl.adapter.wrapped import unwrap
@@ -274,8 +275,7 @@ def _plain_(model: nn.Module) -> nn.Module:
     for part in model.modules():  # a model of sentence-transformers has that of transformers in it
         for name in ("peft_config", "_hf_peft_config_loaded"):
             vars(part).pop(name, None)
-    if getattr(model, "is_gradient_checkpointing", False):
-        model.gradient_checkpointing_disable()  # type: ignore[operator]
+    stop_checkpointing_(model)
     config: Any = getattr(model, "config", None)
     if hasattr(config, "use_cache") and getattr(model, "can_generate", lambda: False)():  # training leaves it off
         config.use_cache = True

@@ -14,6 +14,23 @@ from qbl_trl.config import GroupQuantConfig
 from qbl_trl.generation import BEFORE_5
 
 
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether a model of transformers computes activations again in the backward pass."""
+    return bool(getattr(model, _named(model, "is_{}_checkpointing"), False))
+
+
+def stop_checkpointing_(model: nn.Module) -> None:
+    """Let it keep its activations, as a model does that is not trained."""
+    if is_checkpointing(model):
+        getattr(model, _named(model, "{}_checkpointing_disable"))()
+
+
+def _named(model: nn.Module, name: str) -> str:
+    """By the name of later versions of transformers 5, where the model has it: the older one is deprecated there."""
+    newer = name.format("activation")
+    return newer if hasattr(type(model), newer) else name.format("gradient")
+
+
 def let_inputs_require_grad(model: nn.Module) -> None:
     """Give the inputs of a model in groups a gradient; any other model is left to PEFT."""
     if isinstance(quantization(model), GroupQuantConfig) and hasattr(model, "enable_input_require_grads"):

@@ -24,7 +24,7 @@ from qbl_trl.adapter.mergeable import MergesIntoBase
 from qbl_trl.adapter.products import add_expanded, pool
 from qbl_trl.adapter.projections import ExpandedLinear, PooledLinear, compute_dtype
 from qbl_trl.config import QBLoRAConfig
-from qbl_trl.errors import ConfigError
+from qbl_trl.errors import OTHERS_DEPLOYED, ConfigError
 from qbl_trl.quant.blocks import expand_delta
 from qbl_trl.quant.linear import GroupQuantLinear
 
@@ -312,7 +312,10 @@ def adapter_layers(model: nn.Module) -> dict[str, BalancedLinear]:
         other = any(isinstance(module, BaseTunerLayer) for module in model.modules())
         raise ConfigError(
             f"{type(model).__name__} has no balanced adapters"
-            + (" (its adapters are of another PEFT method)" if other else "")
-            + "; place them with get_peft_model(model, QBLoRAConfig(...)) or QBLoRACallback(QBLoRAConfig(...))"
+            + (
+                f"; its adapters are of another PEFT method: {OTHERS_DEPLOYED}"
+                if other
+                else "; place them with get_peft_model(model, QBLoRAConfig(...)) or QBLoRACallback(QBLoRAConfig(...))"
+            )
         )
     return found

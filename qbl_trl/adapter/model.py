@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qbl_trl.adapter import checkpointing, experts, hotswap, mixed, others
 from qbl_trl.adapter.balance import largest_useful_r
 from qbl_trl.adapter.bnb_packed import keep_order_
-from qbl_trl.adapter.checkpointing import let_inputs_require_grad
+from qbl_trl.adapter.checkpointing import is_checkpointing, let_inputs_require_grad
 from qbl_trl.adapter.combining import CombiningModel
 from qbl_trl.adapter.layer import BalancedLinear, record_placed_
 from qbl_trl.adapter.merged import describe_merged_, set_heads_apart_
@@ -101,7 +101,7 @@ class QBLoRAModel(CombiningModel):
         if in_vain is not None:
             warnings.warn(in_vain, stacklevel=2)
         keep_order_(model)
-        if getattr(model, "is_gradient_checkpointing", False):
+        if is_checkpointing(model):
             let_inputs_require_grad(model)  # also where no PeftModel is put around it
         layers = record_placed_(model, adapter_name, self.peft_config[adapter_name])
         if layers and not self.peft_config[adapter_name].inference_mode:

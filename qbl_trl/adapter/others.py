@@ -93,6 +93,6 @@ def refuse_merge(model: nn.Module) -> None:
             raise MergeError(
                 f"{name}: a {method} {type(layer).__name__} does not merge into packed codes. Train "
                 "QBLoRAConfig(quantization_aware=True), which merges exactly, or QBLoRAConfig(in_factor=1, "
-                "out_factor=1), which is LoRA: it exports with its low-rank branch, and merge(model, "
-                'lossy="requantize") takes it'
+                'out_factor=1), which is LoRA, and which merge(model, lossy="requantize") takes; export_onnx takes '
+                "a plain LoRA as it is, exactly"
             )

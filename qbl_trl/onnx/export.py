@@ -242,8 +242,8 @@ def export_onnx(
         )
     if not quantized:
         logger.warning(
-            "no layer of this model is quantized: the graph holds it in %s. For 4 bits load it with GroupQuantConfig, "
-            "or give the folder to `qbl-trl quantize` first",
+            "no layer of this model is quantized: the graph holds it in %s. For 4 bits load it (or the base of an "
+            "adapter) with GroupQuantConfig, or give the model's folder to `qbl-trl quantize` first",
             named,
         )
     for what, found in (

@@ -9,6 +9,7 @@ from argparse import ArgumentParser
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
+from qbl_trl.errors import one_line
 from qbl_trl.onnx.options import add_arguments, run
 
 
@@ -22,7 +23,8 @@ class QBLoRAExportCommand(BaseOptimumCLICommand):
         add_arguments(parser)
 
     def run(self) -> None:
-        run(self.args)
+        with one_line():
+            run(self.args)
 
 
 REGISTER_COMMANDS = [(QBLoRAExportCommand, ExportCommand)]

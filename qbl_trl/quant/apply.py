@@ -51,13 +51,17 @@ def quantize_layer_(model: nn.Module, name: str, weight: Tensor, config: GroupQu
     replace(model, name, layer)
 
 
-def finish_(model: nn.Module, config: GroupQuantConfig, targets: Sequence[str]) -> None:
-    """Calibrated algorithms run now; then the configuration records what was really stored."""
+def finish_(model: nn.Module, config: GroupQuantConfig, targets: Sequence[str], fresh: Collection[str] = ()) -> None:
+    """Calibrated algorithms run now; then the configuration records what was really stored.
+
+    Args:
+        fresh: those targets that hold no weight of a checkpoint, and stay as they are.
+    """
     hessian = None
     if config.algorithm == "gptq":
         from qbl_trl.quant.gptq import calibrated_head_hessian, gptq_model_
 
-        gptq_model_(model, config, targets)
+        gptq_model_(model, config, [name for name in targets if name not in fresh])
         hessian = calibrated_head_hessian(model, config) if config.quantize_embeddings else None
     if config.quantize_embeddings:
         quantize_embeddings_(model, config, hessian)
@@ -65,9 +69,9 @@ def finish_(model: nn.Module, config: GroupQuantConfig, targets: Sequence[str]) 
     # Layers whose weight the checkpoint lacks (a fresh pooler or classification head) stay as they are.
     modules = dict(model.named_modules())
     stored = [(name, modules[name]) for name in targets if name in modules]
-    fresh = [name for name, layer in stored if not isinstance(layer, GroupQuantLinear)]
-    if fresh:
-        config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *fresh]
+    kept = [name for name, layer in stored if not isinstance(layer, GroupQuantLinear)]
+    if kept:
+        config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *kept]
     _warn_of_float_experts(model, config.modules_to_not_convert or ())
     kinds = {layer.format.zeros for _, layer in stored if isinstance(layer, GroupQuantLinear)}
     if len(kinds) == 1:

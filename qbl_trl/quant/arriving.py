@@ -1,10 +1,14 @@
 """The weights of a float model as they arrive from its files, to be quantized one by one."""
 
+from collections.abc import Collection
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 from qbl_trl.errors import CheckpointError
 from qbl_trl.generation import BEFORE_5
+from qbl_trl.quant.linear import GroupQuantLinear
 
 
 def nothing_loaded_(model: nn.Module) -> None:
@@ -43,3 +47,36 @@ def arrived(model: nn.Module, name: str, weight: Tensor) -> Tensor:
             "drawn (ignore_mismatched_sizes), keep it in float with modules_to_not_convert"
         )
     return weight.to(wanted.dtype) if weight.element_size() == 1 else weight
+
+
+def not_arrived(
+    model: nn.Module, targets: Collection[str], calibrated: bool, missing: Collection[str] | None
+) -> set[str]:
+    """Layers to quantize whose weight the files do not hold.
+
+    Args:
+        targets: their names; experts that are set apart after loading are no modules yet, and are passed over.
+        calibrated: they are quantized once all is loaded, and not as they arrive.
+        missing: names that were not in the files, where transformers says so (4.57); 5 marks those that were.
+    """
+    modules = dict(model.named_modules())
+    if not calibrated:
+        return {name for name in targets if not isinstance(modules.get(name), GroupQuantLinear)}
+    weights = {name: modules[name].weight for name in targets if name in modules}
+    if missing is not None:
+        return {name for name in weights if f"{name}.weight" in missing}
+    return {name for name, weight in weights.items() if not getattr(weight, "_is_hf_initialized", False)}
+
+
+def nothing_arrived(
+    model: nn.Module, targets: Collection[str], folder: Path | None, found: Collection[str]
+) -> CheckpointError:
+    """Why a checkpoint that has none of the layers to quantize is no checkpoint of this model."""
+    wanted, known = f"{min(targets)}.weight", model.state_dict()
+    kind = ".".join(wanted.split(".")[-2:])
+    other = next((name for name in found if name.endswith(kind) and name not in known), None)
+    return CheckpointError(
+        f"{folder or 'the checkpoint'}: none of the {len(targets)} layers to quantize is in the files, such as {wanted}"
+        + (f"; they hold other names, such as {other}" if other else "")
+        + ". Load the class that wrote them, or take off a prefix (`module.` of a distributed run)"
+    )

@@ -25,7 +25,7 @@ from qbl_trl.generation import BEFORE_5
 from qbl_trl.older_names import restore_settings_
 from qbl_trl.progress import progress
 from qbl_trl.quant.apply import finish_, quantize_layer_
-from qbl_trl.quant.arriving import arrived, nothing_loaded_, widen_
+from qbl_trl.quant.arriving import arrived, not_arrived, nothing_arrived, nothing_loaded_, widen_
 from qbl_trl.quant.checkpoint import Stored, check_tensors, read_headers
 from qbl_trl.quant.dequantizing import dequantize_model_
 from qbl_trl.quant.head import empty_embeddings_, tie_again_
@@ -205,10 +205,14 @@ class GroupQuantizer(HfQuantizer):
         if self.pre_quantized:
             tie_again_(model)
         else:
+            missing = self.missing if BEFORE_5 else None
+            fresh = not_arrived(model, self.targets, self.quantization_config.algorithm == "gptq", missing)
+            if len(fresh) == len(self.targets):
+                raise nothing_arrived(model, self.targets, *files_of(folder_of(model.config), None))
             widen_(model, self.loads_as)
             if self.quantization_config.algorithm == "gptq":
                 self.choose_(model)
-            finish_(model, self.quantization_config, self.targets)
+            finish_(model, self.quantization_config, self.targets, fresh)
             model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]  # the model has a copy
         if not BEFORE_5:
             keep_packed_names_(model)

@@ -81,10 +81,9 @@ def check_request(
     """What can be refused before a model is read: the output as a Path, or write_checkpoint's ConfigError."""
     if format in _INTEGER_FORMATS:
         raise ConfigError(
-            f"write_checkpoint: {format} stores integer zero points, and a merged adapter shifts them by fractions: "
-            'rounding would cost up to half a code per weight. Exact: format="hqq" or ONNX export. Lossy, by name: '
-            'merge(model, lossy="requantize"), or dequantize the layers and quantize them again with the library of '
-            "that format"
+            f"write_checkpoint: {format} is not written. It stores integer zero points, and a merged adapter shifts "
+            'them by fractions: rounding would cost up to half a code per weight. Exact: format="hqq" or export to '
+            "ONNX. Lossy: model.dequantize(), and quantize that with a library of the format"
         )
     if format not in FORMATS:
         raise ConfigError(f"write_checkpoint: format={format!r} is not known; allowed: {', '.join(FORMATS)}")

@@ -19,11 +19,11 @@ _HEAD = ("logits compared", "largest difference", "mean", "KL per token, nats", 
 def parity(record: dict[str, Any], history: Any) -> str:
     """How far the merged model is from the trained one, and the graph from the merged model."""
     merge, export = record["merge"], record["export"] or {}
-    note = "Logits of the training model and of the merged 4-bit model on the same training tokens."
+    if merge and not merge["exact"]:
+        return section("Parity", "", badge("not merged", "neutral"), f"<p>{escape(merge['reason'])}</p>")
+    note = "Logits of the training model and of the merged 4-bit model on the same tokens."
     if not merge:
         return section("Parity", note, '<p class="empty">Not measured yet: training is not over.</p>')
-    if not merge["exact"]:
-        return section("Parity", note, badge("not merged", "neutral"), f"<p>{escape(merge['reason'])}</p>")
     rows, chart = [], ""
     if "parity" in merge:
         chart = scroll(charts.decades(merge["parity"]["max_abs_difference"], merge["parity"]["tolerance"]))

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_callback import ProgressCallback
 
 from qbl_trl.random_state import same_random_state
 from qbl_trl.trl.shadow import computing_merged
@@ -32,6 +33,7 @@ def merged_loss(
         return {}
     first, *rest = measured.split("_", 1)
     prefix = "_".join([first, "merged", *rest])
+    _close_bar(trainer)
     kept = {key: copy.deepcopy(vars(trainer)[key]) for key in _ACCUMULATED if key in vars(trainer)}
     with computing_merged(trainer.model, stored), same_random_state():
         output = trainer.evaluation_loop(
@@ -44,6 +46,13 @@ def merged_loss(
     losses = {key: float(value) for key, value in output.metrics.items() if key == f"{prefix}_loss"}
     Trainer.log(trainer, dict(losses))  # the base class: TRL's own would log its training averages again
     return losses
+
+
+def _close_bar(trainer: Trainer) -> None:
+    """The evaluation's own bar is full; another is drawn for the merged model, not this one beyond its end."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ProgressCallback):
+            callback.on_evaluate(trainer.args, trainer.state, trainer.control)
 
 
 __all__ = ["merged_loss"]

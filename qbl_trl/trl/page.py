@@ -59,7 +59,8 @@ def page(title: str, body: str) -> str:
 
 def section(title: str, note: str, *content: str) -> str:
     """A card: heading, one sentence on how to read it, what it shows."""
-    return f'<section><h2>{escape(title)}</h2><p class="note">{escape(note)}</p>{"".join(content)}</section>'
+    lead = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f"<section><h2>{escape(title)}</h2>{lead}{''.join(content)}</section>"
 
 
 def facts(items: Sequence[tuple[str, str]]) -> str:

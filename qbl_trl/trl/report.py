@@ -121,7 +121,8 @@ def _losses(record: dict[str, Any], history: Any) -> str:
         "Loss",
         merged
         if any(line.dashed and line.points for line in lines)
-        else "Of the training batches, and of the evaluation.",
+        else "Of the training batches"
+        + (", and of the evaluation." if any(line.points for line in lines[1:]) else "."),
         scroll(chart),
     )
 
@@ -148,20 +149,17 @@ def _shifts(record: dict[str, Any], history: Any) -> str:
     left = [Line("largest", "--merged", largest), Line("mean", "--train", mean)]
     ranks = sorted({key for entry in history for key in entry if key.startswith("qbl/stable_rank/")})
     right = [Line(key.rpartition("/")[2], f"--k{i}", _series(history, key)) for i, key in enumerate(ranks[:7])]
-    shift = (
-        charts.line_chart(left, x_label="step", y_label="zero-point shift", from_zero=True, width=_HALF)
-        if largest
-        else ""
-    )
+    if largest:
+        note = "how far zero points moved, in code units; rounded to whole codes they would lose up to half a code"
+    else:  # a base without zero points
+        left, note = [Line("norm", "--train", norm)], "the norm of the weight change"
+    y_label = "zero-point shift" if largest else "adapter norm"
     return section(
         "What the adapter does to the base",
-        "Left: how far zero points moved, in code units; rounded to whole codes they would lose up to half a code. "
-        "Right: stable rank of the weight change by kind of layer; 1 means one direction does everything.",
+        f"Left: {note}. Right: stable rank of the weight change by kind of layer; 1 means one direction does "
+        "everything.",
         '<div class="two">',
-        shift
-        or charts.line_chart(
-            [Line("norm", "--train", norm)], x_label="step", y_label="adapter norm", from_zero=True, width=_HALF
-        ),
+        charts.line_chart(left, x_label="step", y_label=y_label, from_zero=True, width=_HALF),
         charts.line_chart(right, x_label="step", y_label="stable rank", width=_HALF),
         "</div>",
     )

@@ -24,7 +24,9 @@ class FirstTokens:
         limit = getattr(config, "max_position_embeddings", None) or _LENGTH  # packed rows are longer than that
         self._length = min(_LENGTH, limit)
         table = input_table(model)
-        self._handle = None if table is None else table.register_forward_pre_hook(self._keep)
+        self._handles = (
+            [] if table is None else [part.register_forward_pre_hook(self._keep) for part in _readers(model, table)]
+        )
 
     def _keep(self, embedding: nn.Module, inputs: tuple[Any, ...]) -> None:
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() == 2:
@@ -32,8 +34,15 @@ class FirstTokens:
             self.remove()
 
     def remove(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+
+
+def _readers(model: nn.Module, table: nn.Module) -> list[nn.Module]:
+    """The model's table, and others of the same weight: an encoder and a decoder each have a module of their own."""
+    weight = getattr(table, "weight", None)
+    tables = (part for part in model.modules() if isinstance(part, type(table)))
+    return [part for part in tables if part is table or (weight is not None and part.weight is weight)]
 
 
 def random_tokens(vocabulary: int) -> Tensor:

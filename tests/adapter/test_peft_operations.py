@@ -20,7 +20,7 @@ from peft.helpers import rescale_adapter_scale
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
-from qbl_trl import GroupQuantConfig, QBLoRAConfig
+from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.hf_quantizer import quantize_model_
@@ -315,6 +315,19 @@ def test_reentrant_checkpointing_trains_over_a_4_bit_base_as_over_a_float_one():
     model = get_peft_model(base, QBLoRAConfig(r=2, quantization_aware=True)).train()
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_placing_and_merging_use_no_name_that_transformers_deprecates():
+    base = quantize_model_(tiny_llama(), GroupQuantConfig())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base.gradient_checkpointing_enable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model = inject_adapter_in_model(config(quantization_aware=True), base)  # a PeftModel uses such names itself
+        merged = merge(model)
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in merged.modules())
 
 
 def test_peft_prepares_a_4_bit_base_for_checkpointing_that_is_switched_on_later():

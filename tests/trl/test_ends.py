@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -60,6 +61,17 @@ def test_a_model_of_sound_keeps_no_first_tokens():
     tokens_seen = FirstTokens(Wav2Vec2ForCTC(config))
     tokens_seen.remove()
     assert tokens_seen.ids is None
+
+
+@pytest.mark.parametrize("kind", ["T5", "Bart"])
+def test_the_first_tokens_of_an_encoder_decoder_are_its_encoders(kind):
+    sizes = {"T5": {"d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4}, "Bart": {"encoder_layers": 1}}[kind]
+    config = getattr(transformers, f"{kind}Config")(vocab_size=32, d_model=64, decoder_start_token_id=0, **sizes)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    ids, seen = torch.arange(3, 13).view(2, 5), FirstTokens(model)
+    model(input_ids=ids, labels=ids + 10)
+    assert torch.equal(seen.ids, ids)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_an_encoder_decoder_is_compared_on_what_it_reads(tmp_path):

@@ -1,5 +1,7 @@
 """eval_merged_loss: the merged model's loss beside the adapter's."""
 
+import re
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -40,6 +42,14 @@ def test_measuring_the_merged_loss_changes_nothing_in_training(tmp_path):
         assert history(runs[0], name) == history(runs[1], name), name
     first, second = (trainer.model.state_dict() for trainer in runs)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_every_bar_ends_at_its_end(tmp_path, capsys):
+    callback = QBLoRACallback(adapter(), eval_merged_loss=True)
+    sft(tmp_path, callback, eval_dataset=data.texts(6), disable_tqdm=False, eval_strategy="steps", eval_steps=4).train()
+    bars = re.findall(r"(\d+)/(\d+) \[", capsys.readouterr().err)
+    assert len([bar for bar in bars if bar[1] == "1"]) >= 2
+    assert all(int(done) <= int(whole) for done, whole in bars)
 
 
 @pytest.mark.parametrize(

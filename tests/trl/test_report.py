@@ -78,7 +78,10 @@ def test_a_base_without_zero_points_shows_the_size_of_the_change(record):
     for entry in record["log_history"]:
         for name in [key for key in entry if "zero_point" in key]:
             del entry[name]
-    assert "<h2>Size of the weight change by layer</h2>" in render(record)
+    page = render(record)
+    assert "<h2>Size of the weight change by layer</h2>" in page
+    assert "Left: the norm of the weight change. Right:" in page
+    assert "zero points" not in page
 
 
 def test_an_export_shows_its_figures_beside_the_merge(record):

@@ -1,0 +1,106 @@
+"""What the command line says where it cannot go on: one line, with what to do, and nothing written."""
+
+import json
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from qbl_trl.cli import main
+from tests.tiny import tiny_llama
+
+
+@pytest.fixture
+def float_folder(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "float")
+    return tmp_path / "float"
+
+
+def test_what_is_quantized_already_is_not_quantized_again(float_folder, tmp_path, capsys):
+    main(["quantize", str(float_folder), str(tmp_path / "q")])
+    assert main(["quantize", str(tmp_path / "q"), str(tmp_path / "again"), "--bits", "8"]) == 1
+    assert "is quantized already" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantize", "/no/where", "OUT"],
+        ["inspect", "./nowhere"],
+        ["convert", "/no/where", "OUT", "--to", "hqq"],
+        ["inspect", "FLOAT", "--against", "/no/where"],
+        ["quantize", "FLOAT", "OUT", "--dtype", "int8"],
+    ],
+)
+def test_what_is_not_there_or_not_known_is_said_in_one_line(arguments, float_folder, tmp_path, capsys):
+    named = {"OUT": str(tmp_path / "out"), "FLOAT": str(float_folder)}
+    assert main([named.get(argument, argument) for argument in arguments]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith(f"qbl-trl {arguments[0]}: ")
+    assert "no such file or folder" in lines[-1] or "is not known" in lines[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_of_another_library_is_one_line_and_its_traceback_one_variable_away(
+    float_folder, tmp_path, capsys, monkeypatch
+):
+    file = float_folder / "config.json"
+    file.write_text(file.read_text().replace('"llama"', '"no_such_model"'))
+    command = ["quantize", str(float_folder), str(tmp_path / "out")]
+    assert main(command) == 1
+    assert "ValueError: The checkpoint you are trying to load" in capsys.readouterr().err.strip().splitlines()[-1]
+    monkeypatch.setenv("QBL_TRL_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no_such_model"):
+        main(command)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_method_is_sent_to_what_works(float_folder, tmp_path, capsys):
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(float_folder), lora).save_pretrained(tmp_path / "lora")
+    for command in (["quantize"], ["merge"]):
+        assert main([*command, str(tmp_path / "lora"), str(tmp_path / "out")]) == 1
+        said = capsys.readouterr().err
+        assert "of another PEFT method" in said
+        assert "merge_and_unload() merges it into a float base" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_only_another_library_opens_is_sent_to_quantize_from(float_folder, monkeypatch, capsys):
+    def missing(*args, **kwargs):
+        raise NameError("name 'QuantizeConfig' is not defined")
+
+    file = float_folder / "config.json"
+    settings = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    file.write_text(json.dumps(settings))
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", missing)
+    assert main(["inspect", str(float_folder)]) == 1
+    assert f"`qbl-trl quantize --from {float_folder} OUTPUT` takes its codes over" in capsys.readouterr().err
+
+
+def test_a_float_file_cut_short_is_named(float_folder, tmp_path, capsys):
+    file = float_folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    assert main(["quantize", str(float_folder), str(tmp_path / "out")]) == 1
+    assert f"{file}: not a whole safetensors file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_folder_does_not_hold_is_said_with_what_it_holds(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-2" / "adapter_config.json").write_text("{}")
+    (tmp_path / "graph").mkdir()
+    (tmp_path / "graph" / "model.onnx").write_bytes(b"")
+    for command, message in (
+        (
+            ["merge", "run", "merged"],
+            "holds no adapter (no adapter_config.json); a folder in it does: run/checkpoint-2",
+        ),
+        (["inspect", "run"], "run holds no model (no config.json)"),
+        (["inspect", "graph"], "graph holds an ONNX graph"),
+        (["quantize", "run", "run"], "run is not empty; choose another folder, or pass --overwrite"),
+    ):
+        assert main(command) == 1
+        assert message in capsys.readouterr().err
