@@ -69,6 +69,8 @@ class LinearLowering:
         if foreign is not None:  # a router that computes in float32 inside a model in half precision
             x = editor.add(node, "Cast", [x], {"to": int(editor.float_type)}, name=name).outputs[0]
             x.type = node.outputs[0].type = ir.TensorType(editor.float_type)
+        adapted = any(isinstance(branch, BlockDelta) for branch in source.branches)
+        delta = "block delta" if adapted else "fractional zeros"  # what HQQ's zero points leave beside integers
         if self.lowering != "float_zero_point":
             source = with_whole_zeros(source, symmetric=self.provider != "cpu")
         branches: tuple[Branch, ...] = source.branches
@@ -76,7 +78,7 @@ class LinearLowering:
         layout = layout_for(source, self.levels[1] == 4) if self.digits and not self._is_shared(source) else None
         if layout is not None:
             x, source, branches = *self._append_digits(node, x, source, layout), ()
-            corrections.append("block delta in 8 bits")
+            corrections.append(f"{delta} in 8 bits")
         if isinstance(source.base, GroupBase):
             y, branches = self._group(node, x, source, source.base)
             operator = "MatMulNBits"
@@ -86,7 +88,7 @@ class LinearLowering:
             y, operator = self._dense(node, x, source, source.base), "MatMul"
         for branch in branches:
             y = self._branch(node, x, y, name, branch, len(corrections))
-            corrections.append("block delta" if isinstance(branch, BlockDelta) else "low rank")
+            corrections.append(delta if isinstance(branch, BlockDelta) else "low rank")
         if source.bias is not None and operator != "MatMulNBits":
             bias = editor.weight(f"{name}.bias", (source.out_features,), editor.dtype, give(source.bias))
             y = editor.add(node, "Add", [y, bias], name=name, like=node.outputs[0]).outputs[0]

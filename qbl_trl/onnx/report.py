@@ -7,6 +7,8 @@ from typing import Any
 from qbl_trl.onnx.linears import LoweredLayer
 from qbl_trl.parity import ParityReport
 
+_SHOWN = 6  # operators that a line has room for
+
 
 @dataclass(frozen=True)
 class ExportReport:
@@ -61,7 +63,7 @@ class ExportReport:
             + (f" ({self.attention_reason})" if self.attention_reason else "")
             + (f", cache in {self.kv_cache_dtype}" if self.kv_cache_dtype != self.dtype else ""),
             "layers: " + ", ".join(f"{count} {kind}" for kind, count in self.lowerings().items()),
-            "nodes: " + ", ".join(f"{count} {name}" for name, count in sorted(self.operators.items(), key=_by_count)),
+            f"nodes: {self._nodes()}",
         ]
         for title, parity in (
             ("parity", self.parity),
@@ -74,6 +76,13 @@ class ExportReport:
         if self.fallbacks:
             lines.append(f"would fall back to CPU: {'; '.join(self.fallbacks)}")
         return "\n".join(lines)
+
+    def _nodes(self) -> str:
+        """The most frequent operators; `operators` has them all."""
+        counted = sorted(self.operators.items(), key=_by_count)
+        rest = sum(count for _, count in counted[_SHOWN:])
+        shown = ", ".join(f"{count} {name}" for name, count in counted[:_SHOWN])
+        return shown + (f", {rest} of {len(counted) - _SHOWN} other kinds" if rest else "")
 
 
 def _by_count(item: tuple[str, int]) -> tuple[int, str]:

@@ -285,7 +285,7 @@ def tokens_of(batch: Any) -> Tensor:
     if ids.dim() == 1:
         ids = ids[None]
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() != 2 or not ids.numel():
-        raise ConfigError("calibration: each batch must be integer token ids, (batch, tokens)")
+        raise ConfigError("calibration: each batch must be integer token ids, (batch, tokens), not texts")
     return ids.long()
 
 

@@ -1,6 +1,7 @@
 """export_onnx: what is written computes the same function, and nothing is written otherwise."""
 
 import json
+import re
 import random
 import shutil
 
@@ -104,7 +105,8 @@ def test_a_base_with_fractional_zero_points_is_exact(tmp_path):
             model.set_submodule(name, packed)
     report = export_onnx(model, tmp_path / "out")
     assert report.parity.max_abs_difference < 1e-4
-    assert all(layer.operator == "MatMulNBits" for layer in report.layers if layer.name != "lm_head")
+    written = {(layer.operator, layer.correction) for layer in report.layers if layer.name != "lm_head"}
+    assert written == {("MatMulNBits", "fractional zeros")}  # nothing was trained
 
 
 def test_a_symmetric_base_writes_no_zero_points(tmp_path):
@@ -173,6 +175,11 @@ def test_the_report_is_text_and_json(exported):
     assert str(folder) in str(report)
     assert "MatMulNBits + block delta" in str(report)
     assert "parity over the cache" in str(report)
+    counted = re.search(r"^nodes: (.*), (\d+) of (\d+) other kinds$", str(report), re.MULTILINE)
+    shown = {name: int(count) for count, name in re.findall(r"(\d+) (\w+)", counted[1])}
+    assert shown.items() <= report.operators.items()
+    assert sum(shown.values()) + int(counted[2]) == sum(report.operators.values())
+    assert len(shown) + int(counted[3]) == len(report.operators)
 
 
 def test_a_full_folder_is_refused_and_kept(tmp_path):
