@@ -1,8 +1,8 @@
 """export_onnx: what is written computes the same function, and nothing is written otherwise."""
 
 import json
-import re
 import random
+import re
 import shutil
 
 import onnx
