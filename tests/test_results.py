@@ -108,17 +108,17 @@ def test_ratios_are_those_of_the_same_round():
 
 
 def test_graphs_take_turns_by_blocks_and_none_is_timed_cold():
-    played = []
+    played, last = [], [""]
 
     class Player:
-        """The first prefill and the first steps of every block take a hundred times as long."""
+        """A prefill behind another graph's, and the first steps of every block, take a hundred times as long."""
 
         def __init__(self, name):
-            self.name, self.seconds, self.cold = name, {"peer": 1.0, "ours": 2.0}[name], True
+            self.name, self.seconds = name, {"peer": 1.0, "ours": 2.0}[name]
 
         def prefill(self):
-            cold, self.cold = self.cold, False
-            return self.seconds * (100 if cold else 10)
+            cold, last[0] = last[0] != self.name, self.name
+            return self.seconds * (1000 if cold else 10)
 
         def steps(self, count):
             played.append(self.name)

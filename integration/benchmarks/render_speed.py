@@ -89,12 +89,18 @@ def decoding(found: dict[str, Any]) -> str:
         built = f" Written in: {seconds}." if seconds else ""
         parts.append(
             f"{name}, {entry['threads']} threads, ONNX Runtime {entry['versions']['onnxruntime']}; in brackets the "
-            f"ratio to the first graph of the loop (median over turns); the last column is the share of the "
+            f"ratio to the first graph of the loop ({_how(entry)}); the last column is the share of the "
             f"{entry['bandwidth_gb_s']:.0f} GB/s that this machine reads. The adapter's shifts are "
             f"{entry['adapter_steps']:.2f} of a step of the codes.{built}\n"
         )
         parts.append(table(["loop", "graph", "MB", "prefill", "decode", "of memory bandwidth"], rows))
     return "\n".join(parts)
+
+
+def _how(entry: dict[str, Any]) -> str:
+    """How an entry's graphs took turns; older entries do not say in how many."""
+    rounds = entry.get("rounds")
+    return f"median over {rounds} rounds, side by side" if rounds else "median over whole generations in turn"
 
 
 def callback(found: dict[str, Any]) -> str:

@@ -3,8 +3,8 @@
 A graph's steps are up to a tenth slower for as long as its session lives, by where its weights came to lie in memory,
 and a machine's mood changes within seconds. So a round opens every graph anew, and then lets all of them generate side
 by side: a block of steps of one, a block of the next, forwards and backwards. What hits one block hits its neighbours,
-and what a session is born with differs from round to round. The first steps of a block are not counted: threads of the
-graph before still spin, and the weights come from memory again.
+and what a session is born with differs from round to round. The first prefill of a turn and the first steps of a block are
+not counted: threads of the graph before still spin, and the weights come from memory again.
 """
 
 from collections.abc import Callable, Mapping
@@ -60,11 +60,10 @@ def take_turns(loop: str, opened: Mapping[str, Callable[[], Player]], rounds: in
         players = {name: opened[name]() for name in order}
         prefills: dict[str, list[float]] = {name: [] for name in order}
         steps: dict[str, list[float]] = {name: [] for name in order}
-        for turn in range(1 + _PREFILLS):
+        for turn in range(_PREFILLS):
             for name in order[:: 1 if turn % 2 == 0 else -1]:
-                seconds = players[name].prefill()
-                if turn:  # the first only warms up
-                    prefills[name].append(seconds)
+                players[name].prefill()
+                prefills[name].append(players[name].prefill())
         for turn in range(new // BLOCK):
             for name in order[:: 1 if turn % 2 == 0 else -1]:
                 steps[name] += players[name].steps(BLOCK)[WARM_UP:]
