@@ -62,7 +62,7 @@ def _widened(name: str) -> Any:
     from transformers.quantizers import AutoQuantizationConfig
 
     from qbl_trl.config import QUANT_METHOD
-    from qbl_trl.quant.importers import METHODS
+    from qbl_trl.quant.importers import holds_codes
 
     stored = getattr(transformers.AutoConfig.from_pretrained(name), "quantization_config", None)
     if stored is None:
@@ -70,7 +70,7 @@ def _widened(name: str) -> Any:
     method = stored.get("quant_method", "unknown method")
     if method == QUANT_METHOD:
         raise ConfigError(f"{name} is quantized already, in the format that this command writes")
-    if method in METHODS and not _holds_floats(stored):
+    if holds_codes(stored):
         raise ConfigError(
             f"{name} is quantized already ({method}); `qbl-trl quantize --from` takes its codes over as they are, or "
             "name the float model"
@@ -87,12 +87,6 @@ def _widened(name: str) -> Any:
             "of it while it loads; name the float model"
         )
     return config
-
-
-def _holds_floats(stored: dict[str, Any]) -> bool:
-    """Whether compressed-tensors describes narrow floats."""
-    groups = (stored.get("config_groups") or {}).values()
-    return any((group.get("weights") or {}).get("type") == "float" for group in groups if isinstance(group, dict))
 
 
 def _check_exists(name: str) -> None:
@@ -112,9 +106,8 @@ def _check_holds_model(name: str) -> None:
 
         saved = saved_adapter(folder)
         if not isinstance(saved, QBLoRAConfig):
-            raise ConfigError(
-                f"{name} is an adapter of another PEFT method ({saved.peft_type.value}): {OTHERS_DEPLOYED}"
-            )
+            method = getattr(saved.peft_type, "value", "unnamed")
+            raise ConfigError(f"{name} is an adapter of another PEFT method ({method}): {OTHERS_DEPLOYED}")
         raise ConfigError(f"{name} is an adapter; `qbl-trl merge {name} MERGED` makes a model of it and its base")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ConfigError(f"{name} holds no model (no config.json)")

@@ -35,8 +35,8 @@ class PackageError(QblError, ImportError):
 
 # What can be done with a trained LoRA.
 OTHERS_DEPLOYED = (
-    "PEFT's merge_and_unload() merges it into a float base, to be saved and given to `qbl-trl quantize`; over a base "
-    "of GroupQuantConfig, export_onnx takes a plain LoRA as it is, exactly"
+    "PEFT's merge_and_unload() merges a LoRA into a float base, to be saved and given to `qbl-trl quantize`; over a "
+    "base of GroupQuantConfig, export_onnx takes a plain LoRA as it is, exactly"
 )
 
 _EXPORT_PACKAGES = {"onnx", "onnx_ir", "onnxruntime", "optimum"}

@@ -64,12 +64,11 @@ def open_model(
 
 def _explain_unreadable(source: str | os.PathLike[str], stored: Any, error: Exception) -> None:
     """Raise what can be done with a checkpoint of another library's layers, which is not installed."""
-    from qbl_trl.quant.importers import METHODS
+    from qbl_trl.quant.importers import holds_codes
 
-    method = stored.get("quant_method") if isinstance(stored, dict) else None
-    if method in METHODS:
+    if isinstance(stored, dict) and holds_codes(stored) and Path(source).is_dir():
         raise CheckpointError(
-            f"{source} is quantized ({method}), and the library of that format cannot open it here ({error}); "
+            f"{source} is quantized ({stored['quant_method']}), and transformers cannot open it here ({error}); "
             f"`qbl-trl quantize --from {source} OUTPUT` takes its codes over as they are"
         ) from error
 

@@ -63,7 +63,7 @@ def test_an_adapter_of_another_method_is_sent_to_what_works(float_folder, tmp_pa
         assert main([*command, str(tmp_path / "lora"), str(tmp_path / "out")]) == 1
         said = capsys.readouterr().err
         assert "of another PEFT method" in said
-        assert "merge_and_unload() merges it into a float base" in said
+        assert "merge_and_unload() merges a LoRA into a float base" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -7,7 +7,8 @@ graphs of one loop are open at once and generate in turn, by a few steps each (t
 medians of the ratios within a round. Our graphs hold a merged adapter (one value per
 block of 32 by 2 weights, as large as training makes them) and an int4 embedding and head, which GenAI's has too; `base`
 is the same without the adapter: the difference is what it costs. llama.cpp runs SmolLM2 from its GGUF file, as
-published and with a merged adapter (`qbl-trl convert --to gguf`); torch runs the float model and the packed one over a cache. The results are written to integration/benchmarks/results/decode.json.
+published and with a merged adapter (`qbl-trl convert --to gguf`); torch runs the float model and the packed one over
+a cache. The results are written to integration/benchmarks/results/decode.json.
 """
 
 import argparse

@@ -3,8 +3,8 @@
 A graph's steps are up to a tenth slower for as long as its session lives, by where its weights came to lie in memory,
 and a machine's mood changes within seconds. So a round opens every graph anew, and then lets all of them generate side
 by side: a block of steps of one, a block of the next, forwards and backwards. What hits one block hits its neighbours,
-and what a session is born with differs from round to round. The first prefill of a turn and the first steps of a block are
-not counted: threads of the graph before still spin, and the weights come from memory again.
+and what a session is born with differs from round to round. The first prefill of a turn and the first steps of a block
+are not counted: threads of the graph before still spin, and the weights come from memory again.
 """
 
 from collections.abc import Callable, Mapping

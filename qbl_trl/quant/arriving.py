@@ -64,8 +64,10 @@ def not_arrived(
         return {name for name in targets if not isinstance(modules.get(name), GroupQuantLinear)}
     weights = {name: modules[name].weight for name in targets if name in modules}
     if missing is not None:
-        return {name for name in weights if f"{name}.weight" in missing}
-    return {name for name, weight in weights.items() if not getattr(weight, "_is_hf_initialized", False)}
+        lost = {name for name in weights if f"{name}.weight" in missing}
+    else:
+        lost = {name for name, weight in weights.items() if not getattr(weight, "_is_hf_initialized", False)}
+    return set(targets) if weights and len(lost) == len(weights) else lost  # nor did the experts arrive then
 
 
 def nothing_arrived(
@@ -76,7 +78,11 @@ def nothing_arrived(
     kind = ".".join(wanted.split(".")[-2:])
     other = next((name for name in found if name.endswith(kind) and name not in known), None)
     return CheckpointError(
-        f"{folder or 'the checkpoint'}: none of the {len(targets)} layers to quantize is in the files, such as {wanted}"
-        + (f"; they hold other names, such as {other}" if other else "")
-        + ". Load the class that wrote them, or take off a prefix (`module.` of a distributed run)"
+        f"{folder or 'the checkpoint'}: none of the {len(targets)} layers to quantize was loaded, such as {wanted}"
+        + (
+            f"; the files hold other names, such as {other}. Load the class that wrote them, or take off a prefix "
+            "(`module.` of a distributed run)"
+            if other
+            else ""
+        )
     )

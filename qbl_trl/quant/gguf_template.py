@@ -1,29 +1,33 @@
 """Whether a GGUF file is one of the model that is to be written by it, and has a place for all that the model holds.
 
 What a file does not name is not run: a tensor that it lacks would be lost, and a number of its metadata that differs
-would make another model of the same tensors.
+would make another model of the same tensors. Compared are those that transformers reads from a file; windows are not.
 """
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.errors import ConfigError
+from qbl_trl.quant.head import input_table
 from qbl_trl.quant.importers.gguf import GGUFReader
 from qbl_trl.quant.importers.gguf_config import portable
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.stacks import slices_of
 
 HEAD = "output.weight"
-_TIED = ("gemma", "gemma2")  # llama.cpp reads the embedding as their head, whatever the file holds
+_TIED = ("gemma2",)
 _NUMBERS = (
-    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta"),
-    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "partial_rotary_factor"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_experts_per_tok", "rope_theta"),
+    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "partial_rotary_factor"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
 )
+_STRETCHED = ("default", "linear", "llama3", "yarn", "longrope")  # what files can say of rotary angles
 _CLOSE = 1e-4  # files hold numbers in float32
 
 
@@ -52,8 +56,12 @@ def check_template(
     lost = _without_place(model, layers, places)
     head = model.get_output_embeddings()
     beyond = [name for name in lost if head is not None and state[name].data_ptr() == head.weight.data_ptr()]
-    if beyond and source.architecture not in _TIED:
-        lost.remove(beyond[0])
+    if beyond and source.architecture in _TIED:
+        raise ConfigError(
+            f"write_checkpoint: {beyond[0]} differs from the embedding, which llama.cpp reads as the head of "
+            f'{source.architecture}, whatever a file holds. Write format="hqq" or export to ONNX'
+        )
+    lost = [name for name in lost if name not in beyond]
     if lost:
         more = f" and for {len(lost) - 1} others" if len(lost) > 1 else ""
         raise ConfigError(
@@ -64,36 +72,59 @@ def check_template(
     return state[beyond[0]] if beyond else None
 
 
-def _without_place(model: nn.Module, layers: dict[str, GroupQuantLinear], places: Mapping[str, str]) -> list[str]:
-    """Tensors that the file does not name, but for packed ones, parts of stacks, and zeros, which change nothing."""
+def _without_place(model: Any, layers: dict[str, GroupQuantLinear], places: Mapping[str, str]) -> list[str]:
+    """Tensors that the file does not name: neither packed, nor a stack of experts, nor another name of one it names.
+
+    Zeros change nothing, and a head with the values of the embedding is as good as tied to it.
+    """
     held = model.state_dict()
-    known = {held[name].data_ptr() for name in places if name in held}  # a tied one has two names
+    own = {f"{name}.{part}" for name, layer in layers.items() for part in layer.state_dict() if part != "bias"}
+    own |= places.keys()
+    known = {held[name].data_ptr() for name in places if name in held}
     known |= {part.untyped_storage().data_ptr() for part in slices_of(model).values()}
-    packed = {f"{name}.{part}" for name, layer in layers.items() for part in layer.state_dict() if part != "bias"}
-    return [
-        name
-        for name, tensor in held.items()
-        if not {name} & (packed | set(places))
-        and not {tensor.data_ptr(), tensor.untyped_storage().data_ptr()} & known
-        and bool(tensor.any())
-    ]
+    table, head = (getattr(part, "weight", None) for part in (input_table(model), model.get_output_embeddings()))
+    if table is not None and head is not None and table.shape == head.shape and torch.equal(table, head):
+        known.add(head.data_ptr())
+    others = {name: tensor for name, tensor in held.items() if name not in own}
+    return [name for name, tensor in others.items() if tensor.data_ptr() not in known and bool(tensor.any())]
 
 
 def _check_numbers(model: Any, source: GGUFReader) -> None:
     """Numbers of the metadata by which tensors of the same shapes compute something else."""
     settings = source.config()
     theirs = AutoConfig.for_model(settings.pop("model_type"), **settings).get_text_config()
-    ours = model.config.get_text_config()
-    here, there = (portable(config.to_dict()) for config in (ours, theirs))
-    for name in _NUMBERS:
-        mine: Any = getattr(ours, name, here.get(name))
-        known: Any = getattr(theirs, name, there.get(name))
-        numbers = isinstance(mine, int | float) and isinstance(known, int | float)
-        if numbers and not math.isclose(mine, known, rel_tol=_CLOSE):
+    own = model.config.get_text_config()
+    head = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+    ours, known = (_numbers(config, head) for config in (own, theirs))
+    for name in (name for name in ours if name in known):
+        here, there = ours[name], known[name]
+        alike = here == there if isinstance(here, str) else math.isclose(here, there, rel_tol=_CLOSE)
+        if not alike:
+            mine, run = (value if isinstance(value, str) else f"{value:g}" for value in (here, there))
             raise ConfigError(
-                f"write_checkpoint: the model has {name}={mine:g}, and {source.path} would be run with {known:g}; it "
-                "is another model's file"
+                f"write_checkpoint: the model has {name}={mine}, and {source.path} would be run with {run}; it is "
+                "another model's file"
             )
+
+
+def _numbers(config: Any, head: int) -> dict[str, Any]:
+    """Those that a configuration states, by name, and how it stretches rotary angles.
+
+    Args:
+        head: features of a head, which the shapes say; not every file states it where transformers looks.
+    """
+    settings = portable(config.to_dict())
+    found = {name: getattr(config, name, settings.get(name)) for name in _NUMBERS}
+    numbers: dict[str, Any] = {name: value for name, value in found.items() if isinstance(value, int | float)}
+    if "partial_rotary_factor" in numbers:  # of which a file holds how many features that is
+        numbers["rotated features of a head"] = int(numbers.pop("partial_rotary_factor") * head)
+    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind in _STRETCHED and not any(isinstance(value, dict) for value in rope.values()):
+        factor = float(rope.get("factor") or 1.0)
+        numbers["rotary scaling"] = "default" if kind == "linear" and factor == 1 else kind
+        numbers["factor of the rotary scaling"] = factor
+    return numbers
 
 
 def _check_shapes(

@@ -52,7 +52,7 @@ def _close_bar(trainer: Trainer) -> None:
     """The evaluation's own bar is full; another is drawn for the merged model, not this one beyond its end."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, ProgressCallback):
-            callback.on_evaluate(trainer.args, trainer.state, trainer.control)
+            ProgressCallback.on_evaluate(callback, trainer.args, trainer.state, trainer.control)
 
 
 __all__ = ["merged_loss"]

@@ -4,12 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForQuestionAnswering
+from transformers import AutoModelForCausalLM, LlamaForQuestionAnswering, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qbl_trl import GroupQuantConfig
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.linear import GroupQuantLinear
-from tests.tiny import tiny_llama, tokens
+from tests.tiny import SIZES, tiny_llama, tokens
 
 ALGORITHMS = {"rtn": {}, "hqq": {}, "gptq": {"calibration": [tokens()]}}
 
@@ -34,6 +34,16 @@ def test_files_without_any_of_the_layers_are_refused_with_the_names_they_hold(tm
         CheckpointError, match=r"none of the 14 layers .* such as model\.layers\..* such as module\.model\.layers"
     ):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings(algorithm))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_nor_are_experts_quantized_that_no_file_holds(tmp_path, algorithm):
+    settings_of = {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings_of)).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({f"module.{name}": value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"none of the \d+ layers to quantize was loaded"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings(algorithm))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import qbl_trl  # noqa: F401  (registers the quantizer)
+from qbl_trl import GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError
+from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.importers import convert_checkpoint
 from qbl_trl.quant.importers.gguf_config import stated_settings
 from qbl_trl.quant.packed import PackedWeight
@@ -16,6 +17,7 @@ from qbl_trl.quant.writers import write_checkpoint
 from tests.quant.foreign_gguf import put_on_grid_, write_gguf
 from tests.tiny import SIZES, logits, tiny_llama, tokens
 
+NEMOTRON = {"attention.key_length": 32, "rope.dimension_count": 32}
 FLOAT = {"embed": "F32", "wte": "F32", "wpe": "F32", "lm_head": "F32"}
 
 
@@ -145,6 +147,36 @@ def test_trained_norms_are_written_the_way_the_architecture_stores_them(tmp_path
         rtol=0,
         atol=1e-4,
     )
+
+
+def test_a_head_that_llama_cpp_would_not_read_is_refused(tmp_path):
+    model = tiny("gemma2", head_dim=32, query_pre_attn_scalar=32)
+    write_gguf(tmp_path / "in.gguf", model, FLOAT, architecture="gemma2", fields={"attention.key_length": 32})
+    convert_checkpoint(tmp_path / "in.gguf", tmp_path / "ours")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    loaded.lm_head.weight = torch.nn.Parameter(loaded.lm_head.weight.detach() + 1)
+    with pytest.raises(ConfigError, match=r"lm_head\.weight differs from the embedding, which llama\.cpp reads"):
+        write_checkpoint(loaded, tmp_path / "out.gguf", "gguf", template=tmp_path / "in.gguf")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "fields", "changed"),
+    [
+        ("stablelm", {"partial_rotary_factor": 0.3}, {"rope.dimension_count": 4}, {}),  # 4 of 16 features in both
+        ("nemotron", {"head_dim": 32, "partial_rotary_factor": 1.0}, NEMOTRON, {}),
+        ("starcoder2", {"norm_epsilon": 1e-5}, {"attention.layer_norm_epsilon": 1e-5}, {"norm_epsilon": 1e-2}),
+    ],
+)
+def test_a_template_is_the_models_by_what_is_run_of_it(tmp_path, model_type, settings, fields, changed):
+    model = tiny(model_type, **settings)
+    write_gguf(tmp_path / "in.gguf", model, FLOAT, architecture=model_type, fields=fields)
+    packed = quantize_model_(model, GroupQuantConfig())
+    vars(packed.config).update(changed)
+    if not changed:
+        write_checkpoint(packed, tmp_path / "out.gguf", "gguf", template=tmp_path / "in.gguf")
+        return
+    with pytest.raises(ConfigError, match=rf"the model has {next(iter(changed))}=.*another model's file"):
+        write_checkpoint(packed, tmp_path / "out.gguf", "gguf", template=tmp_path / "in.gguf")
 
 
 def test_a_scale_of_queries_that_no_file_can_state_is_refused(tmp_path):

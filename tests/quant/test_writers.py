@@ -147,6 +147,22 @@ def test_a_template_with_other_numbers_for_the_same_shapes_is_refused(tmp_path, 
         )
 
 
+def test_a_template_that_stretches_rotary_angles_otherwise_is_refused(tmp_path):
+    pytest.importorskip("gguf", reason="the GGUF writer needs the package gguf")
+    write_gguf(tmp_path / "in.gguf", tiny_llama(tie_word_embeddings=False), {}, default="F32", rope=4.0)
+    with pytest.raises(ConfigError, match=r"rotary scaling.*it is another model's file"):
+        write_checkpoint(packed_llama(), tmp_path / "out.gguf", "gguf", template=tmp_path / "in.gguf")
+
+
+def test_a_head_with_the_values_of_the_embedding_is_not_written_twice(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="the GGUF writer needs the package gguf")
+    write_gguf(tmp_path / "tied.gguf", tiny_llama(tie_word_embeddings=True), {}, default="F32")
+    model = packed_llama()
+    model.lm_head.weight.data = model.model.embed_tokens.weight.data.clone()
+    write_checkpoint(model, tmp_path / "out.gguf", "gguf", template=tmp_path / "tied.gguf")
+    assert "output.weight" not in {tensor.name for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+
+
 def test_folding_is_adding_the_delta_to_the_weight():
     layer = packed_llama().model.layers[0].mlp.up_proj
     torch.testing.assert_close(dequantize(*folded(layer), 32), layer.dequantize(), rtol=0, atol=1e-7)  # float32

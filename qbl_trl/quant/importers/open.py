@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,16 @@ _READERS: dict[str, Callable[[Path, dict[str, Any]], Reader]] = {
     "metal": MetalReader,
 }
 _AUTO_ROUND = ("auto-round", "auto_round", "intel/auto-round")  # in the packing of GPTQ or AWQ
-METHODS = (*_READERS, *_AUTO_ROUND)
+_METHODS = (*_READERS, *_AUTO_ROUND)
+
+
+def holds_codes(stored: Mapping[str, Any]) -> bool:
+    """Whether a quantization_config is of a format whose codes are read; compressed-tensors may hold narrow floats."""
+    groups = (stored.get("config_groups") or {}).values()
+    weights = [group.get("weights") or {} for group in groups if isinstance(group, dict)]
+    return stored.get("quant_method") in _METHODS and not any(part.get("type") == "float" for part in weights)
+
+
 _OLD_FILES = ("quantize_config.json", "quant_config.json")  # AutoGPTQ, AutoAWQ before config.json held it
 
 
