@@ -64,12 +64,11 @@ def open_model(
 
 def _explain_unreadable(source: str | os.PathLike[str], stored: Any, error: Exception) -> None:
     """Raise what can be done with a checkpoint of another library's layers, which is not installed."""
-    from qbl_trl.quant.importers import holds_codes
-
-    if isinstance(stored, dict) and holds_codes(stored) and Path(source).is_dir():
+    method = stored.get("quant_method", QUANT_METHOD) if isinstance(stored, dict) else QUANT_METHOD
+    if method != QUANT_METHOD and Path(source).is_dir():
         raise CheckpointError(
-            f"{source} is quantized ({stored['quant_method']}), and transformers cannot open it here ({error}); "
-            f"`qbl-trl quantize --from {source} OUTPUT` takes its codes over as they are"
+            f"{source} is quantized ({method}), and transformers cannot open it here ({error}); `qbl-trl quantize "
+            f"--from {source} OUTPUT` takes its codes over as they are, if it knows the format"
         ) from error
 
 

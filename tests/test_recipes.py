@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from qbl_trl.errors import ConfigError, one_line
@@ -103,6 +104,13 @@ def test_a_split_that_a_dataset_lacks_and_a_flag_nobody_knows_are_one_line_befor
         assert "train" in said
         assert len(said.splitlines()) == 1
         assert "--nope" in launch(recipe, monkeypatch, *arguments, "--nope", "3")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which the recipes are set for")
+def test_without_a_gpu_a_recipe_names_the_flags_of_a_cpu(monkeypatch, tmp_path):
+    said = launch("sft_qablora", monkeypatch, *NOWHERE, "--output_dir", tmp_path / "run")
+    assert said.endswith("On a CPU pass --use_cpu true --bf16 false --dtype float32. (QBL_TRL_TRACEBACK=1 shows where)")
+    assert "\n" not in said
 
 
 def test_an_error_of_the_machine_is_no_thing_that_is_not_there():
