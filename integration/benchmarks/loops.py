@@ -7,7 +7,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from integration.benchmarks.graphs import merged_gguf, packed_model, set_random_adapter_
-from integration.benchmarks.turns import Row, rows_of, take_turns
+from integration.benchmarks.turns import Player, Row, rows_of, take_turns
 from integration.demo.smollm2 import smollm2_gguf
 
 
@@ -34,11 +34,22 @@ def memory_bandwidth(threads: int) -> float:
     return values.nbytes / best
 
 
+def measured(
+    loop: str,
+    folders: dict[str, Path],
+    opened: Mapping[str, Callable[[], Player]],
+    args: argparse.Namespace,
+    bandwidth: float,
+) -> list[Row]:
+    """What a loop found of graphs in folders."""
+    found = take_turns(loop, opened, args.rounds, args.new)
+    return rows_of(loop, sizes_of(folders), found, args.prompt, bandwidth, unread_of(folders))
+
+
 def bare_sessions(folders: dict[str, Path], args: argparse.Namespace, bandwidth: float) -> list[Row]:
     """numpy in, numpy out, nothing shared between steps."""
     opened = {name: partial(BareSession, folder, args) for name, folder in folders.items()}
-    found = take_turns("bare session", opened, args.rounds, args.new)
-    return rows_of("bare session", sizes_of(folders), found, args.prompt, bandwidth, unread_of(folders))
+    return measured("bare session", folders, opened, args, bandwidth)
 
 
 class BareSession:
@@ -133,9 +144,9 @@ def optimum_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: 
 
     torch.set_num_threads(1)
     graphs = {name: partial(opened, folder) for name, folder in folders.items()}
-    found = take_turns("ORTModelForCausalLM", graphs, args.rounds, args.new)
+    rows = measured("ORTModelForCausalLM", folders, graphs, args, bandwidth)
     torch.set_num_threads(args.threads)
-    return rows_of("ORTModelForCausalLM", sizes_of(folders), found, args.prompt, bandwidth, unread_of(folders))
+    return rows
 
 
 class Generating:
@@ -253,8 +264,7 @@ def genai_loop(folders: dict[str, Path], args: argparse.Namespace, bandwidth: fl
         config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = args.threads
         file.write_text(json.dumps(config, indent=2))
     opened = {name: partial(GenAI, folder, args) for name, folder in runnable.items()}
-    found = take_turns("GenAI runtime", opened, args.rounds, args.new)
-    return rows_of("GenAI runtime", sizes_of(folders), found, args.prompt, bandwidth, unread_of(folders))
+    return measured("GenAI runtime", folders, opened, args, bandwidth)
 
 
 class GenAI:
