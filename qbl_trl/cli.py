@@ -7,6 +7,7 @@ after its arguments were read.
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -137,7 +138,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, or 1 after an error that was explained."""
-    args = make_parser().parse_args(argv)
+    args = make_parser().parse_args([_dashed(argument) for argument in (sys.argv[1:] if argv is None else argv)])
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as it is imported it warns of a kernel not installed
     try:
         if args.command == "quantize" and args.convert:
             _refuse_ignored(args)
@@ -149,6 +151,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"qbl-trl {args.command}: {_explained(error).removeprefix(f'{args.command}: ')}", file=sys.stderr)
         return 1
+
+
+def _dashed(argument: str) -> str:
+    """--kv_cache_dtype, as recipes and trainers spell their flags, is --kv-cache-dtype here."""
+    name, *value = argument.split("=", 1)
+    return "=".join([name.replace("_", "-"), *value]) if name.startswith("--") else argument
 
 
 _FLAGS = {

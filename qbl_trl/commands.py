@@ -4,6 +4,8 @@ import argparse
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,8 @@ def _widened(name: str) -> Any:
     from qbl_trl.config import QUANT_METHOD
     from qbl_trl.quant.importers import holds_codes
 
-    stored = getattr(transformers.AutoConfig.from_pretrained(name), "quantization_config", None)
+    with _fetched(name):
+        stored = getattr(transformers.AutoConfig.from_pretrained(name), "quantization_config", None)
     if stored is None:
         return None
     method = stored.get("quant_method", "unknown method")
@@ -94,6 +97,18 @@ def _check_exists(name: str) -> None:
     path = Path(name)
     if not path.exists() and (path.is_absolute() or name.startswith(".") or len(path.parts) > 2):
         raise ConfigError(f"{name}: no such file or folder")
+
+
+@contextmanager
+def _fetched(name: str) -> Iterator[None]:
+    """A name that is no folder is a model id, or was mistyped: what failed to be fetched is said with both in mind."""
+    try:
+        yield
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{name} is no folder here, and no model that could be fetched: {first}") from error
 
 
 def _check_holds_model(name: str) -> None:
@@ -248,7 +263,8 @@ def _load(name: str, dtype: str = "float32", settings: Any = None) -> Any:
     if wanted not in (torch.float32, torch.float16, torch.bfloat16):
         raise ConfigError(f"--dtype {dtype} is not known; allowed: float32, float16, bfloat16")
     quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
-    return open_model(name, dtype=wanted, **quantize)
+    with _fetched(name):
+        return open_model(name, dtype=wanted, **quantize)
 
 
 def _save(model: Any, tokenizer_of: str, output: Path, overwrite: bool) -> None:

@@ -42,6 +42,21 @@ def test_what_is_not_there_or_not_known_is_said_in_one_line(arguments, float_fol
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["inspect", "quantize"])
+def test_a_name_that_is_neither_a_folder_nor_a_model_is_said_to_be_both(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    assert main([command, "mistyped"] + ["out"] * (command == "quantize")) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"qbl-trl {command}: mistyped is no folder here, and no model that could be fetched: ")
+
+
+def test_flags_are_read_as_recipes_spell_them_too(float_folder, tmp_path, capsys):
+    assert main(["quantize", str(float_folder), str(tmp_path / "q"), "--group_size=16", "--scale_dtype", "float32"]) == 0
+    stored = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    assert (stored["group_size"], stored["scale_dtype"]) == (16, "float32")
+
+
 def test_an_error_of_another_library_is_one_line_and_its_traceback_one_variable_away(
     float_folder, tmp_path, capsys, monkeypatch
 ):
