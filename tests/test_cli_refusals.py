@@ -52,7 +52,9 @@ def test_a_name_that_is_neither_a_folder_nor_a_model_is_said_to_be_both(command,
 
 
 def test_flags_are_read_as_recipes_spell_them_too(float_folder, tmp_path, capsys):
-    assert main(["quantize", str(float_folder), str(tmp_path / "q"), "--group_size=16", "--scale_dtype", "float32"]) == 0
+    assert (
+        main(["quantize", str(float_folder), str(tmp_path / "q"), "--group_size=16", "--scale_dtype", "float32"]) == 0
+    )
     stored = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
     assert (stored["group_size"], stored["scale_dtype"]) == (16, "float32")
 

@@ -2,8 +2,10 @@
 
 import logging
 import tempfile
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -42,6 +44,17 @@ _FAR = 0.1  # nats per token: worth saying
 _USELESS = 1.0  # nats per token: a graph that types, 8-bit activations and caches took this far is broken
 
 
+_exporting = threading.RLock()
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Other threads wait: for as long as a model is traced, functions of torch and transformers are other ones."""
+    with _exporting:
+        yield
+
+
+@_one_at_a_time()
 @plain_arithmetic("cpu")
 @plain_arithmetic("cuda")
 @plain_defaults()

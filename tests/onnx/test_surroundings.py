@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import onnx
 import pytest
@@ -21,6 +23,7 @@ from qbl_trl import GroupQuantConfig, QBLoRAConfig, export_onnx, verify
 from qbl_trl.cli import main
 from qbl_trl.errors import CheckpointError, ConfigError, ExportError
 from qbl_trl.generation import BEFORE_5
+from qbl_trl.onnx import export
 from qbl_trl.onnx.companions import Held
 from qbl_trl.onnx.files import MODEL_FILE
 from qbl_trl.onnx.reference import float32_reference
@@ -136,6 +139,26 @@ def test_an_export_inside_autocast_is_the_same(tmp_path):
     with torch.autocast("cpu", torch.bfloat16):
         report = export_onnx(merged_llama(), tmp_path / "out")
     assert report.parity.max_abs_difference <= 1e-4
+
+
+def test_threads_that_export_at_once_wait_for_each_other(tmp_path, monkeypatch):
+    tracing, together, trace = [], [], export.make_exact
+
+    def watched(*args):
+        tracing.append(args)
+        together.append(len(tracing))
+        time.sleep(0.5)  # long enough for another thread to come here, too
+        made = trace(*args)
+        tracing.pop()
+        return made
+
+    monkeypatch.setattr(export, "make_exact", watched)
+    models = [quantize_model_(tiny_llama(seed=seed), GroupQuantConfig()) for seed in (0, 1)]
+    with ThreadPoolExecutor() as threads:
+        reports = list(threads.map(export_onnx, models, [tmp_path / "one", tmp_path / "other"]))
+    assert together == [1, 1]
+    for model, report in zip(models, reports, strict=True):
+        assert verify(model, report.path, tokens()).max_abs_difference < 1e-4
 
 
 def test_a_full_disk_under_the_trace_is_named(tmp_path, monkeypatch):
