@@ -61,7 +61,7 @@ def write_checkpoint(
 
     Raises:
         ConfigError: if the format has integer zero points or is not known, output exists and `overwrite` is false, the
-            template is missing or would be replaced, or a layer has bits or groups that the format lacks.
+            template is missing, not asked for or would be replaced, or a layer has bits or groups that the format lacks.
         FoldError: if a merged delta varies inside a group.
     """
     path = check_request(output, format, template, overwrite)
@@ -88,6 +88,8 @@ def check_request(
     if format not in FORMATS:
         raise ConfigError(f"write_checkpoint: format={format!r} is not known; allowed: {', '.join(FORMATS)}")
     path = Path(output)
+    if format == "hqq" and template is not None:
+        raise ConfigError('write_checkpoint: template= is for format="gguf"; leave it out for "hqq"')
     if format == "hqq":
         check_free(path, overwrite)
     elif path.is_dir():

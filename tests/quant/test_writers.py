@@ -214,6 +214,12 @@ def test_models_and_formats_that_do_not_fit_are_refused(tmp_path, make, format, 
         write_checkpoint(make(), tmp_path / "out", format)
 
 
+def test_a_template_is_not_ignored_where_the_format_has_no_use_for_it(tmp_path):
+    with pytest.raises(ConfigError, match="template= is for"):
+        write_checkpoint(packed_llama(), tmp_path / "out", "hqq", template=tmp_path / "template.gguf")
+    assert not (tmp_path / "out").exists()
+
+
 def test_layers_of_gpt2_are_refused_for_hqq_which_cannot_load_them(tmp_path):
     tiny_gpt2().save_pretrained(tmp_path / "float")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=GroupQuantConfig())
