@@ -252,7 +252,7 @@ def report(args: argparse.Namespace) -> None:
 def _load(name: str, dtype: str = "float32", settings: Any = None) -> Any:
     import torch
 
-    from qbl_trl.loading import open_model
+    from qbl_trl.loading import open_whole
     from qbl_trl.quant.checkpoint import read_headers
 
     _check_exists(name)
@@ -264,7 +264,7 @@ def _load(name: str, dtype: str = "float32", settings: Any = None) -> Any:
         raise ConfigError(f"--dtype {dtype} is not known; allowed: float32, float16, bfloat16")
     quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
     with _fetched(name):
-        return open_model(name, dtype=wanted, **quantize)
+        return open_whole(name, dtype=wanted, **quantize)
 
 
 def _save(model: Any, tokenizer_of: str, output: Path, overwrite: bool) -> None:

@@ -98,6 +98,8 @@ def new_folder(
             raise
         raise error(f"{folder}: {reason.strerror}; nothing was written") from reason
     finally:
+        if old.exists() and not path.exists():  # stopped, by Ctrl-C too, between taking it away and putting the new one
+            old.rename(path)
         shutil.rmtree(holder, ignore_errors=True)
         if lock is not None:
             lock.close()
@@ -107,7 +109,7 @@ def _put(draft: Path, path: Path, old: Path, overwrite: bool) -> None:
     """Give a folder its name, and what has that name another one, for as long as this takes.
 
     Others that put a whole folder there in the same moment come before this one, or after it. Without `overwrite`
-    nothing but an empty folder makes room.
+    nothing but an empty folder makes room. Whoever is stopped in between has both folders, and must give one back.
     """
     for tries_left in (2, 1, 0):
         try:
@@ -121,8 +123,6 @@ def _put(draft: Path, path: Path, old: Path, overwrite: bool) -> None:
         except OSError as reason:
             if tries_left and reason.errno in _RACED and not (reason.errno in _FILLED and not overwrite):
                 continue
-            if old.exists() and not path.exists():
-                old.rename(path)
             raise
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from qbl_trl.cli import main
@@ -49,6 +50,19 @@ def test_a_name_that_is_neither_a_folder_nor_a_model_is_said_to_be_both(command,
     assert main([command, "mistyped"] + ["out"] * (command == "quantize")) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"qbl-trl {command}: mistyped is no folder here, and no model that could be fetched: ")
+
+
+@pytest.mark.parametrize("lost", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_a_folder_that_lacks_a_float_tensor_is_neither_quantized_nor_converted(float_folder, tmp_path, capsys, lost):
+    packed = str(tmp_path / "packed")
+    assert main(["quantize", str(float_folder), packed]) == 0
+    for folder in (str(float_folder), packed):
+        file = f"{folder}/model.safetensors"
+        save_file({name: value for name, value in load_file(file).items() if name != lost}, file, {"format": "pt"})
+    for command in (["quantize", str(float_folder)], ["convert", packed, "--to", "hqq"]):
+        assert main([command[0], command[1], str(tmp_path / "out"), *command[2:]]) == 1
+        assert f"the files lack 1 of the model's tensors ({lost}, ...)" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 def test_flags_are_read_as_recipes_spell_them_too(float_folder, tmp_path, capsys):

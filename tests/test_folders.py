@@ -103,6 +103,30 @@ def test_an_old_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path,
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("stopped", ["old", "out"])
+def test_ctrl_c_between_two_names_loses_neither_folder(tmp_path, monkeypatch, stopped):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    rename = Path.rename
+
+    def interrupted(path, target):
+        renamed = rename(path, target)
+        if Path(target).name == stopped:
+            monkeypatch.setattr(Path, "rename", rename)
+            raise KeyboardInterrupt
+        return renamed
+
+    def replace():
+        with new_folder(tmp_path / "out", overwrite=True) as draft:
+            (draft / "new file").touch()
+            monkeypatch.setattr(Path, "rename", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        replace()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["file" if stopped == "old" else "new file"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_another_process_that_writes_in_the_same_moment_comes_before(tmp_path, monkeypatch):
     out, rename = tmp_path / "out", Path.rename
     others = iter(["first", "second"])

@@ -15,6 +15,7 @@ from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.cli import main
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.loading import load_adapter, open_model
+from qbl_trl.quant import calibration
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
 from tests.pictures import KINDS, answers, inputs, tiny
@@ -95,6 +96,23 @@ def test_gptq_says_which_layers_its_calibration_does_not_reach(batches):
         r"reaches 14 of 21 layers \(model\.(vision_tower|multi_modal_projector)\..*, ...\): they are rounded to nearest"
     )
     assert [bool(re.search(wanted, one)) for one in said] == ([True] if batches == "text" else [])
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3", "qwen2_vl"])
+def test_gptq_replays_the_blocks_of_a_text_beside_a_tower_without_a_cache_that_grows(kind, monkeypatch):
+    given = [torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    config = GroupQuantConfig(
+        algorithm="gptq", calibration=given, modules_to_not_convert=["vision_tower", "visual", "multi_modal_projector"]
+    )
+    walked, whole = tiny(kind), tiny(kind)
+    quantize_model_(walked, config)
+    assert walked.config.get_text_config().use_cache
+    monkeypatch.setattr(calibration, "find_chain", lambda *_: [])
+    quantize_model_(whole, config)
+    packed = {name: layer for name, layer in walked.named_modules() if isinstance(layer, GroupQuantLinear)}
+    assert len(packed) == 7
+    for name, layer in packed.items():
+        assert torch.equal(layer.weight, whole.get_submodule(name).weight), name
 
 
 @pytest.mark.parametrize("where", ["beside the settings of its text", "among them"])

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PretrainedConfig
 
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.head import input_table
@@ -99,19 +100,31 @@ def run(calls: Sequence[Call], hooks: Iterable[RemovableHandle], enough: Callabl
 
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and without a key-value cache; everything is put back afterwards."""
-    config, was_training = getattr(model, "config", None), model.training
-    use_cache = getattr(config, "use_cache", None)
+    """Evaluation mode without gradients and without a key-value cache; everything is put back afterwards.
+
+    A cache would keep what a block was given, and grow each time that the block is replayed.
+    """
+    was_training = model.training
+    configs = [part for part in _configs(getattr(model, "config", None)) if hasattr(part, "use_cache")]
+    kept = [part.use_cache for part in configs]
     model.eval()
-    if use_cache is not None:
-        config.use_cache = False  # type: ignore[union-attr]
+    for part in configs:
+        part.use_cache = False
     try:
         with torch.no_grad():
             yield
     finally:
         model.train(was_training)
-        if use_cache is not None:
-            config.use_cache = use_cache  # type: ignore[union-attr]
+        for part, use_cache in zip(configs, kept, strict=True):
+            part.use_cache = use_cache
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """A configuration and those in it: of towers, and of the text that a model of images writes."""
+    if isinstance(config, PretrainedConfig):
+        yield config
+        for part in vars(config).values():
+            yield from _configs(part)
 
 
 def find_chain(model: nn.Module, names: Sequence[str], call: Call) -> list[str]:

@@ -61,7 +61,7 @@ def write_checkpoint(
 
     Raises:
         ConfigError: if the format has integer zero points or is not known, output exists and `overwrite` is false, the
-            template is missing, not asked for or would be replaced, or a layer has bits or groups that the format lacks.
+            template is missing, of no use or would be replaced, or a layer has bits or groups that the format lacks.
         FoldError: if a merged delta varies inside a group.
     """
     path = check_request(output, format, template, overwrite)

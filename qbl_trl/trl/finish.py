@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.adapter.wrapped import is_decoder
 from qbl_trl.errors import ConfigError, ExportError, MergeError
 from qbl_trl.folders import new_folder
 from qbl_trl.merging import merge, unwrap
 from qbl_trl.model_files import check_generation, generation_settings, save_model
 from qbl_trl.parity import compare, logits_of, unpatched_forward
+from qbl_trl.quant.embedding import GroupQuantEmbedding
 from qbl_trl.quant.head import input_table
-from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.targets import is_mixture
 from qbl_trl.tokenizers import save_tokenizer
+from qbl_trl.trl.layers import active_layers
 from qbl_trl.trl.rounding import round_deltas_, rounded
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def merge_and_verify(
     Raises:
         MergeError: if the merged model disagrees with the trained one, or an adapter weight is not finite.
     """
-    layers = adapter_layers(model)
+    layers = active_layers(model)
     inexact = [name for name, layer in layers.items() if not layer.merges_exactly()]
     if inexact:
         reason = (
@@ -170,7 +171,7 @@ def sizes(model: nn.Module, merged: nn.Module | None) -> dict[str, int]:
     if merged is not None:
         tensors = {t.data_ptr(): t for t in [*merged.parameters(), *merged.buffers()]}
         found["merged"] = sum(t.numel() * t.element_size() for t in tensors.values())
-        packed = [m for m in merged.modules() if isinstance(m, GroupQuantLinear)]
+        packed = [m for m in merged.modules() if isinstance(m, PackedWeight)]
         weights = {id(m.weight): m.in_features * m.out_features for m in packed}
         found["float16"] = 2 * sum(weights.get(id(p), p.numel()) for p in merged.parameters())
     return found
@@ -186,8 +187,9 @@ def _parity(model: nn.Module, merged: nn.Module, input_ids: Tensor | None) -> tu
         try:
             trained_logits = logits_of(trained)(input_ids, mask)
         except Exception as error:  # whatever its forward misses; the merged model is not to blame
-            logger.debug("not compared on logits", exc_info=error)
-            return None, f"a {type(trained).__name__} gives no logits for token ids alone"
+            first = next(iter(str(error).strip().splitlines()), "")
+            why = f"{type(error).__name__}: {first}"
+            return None, f"a {type(trained).__name__} gives no logits for token ids alone ({why})"
         merged_logits = logits_of(merged)(input_ids, mask)
     return _difference(trained_logits, merged_logits, mask), ""
 
@@ -210,10 +212,10 @@ def _difference(trained_logits: Tensor, merged_logits: Tensor, mask: Tensor) -> 
 
 def _dtypes(model: nn.Module) -> set[torch.dtype]:
     """What is computed in: the dtypes of the input embedding and of the adapters."""
-    table = input_table(unwrap(model))
-    return {p.dtype for p in (() if table is None else table.parameters())} | {
-        p.dtype for p in model.parameters() if p.requires_grad
-    }
+    parts = [] if (table := input_table(unwrap(model))) is None else list(table.modules())
+    packed = {part.like.dtype for part in parts if isinstance(part, GroupQuantEmbedding)}
+    given = {p.dtype for part in parts for p in part.parameters(recurse=False) if p.is_floating_point()}
+    return packed | given | {p.dtype for p in model.parameters() if p.requires_grad}
 
 
 __all__ = ["check_decoder", "check_export", "check_saves", "export", "merge_and_verify", "sizes", "write_merged"]

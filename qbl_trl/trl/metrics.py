@@ -150,7 +150,7 @@ def _shift(delta: Tensor, scales: Tensor, p: int, e: int, g: int) -> Tensor:
     unit = math.gcd(p, g)
     columns = delta if p == unit else delta.repeat_interleave(p // unit, dim=1)
     grid = scales if g == unit else scales.repeat_interleave(g // unit, dim=1)
-    grid = grid[:, : columns.shape[1]].reshape(-1, e, columns.shape[1]).float()
+    grid = grid[:, : columns.shape[1]].reshape(-1, e, columns.shape[1]).float().abs()
     return columns.abs().unsqueeze(1) / grid
 
 

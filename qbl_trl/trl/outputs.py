@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 
-from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.errors import ConfigError
 from qbl_trl.folders import check_apart, check_free, folder_bytes
 from qbl_trl.progress import say
 from qbl_trl.trl import finish
+from qbl_trl.trl.layers import active_layers
 from qbl_trl.trl.page import size
 from qbl_trl.trl.run_record import RunRecord
 
@@ -101,7 +101,7 @@ class Outputs:
                 the adapter is saved and the report written first.
         """
         try:
-            if all(layer.merges_exactly() for layer in adapter_layers(model).values()):
+            if all(layer.merges_exactly() for layer in active_layers(model).values()):
                 say(f"Merging {record.adapter['layers']} layers, and comparing the model with the trained one")
             merged, record.merge = finish.merge_and_verify(model, input_ids, self.stored_delta)
             record.sizes = finish.sizes(model, merged)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from peft import get_peft_model
 from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -26,7 +27,7 @@ from qbl_trl.trl import finish
 from qbl_trl.trl.callback import REPORT, QBLoRACallback
 from qbl_trl.trl.report import write_report
 from qbl_trl.trl.tokens import FirstTokens
-from tests.tiny import logits, tiny_gpt2, tokens
+from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
 from tests.trl import data
 from tests.trl.runs import adapter, settings, sft
 
@@ -92,9 +93,34 @@ def test_a_model_that_answers_to_no_token_ids_is_compared_layer_by_layer(tmp_pat
     sft(tmp_path / "run", callback).train()
     merge_entry = json.loads((tmp_path / "run" / REPORT).read_text())["merge"]
     assert merge_entry["exact"] is True
-    assert merge_entry["not_compared"] == "a LlamaForCausalLM gives no logits for token ids alone"
+    assert merge_entry["not_compared"] == (
+        "a LlamaForCausalLM gives no logits for token ids alone (ZeroDivisionError: division by zero)"
+    )
     assert (tmp_path / "merged" / "config.json").is_file()
     assert "gives no logits" in write_report(tmp_path / "run").read_text()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_packed_embedding_is_compared_as_closely_and_counted_as_whole(packed):
+    float_bytes = 2 * sum(p.numel() for p in {id(p): p for p in tiny_llama().parameters()}.values())
+    frozen = quantize_model_(tiny_llama(), GroupQuantConfig(quantize_embeddings=packed))
+    model = get_peft_model(frozen, adapter(init_lora_weights=False, target_modules=["q_proj", "down_proj"]))
+    merged, entry = finish.merge_and_verify(model, tokens())
+    largest = float(logits(model, tokens()).abs().max())
+    assert entry["parity"]["tolerance"] == pytest.approx(1e-4 * max(1.0, largest))
+    assert finish.sizes(model, merged)["float16"] == float_bytes
+
+
+def test_an_adapter_on_other_layers_that_is_not_active_takes_no_part(tmp_path):
+    model = get_peft_model(
+        quantize_model_(tiny_llama(), GroupQuantConfig()),
+        adapter(init_lora_weights=False, target_modules=["q_proj"]),
+    )
+    model.add_adapter("other", adapter(init_lora_weights=False, target_modules=["down_proj"]))
+    for stored in (None, "float16"):
+        merged, entry = finish.merge_and_verify(model, tokens(), stored)
+        assert entry["exact"] is True
+        assert merged.model.layers[0].mlp.down_proj.delta is None
 
 
 def test_whatever_fails_at_the_end_the_adapter_is_kept(tmp_path, monkeypatch):
