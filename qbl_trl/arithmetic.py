@@ -1,4 +1,7 @@
-"""Products in the dtype they are written in, whatever a training run allows itself: what comparisons are made in."""
+"""Products in the dtype they are written in, whatever a training run allows itself: what comparisons are made in.
+
+And whether a product is followed by what knows no autograd function.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -6,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 _BACKENDS: tuple[Any, ...] = tuple(  # none before torch 2.9; mixing them with the older setting is an error there
     backend
@@ -16,6 +20,13 @@ _BACKENDS: tuple[Any, ...] = tuple(  # none before torch 2.9; mixing them with t
 
 _DEFAULTS = threading.Lock()
 _before: list[torch.dtype] = []  # the caller's first, then one for each that came while it was open
+
+
+def follows_no_function() -> bool:
+    """Whether who differentiates or maps this computation follows formulas alone: `torch.func`, forward mode."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from qbl_trl.quant.algorithms import quantize
 from qbl_trl.quant.head import set_apart_, untie_changed_head_
 from qbl_trl.quant.hf_quantizer import describe_stored_
 from qbl_trl.quant.importers.modules import take_over
+from qbl_trl.quant.intact import is_offloaded
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import is_sharded, plain_forward_, replace
 
@@ -60,8 +61,8 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
     Raises:
         ConfigError: if there is no balanced adapter, or `lossy` is unknown.
         MergeError: if a layer cannot be merged exactly (in_factor no multiple of the quantization group; a
-            bitsandbytes base; weights spread over processes), or a merged layer does not compute what the trained
-            layer computed.
+            bitsandbytes base; weights spread over processes, or offloaded), or a merged layer does not compute what
+            the trained layer computed.
 
     Source: QA-LoRA, arXiv:2309.14717, section 3.3; arXiv:2407.17029, section 3.
     """
@@ -89,6 +90,9 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
             "merge: the weights are spread over processes (FSDP or DeepSpeed ZeRO-3); give QBLoRACallback a "
             "merged_output_dir, which gathers them, or save the adapter and run: qbl-trl merge ADAPTER OUTPUT"
         )
+    absent = next((name for name, layer in layers.items() if is_offloaded(layer.get_base_layer())), None)
+    if absent is not None:
+        raise MergeError(f"merge: {absent} is on no device (meta); load the model whole, without offloading")
     merged = _copy_sharing_tensors(source)
     settings = _quantization_settings(merged)
     errors = [

@@ -26,6 +26,7 @@ from qbl_trl.adapter.projections import ExpandedLinear, PooledLinear, compute_dt
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import OTHERS_DEPLOYED, ConfigError
 from qbl_trl.quant.blocks import expand_delta
+from qbl_trl.quant.intact import is_offloaded
 from qbl_trl.quant.linear import GroupQuantLinear
 
 
@@ -113,12 +114,19 @@ class BalancedLinear(nn.Module, MergesIntoBase):
         """Add an adapter.
 
         Raises:
-            ConfigError: if the factors do not fit this layer; the message names the layer and what would fit.
+            ConfigError: if the factors do not fit this layer (the message names the layer and what would fit), or
+                accelerate has offloaded it.
         """
         if not isinstance(config, QBLoRAConfig):  # PEFT's LoRA takes this for a layer of its own
             raise two_kinds(target_name)
         if r <= 0:
             raise ConfigError(f"{target_name}: r={r} must be at least 1")
+        frozen = self.get_base_layer()
+        if "_hf_hook" in vars(frozen) and is_offloaded(frozen):
+            raise ConfigError(
+                f"{target_name} is offloaded: it is on no device (meta) but for its forward pass, nor would an adapter "
+                "be; load the model whole, or leave the layer out (exclude_modules, layers_to_transform)"
+            )
         p, e = choose_factors(self.base, config, target_name)
         rows, columns = self.base.out_features // e, self.base.in_features // p
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
@@ -237,7 +245,7 @@ class BalancedLinear(nn.Module, MergesIntoBase):
         if low_rank and not whole and (isinstance(dropout, nn.Identity) or not self.training):
             x, hidden = first(x, p)
             return x, hidden * gain, None
-        dtype = compute_dtype(first.weight)
+        dtype = compute_dtype(first.weight, x.device.type)
         x, pooled = pool(x, p, dtype)
         pooled = dropout(pooled)
         if not low_rank:

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from qbl_trl.arithmetic import follows_no_function
 
 # A last axis shorter than this is walked slice by slice: reductions and broadcasts over it do not vectorize.
 _SHORT = 8
@@ -185,8 +186,7 @@ def _as_formulas() -> bool:
     """Whether whoever follows the computation here follows no autograd function."""
     if torch.compiler.is_compiling():
         return False
-    transformed = torch._C._are_functorch_transforms_active()
-    return transformed or torch.jit.is_tracing() or forward_ad._current_level >= 0  # type: ignore[attr-defined, no-untyped-call]
+    return follows_no_function() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, no-any-return]
 
 
 def pool(x: Tensor, factor: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from qbl_trl.adapter.products import add_expanded, project
 
 
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype products with this weight run in: its own, or the one of autocast."""
-    kind = weight.device.type
+def compute_dtype(weight: Tensor, kind: str) -> torch.dtype:
+    """The dtype products with this weight run in on a type of device: its own, or the one of autocast."""
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
@@ -23,7 +22,7 @@ class PooledLinear(nn.Linear):
         """(..., K / p) -> (..., R); with in_factor (..., K) -> x itself and (..., R)."""
         if in_factor is None:
             return nn.functional.linear(x, self.weight)
-        return project(x, self.weight.to(compute_dtype(self.weight)), in_factor)
+        return project(x, self.weight.to(compute_dtype(self.weight, x.device.type)), in_factor)
 
 
 class ExpandedLinear(nn.Linear):

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.quant.embedding import GroupQuantEmbedding
+from qbl_trl.quant.intact import check_present
 from qbl_trl.quant.modules import empty_model, replace
 from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.stacks import together_
@@ -16,7 +17,11 @@ def dequantize_model_(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
     Which layers are stored transposed (GPT-2's) only the class knows: it is built once more, without memory. What one
     table holds for a tied pair stays one, and experts that the class stacks are stacked again.
+
+    Raises:
+        ConfigError: if a packed layer is offloaded.
     """
+    check_present(model, "dequantize")
     own = dict(empty_model(type(model), model.config).named_modules())
     _make_float_(model, own, dtype)
     together_(model)

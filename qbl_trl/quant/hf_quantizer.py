@@ -29,6 +29,7 @@ from qbl_trl.quant.arriving import arrived, not_arrived, nothing_arrived, nothin
 from qbl_trl.quant.checkpoint import Stored, check_tensors, read_headers
 from qbl_trl.quant.dequantizing import dequantize_model_
 from qbl_trl.quant.head import empty_embeddings_, tie_again_
+from qbl_trl.quant.intact import check_present, check_types
 from qbl_trl.quant.kept_dtypes import keep_stored_dtypes
 from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import PackedWeight
@@ -231,10 +232,14 @@ class GroupQuantizer(HfQuantizer):
         """What `save_pretrained` writes: the state it was given, if any, which it forgets where a model is quantized.
 
         Raises:
-            ConfigError: if adapters wrap layers, whose names no model would load; if the state is none of this model.
+            ConfigError: if adapters wrap layers, whose names no model would load; if the state is none of this model;
+                if scales were cast, or (before transformers 5, which brings buffers back) are offloaded.
         """
         adapter_alone = getattr(model, "_hf_peft_config_loaded", False)  # is saved by transformers then
         if not adapter_alone:
+            check_types(model)
+            if BEFORE_5 and any(m.scales.is_meta for m in model.modules() if isinstance(m, PackedWeight)):
+                check_present(model, "save_pretrained of transformers 4")
             wrapped = next((name for name, m in model.named_modules() if "base_layer" in m._modules), None)
             if wrapped is not None:
                 raise ConfigError(

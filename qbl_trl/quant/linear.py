@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbl_trl.arithmetic import follows_no_function
 from qbl_trl.config import LayerFormat
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.blocks import add_expanded, pool
-from qbl_trl.quant.packed import PackedWeight
+from qbl_trl.quant.packed import ALL_ROWS, PackedWeight
 
 _BLOCK_WEIGHTS = 1 << 22  # 16 MB of float32: stays in the last cache, and large enough for a full-speed product
 
@@ -52,9 +53,9 @@ class GroupQuantLinear(PackedWeight, nn.Linear):  # type: ignore[misc]
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return layer
 
-    def row_blocks(self) -> list[tuple[int, int]]:
+    def row_blocks(self, device: torch.device) -> list[tuple[int, int]]:
         """Row ranges whose float weight fits a processor's last cache; one range for all rows on an accelerator."""
-        if self.weight.device.type != "cpu":
+        if device.type != "cpu":
             return [(0, self.out_features)]
         step = max(_BLOCK_WEIGHTS // self.in_features, 1)
         return [(row, min(row + step, self.out_features)) for row in range(0, self.out_features, step)]
@@ -84,7 +85,10 @@ class GroupQuantLinear(PackedWeight, nn.Linear):  # type: ignore[misc]
         wide = x
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y: Tensor = _FrozenLinear.apply(x, self)  # type: ignore[no-untyped-call]
+        if follows_no_function():
+            y = nn.functional.linear(x, self.dequantize_rows(ALL_ROWS, x.dtype))
+        else:
+            y = _FrozenLinear.apply(x, self)  # type: ignore[no-untyped-call]
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         if self.delta is not None:
@@ -96,21 +100,23 @@ class GroupQuantLinear(PackedWeight, nn.Linear):  # type: ignore[misc]
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """y = x W^T with W recomputed from its codes in both directions; nothing but the layer is remembered.
+    """y = x W^T with W recomputed from its codes in both directions; nothing but these is remembered.
 
     On a CPU, W is made and used a block of rows at a time, and for a few tokens not even that: it never exists as a
-    whole.
+    whole. Codes are those of the forward pass, as autograd's own functions have it: by the backward pass the layer may
+    have others (`torch.func.functional_call`), or none (offloading).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: GroupQuantLinear) -> Tensor:
         ctx.layer = layer
+        ctx.stored = None if torch.compiler.is_compiling() else layer.stored  # a compiler keeps a layer's own
         flat = x.reshape(-1, layer.in_features)
         y = x.new_empty(*x.shape[:-1], layer.out_features)  # returned as it is: a view could not be added to in place
         rows = y.view(-1, layer.out_features)
         if layer.multiply(flat, rows):
             return y
-        for start, stop in layer.row_blocks():
+        for start, stop in layer.row_blocks(x.device):
             torch.mm(flat, layer.dequantize_rows(slice(start, stop), x.dtype).T, out=rows[:, start:stop])
         return y
 
@@ -120,7 +126,7 @@ class _FrozenLinear(torch.autograd.Function):
             return None, None
         layer, flat = ctx.layer, grad.reshape(-1, grad.shape[-1])
         dx = flat.new_empty(flat.shape[0], layer.in_features)
-        for start, stop in layer.row_blocks():
-            weight = layer.dequantize_rows(slice(start, stop), grad.dtype)
+        for start, stop in layer.row_blocks(grad.device):
+            weight = layer.dequantize_rows(slice(start, stop), grad.dtype, ctx.stored)
             dx.addmm_(flat[:, start:stop], weight, beta=0 if start == 0 else 1)
         return dx.view(*grad.shape[:-1], layer.in_features), None

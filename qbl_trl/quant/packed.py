@@ -22,6 +22,7 @@ from qbl_trl.quant.affine import Affine, group_count
 from qbl_trl.quant.packing import pack, unpack
 
 Rows = slice | Tensor
+Stored = tuple[Tensor, Tensor, Tensor | None]  # codes, scales, zeros
 ALL_ROWS = slice(None)
 BESIDE_CODES = ("scales", "zeros", "delta")
 
@@ -69,6 +70,11 @@ class PackedWeight(nn.Module):
         return self.format.group_size
 
     @property
+    def stored(self) -> Stored:
+        """Codes, scales and zeros as they are held."""
+        return self.weight, self.scales, self.zeros
+
+    @property
     def groups(self) -> int:
         """G, the number of groups of one row."""
         return group_count(self.in_features, self.group_size)
@@ -113,11 +119,12 @@ class PackedWeight(nn.Module):
         codes = unpack(self.weight.data, self.bits, self.groups * self.group_size)[:, : self.in_features]
         return Affine(codes, self.scales, self.zero_points())
 
-    def zero_points(self, rows: Rows = ALL_ROWS) -> Tensor:
+    def zero_points(self, rows: Rows = ALL_ROWS, stored: Stored | None = None) -> Tensor:
         """(N, G) zeros in code units: uint8 where they are integers, the stored float dtype otherwise."""
-        if self.zeros is None:
-            return torch.full_like(self.scales[rows], 1 << (self.bits - 1), dtype=torch.uint8)
-        return unpack(self.zeros[rows], self.bits, self.groups) if self.format.zeros == "packed" else self.zeros[rows]
+        _, scales, zeros = stored or self.stored
+        if zeros is None:
+            return torch.full_like(scales[rows], 1 << (self.bits - 1), dtype=torch.uint8)
+        return unpack(zeros[rows], self.bits, self.groups) if self.format.zeros == "packed" else zeros[rows]
 
     def dequantize(self, start: int = 0, stop: int | None = None) -> Tensor:
         """W, the weight this layer stands for, delta included.
@@ -136,21 +143,25 @@ class PackedWeight(nn.Module):
             blocks += delta.float()[:, None, :, None]
         return weight
 
-    def dequantize_rows(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantize_rows(self, rows: Rows, dtype: torch.dtype = torch.float32, stored: Stored | None = None) -> Tensor:
         """Some rows of s (q - z), without a delta: a slice or (T,) indices -> (T, in_features).
 
         Computed in float32 and rounded once to `dtype`, by whichever path is fastest here; all give the same bits.
+
+        Args:
+            stored: codes, scales and zeros to read in place of the layer's own.
         """
+        weight, scales, zeros = stored or self.stored
         groups, size = self.groups, self.group_size
         if isinstance(rows, slice):
-            stored = self.weight.data[rows], self.scales[rows], None if self.zeros is None else self.zeros[rows]
-            fused = gpu.dequantize_rows(*stored, self.bits, size, self.in_features, dtype)
+            some = weight.data[rows], scales[rows], None if zeros is None else zeros[rows]
+            fused = gpu.dequantize_rows(*some, self.bits, size, self.in_features, dtype)
             if fused is None and self.bits == 4:
-                fused = native.dequantize_rows(*stored, size)
+                fused = native.dequantize_rows(*some, size)
             if fused is not None:
                 return fused[:, : self.in_features].to(dtype)
-        codes = unpack(self.weight.data[rows], self.bits, groups * size).view(-1, groups, size)
-        scales, zeros = self.scales[rows].float().unsqueeze(-1), self.zero_points(rows)
+        codes = unpack(weight.data[rows], self.bits, groups * size).view(-1, groups, size)
+        scales, zeros = scales[rows].float().unsqueeze(-1), self.zero_points(rows, (weight, scales, zeros))
         if zeros.is_floating_point():
             weight = codes.float().sub_(zeros.float().unsqueeze(-1)).mul_(scales)
         elif self.bits == 8:
@@ -167,8 +178,7 @@ class PackedWeight(nn.Module):
         Returns:
             Whether it was done; False where a matrix product is faster, and `out` (T, out_features) is untouched.
         """
-        stored = self.weight.data, self.scales, self.zeros
-        return self.bits == 4 and native.multiply(x, *stored, self.group_size, out)
+        return self.bits == 4 and native.multiply(x, self.weight.data, self.scales, self.zeros, self.group_size, out)
 
     def set_delta(self, delta: Tensor | None, in_factor: int | None = None, out_factor: int | None = None) -> None:
         """Replace the merged block delta in place (None removes it); codes, scales and zeros stay as they are.

@@ -46,7 +46,7 @@ def test_rows_in_blocks_give_what_all_rows_give(monkeypatch):
     x = torch.randn(7, 64)
     whole = layer(x)
     monkeypatch.setattr("qbl_trl.quant.linear._BLOCK_WEIGHTS", 5 * 64)
-    assert layer.row_blocks()[:2] == [(0, 5), (5, 10)]
+    assert layer.row_blocks(layer.weight.device)[:2] == [(0, 5), (5, 10)]
     # Two float32 sums of the same K products, and of the delta's, added up in different orders.
     most = x.abs().double() @ layer.dequantize_rows(ALL_ROWS).abs().double().T
     most += (pool(x.abs(), 32).double() @ layer.delta.abs().double().T).repeat_interleave(2, -1)
