@@ -41,7 +41,7 @@ from qbl_trl.trl.inject import (
     place_,
 )
 from qbl_trl.trl.layers import active, active_layers
-from qbl_trl.trl.merged_loss import merged_loss
+from qbl_trl.trl.merged_loss import check_merged_loss, merged_loss
 from qbl_trl.trl.metrics import check_finite, measure, summarize, warn_of_untrained
 from qbl_trl.trl.outputs import Outputs
 from qbl_trl.trl.probe import probe
@@ -331,11 +331,7 @@ class QBLoRACallback(TrainerCallback):
         if trainer is not None:
             check_launch(trainer, layers, wanted)
             check_head(trainer, trainer.model)
-        if self.eval_merged_loss and (trainer is None or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            raise ConfigError(
-                "QBLoRACallback: eval_merged_loss needs a trainer with the whole model on every process; leave it out "
-                "under FSDP and DeepSpeed"
-            )
+        check_merged_loss(trainer, self.eval_merged_loss)
 
     def _input_ids(self, model: nn.Module) -> torch.Tensor | None:
         if self._tokens is not None and self._tokens.ids is not None:

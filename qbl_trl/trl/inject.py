@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from qbl_trl.adapter.checkpointing import let_towers_require_grad
 from qbl_trl.adapter.layer import BalancedLinear
@@ -80,7 +81,9 @@ def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> n
     if is_adapted(model):
         raise ConfigError(
             "QBLoRACallback was given a config, but the model already has adapters (from peft_config= or "
-            "get_peft_model). Give the adapter once: QBLoRACallback() without a config watches those that are there"
+            "get_peft_model, or from an earlier trainer, which adapts its model in place). Give the adapter once: "
+            "QBLoRACallback() without a config watches those that are there, also of another trainer's trainer.model; "
+            "for a new adapter load the base anew"
         )
     if trainer is None:
         raise ConfigError(
@@ -99,7 +102,8 @@ def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> n
             'leave it out, or set the task of its head ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"), which then trains, too'
         )
     _train_added_tokens_(config, model, trainer)
-    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+    # Under ZeRO-3, which keeps small parameters together, all have the type of the base, as TRL has it.
+    peft_model = get_peft_model(model, config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())  # type: ignore[arg-type]
     if trainer.args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
         peft_model.enable_input_require_grads()
         let_towers_require_grad(model)

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 
+from qbl_trl.errors import ConfigError
 from qbl_trl.random_state import same_random_state
 from qbl_trl.trl.shadow import computing_merged
 
@@ -48,6 +49,27 @@ def merged_loss(
     return losses
 
 
+def check_merged_loss(trainer: Trainer | None, measured: bool) -> None:
+    """Refuse a merged loss that cannot be measured, and a best model that is chosen by a figure nobody will.
+
+    Raises:
+        ConfigError: saying what to set.
+    """
+    if measured and (trainer is None or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ConfigError(
+            "QBLoRACallback: eval_merged_loss needs a trainer with the whole model on every process; leave it out "
+            "under FSDP and DeepSpeed"
+        )
+    metric = "" if trainer is None else trainer.args.metric_for_best_model or ""
+    if metric.endswith("merged_loss") and not measured:
+        raise ConfigError(f"metric_for_best_model={metric!r} is measured with QBLoRACallback(eval_merged_loss=True)")
+    if metric.startswith("qbl/"):
+        raise ConfigError(
+            f"metric_for_best_model={metric!r} is logged while training, and an evaluation has no such figure; "
+            '"merged_loss" is one, with QBLoRACallback(eval_merged_loss=True)'
+        )
+
+
 def _close_bar(trainer: Trainer) -> None:
     """The evaluation's own bar is full; another is drawn for the merged model, not this one beyond its end."""
     for callback in trainer.callback_handler.callbacks:
@@ -55,4 +77,4 @@ def _close_bar(trainer: Trainer) -> None:
             ProgressCallback.on_evaluate(callback, trainer.args, trainer.state, trainer.control)
 
 
-__all__ = ["merged_loss"]
+__all__ = ["check_merged_loss", "merged_loss"]

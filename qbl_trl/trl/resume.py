@@ -59,14 +59,21 @@ def check_resumed(trainer: Trainer | None, model: nn.Module, folder: Any = None)
 
 
 def check_before_loading_(trainer: Trainer) -> None:
-    """Have the trainer ask `check_resumed` before it loads a checkpoint, which fails on tensors that do not fit."""
+    """Have the trainer ask `check_resumed` before it loads a checkpoint, which fails on tensors that do not fit.
+
+    What trains keeps its type: over bitsandbytes TRL has made it bfloat16.
+    """
     load = trainer._load_from_checkpoint
     if hasattr(load, "checks_adapter"):
         return
 
     def checked(folder: Any, *args: Any, **kwargs: Any) -> Any:
         check_resumed(trainer, trainer.model, folder)
-        return load(folder, *args, **kwargs)
+        trained = [(p, p.dtype) for p in trainer.model.parameters() if p.requires_grad]  # type: ignore[union-attr]
+        result = load(folder, *args, **kwargs)
+        for parameter, dtype in trained:  # PEFT makes adapters float32 as it loads them
+            parameter.data = parameter.data.to(dtype)
+        return result
 
     checked.checks_adapter = True  # type: ignore[attr-defined]
     trainer._load_from_checkpoint = checked  # type: ignore[method-assign]

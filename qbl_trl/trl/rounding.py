@@ -4,7 +4,8 @@
 
 Q rounds to the narrower type (float16, bfloat16, or int8 with one scale per row). Nothing of the layer is replaced: a
 forward hook adds (Q(D) - D) h, a constant for autograd, so that A and B get the gradient of the unrounded product
-(straight through) and x gets the one of what was computed. Q(D) - D is made anew after every optimizer step.
+(straight through) and x gets the one of what was computed. Q(D) - D is made anew after every optimizer step, and where
+training gives way to an evaluation, or comes back.
 """
 
 from collections.abc import Iterator
@@ -61,6 +62,7 @@ class DeltaRounding:
         self._layers = layers
         self._trained = {name: active(layer) for name, layer in layers.items()}  # a reference may be another adapter
         self._change: dict[str, Tensor] = {}
+        self._while_training: dict[str, bool] = {}
         self._handles: list[Any] = []
 
     @property
@@ -83,19 +85,27 @@ class DeltaRounding:
         """Round the present weights. Under FSDP, every process must call this."""
         lost = total = 0.0
         for name, layer in self._layers.items():
-            delta = layer.block_delta(self._trained[name][0])
-            delta = delta.full_tensor() if isinstance(delta, DTensor) else delta
-            change = round_delta(delta, self.stored) - delta if self.rounding else torch.zeros_like(delta)
-            self._change[name] = change
-            lost += float(change.square().sum())
+            delta = self._round(name, layer)
+            lost += float(self._change[name].square().sum())
             total += float(delta.square().sum())
         self.cost = (lost / total) ** 0.5 if total else 0.0
+
+    @torch.no_grad()
+    def _round(self, name: str, layer: BalancedLinear) -> Tensor:
+        """The present delta of a layer, whose change by rounding is what is added from now on."""
+        delta = layer.block_delta(self._trained[name][0])
+        delta = delta.full_tensor() if isinstance(delta, DTensor) else delta
+        self._change[name] = round_delta(delta, self.stored) - delta if self.rounding else torch.zeros_like(delta)
+        self._while_training[name] = layer.training
+        return delta
 
     def _hook(self, name: str) -> Any:
         @_marked
         def add(layer: BalancedLinear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if layer.disable_adapters or layer.merged or active(layer) != self._trained[name]:
                 return output
+            if not torch.compiler.is_compiling() and layer.training != self._while_training[name]:
+                self._round(name, layer)  # optimizers that average have put other weights in place (schedule-free)
             adapter, change = self._trained[name][0], self._change[name]
             pooled = sum_neighbours(inputs[0], layer.in_factor[adapter], change.dtype)
             return add_expanded(output, pooled, change, layer.out_factor[adapter])

@@ -43,7 +43,7 @@ def settings(output: Path, **changes: Any) -> dict[str, Any]:
 
 def sft(output: Path, callback: Any, model: Any = None, **changes: Any) -> SFTTrainer:
     """An SFTTrainer over `base()`; keywords of SFTTrainer are told from those of SFTConfig by name."""
-    names = ("train_dataset", "eval_dataset", "peft_config", "callbacks", "optimizers")
+    names = ("train_dataset", "eval_dataset", "peft_config", "callbacks", "optimizers", "optimizer_cls_and_kwargs")
     own = {key: changes.pop(key) for key in names if key in changes}
     own.setdefault("train_dataset", data.texts())
     own["callbacks"] = [*([] if callback is None else [callback]), *own.get("callbacks", [])]

@@ -37,6 +37,37 @@ def test_rounding_twice_is_rounding_once_and_the_error_is_at_most_half_a_step(st
     assert bool(((once - delta).abs() <= allowed + 1e-7).all())
 
 
+class Averaging(torch.optim.SGD):
+    """Trains one set of weights and is evaluated with another, as schedule-free optimizers are."""
+
+    def train(self):
+        self._move(-0.05)
+
+    def eval(self):
+        self._move(0.05)
+
+    @torch.no_grad()
+    def _move(self, step):
+        if step > 0 or getattr(self, "moved", False):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter += step
+        self.moved = step > 0
+
+
+def test_an_evaluation_with_other_weights_rounds_those(tmp_path):
+    callback = QBLoRACallback(adapter(), stored_delta="int8", eval_merged_loss=True, save_merged=True)
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = sft(
+        tmp_path, callback, eval_dataset=data.texts(4), optimizer_cls_and_kwargs=(Averaging, {"lr": 0.1}), **options
+    )
+    trainer.train()
+    logged = {name: [e[name] for e in trainer.state.log_history if name in e] for name in ("eval_loss", "loss")}
+    merged = [entry["eval_merged_loss"] for entry in trainer.state.log_history if "eval_merged_loss" in entry]
+    assert len(merged) == 2
+    assert logged["eval_loss"] == pytest.approx(merged, abs=1e-6)  # fp32 rounding
+
+
 def test_a_row_of_zeros_stays_zero():
     assert round_delta(torch.zeros(2, 3), "int8").abs().max() == 0
 
