@@ -4,6 +4,7 @@ Only adapters of one block shape (in_factor, out_factor, pooling) can be combine
 change is done with the block matrix, which is smaller by in_factor * out_factor.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,13 +25,14 @@ class CombiningModel(LoraModel):
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """PEFT's. The sum has a scale of one, as its matrices take for granted: by rsLoRA it would be sqrt(r)."""
         first = self.peft_config.get(adapters[0]) if adapters else None
-        if first is None or not first.use_rslora:
+        if first is None:
             return super().add_weighted_adapter(adapters, *args, **kwargs)
+        own = {name: getattr(first, name) for name in ("use_rslora", "in_factor_pattern", "out_factor_pattern")}
         first.use_rslora = False  # it is copied
         try:
             return super().add_weighted_adapter(adapters, *args, **kwargs)
         finally:
-            first.use_rslora = True
+            vars(first).update(own)
 
     def _check_add_weighted_adapter(
         self, adapters: list[str], combination_type: str, svd_rank: int | None
@@ -61,9 +63,10 @@ class CombiningModel(LoraModel):
                     )
         if any(self.peft_config[name].adapter == "block" for name in adapters):
             raise ConfigError("add_weighted_adapter combines low-rank factors; an adapter='block' has none")
-        for layer_name, (p, e) in others.items():
-            if recorded_factors(first, layer_name) != (p, e):
-                first.in_factor_pattern[layer_name], first.out_factor_pattern[layer_name] = p, e
+        apart = {name: factors for name, factors in others.items() if recorded_factors(first, name) != factors}
+        for at, field in enumerate(("in_factor_pattern", "out_factor_pattern")):  # new ones, for the copy alone
+            known = {f"^{re.escape(name)}": factors[at] for name, factors in apart.items()}
+            setattr(first, field, {**getattr(first, field), **known})
         kind, rank, targets = checked
         if kind == "cat":
             rank += max(self._missing_rows(adapters, rank), default=0)

@@ -10,22 +10,18 @@ base is not quantized again. For p = e = 1 this is LoftQ's first iteration.
 Source: LoftQ, arXiv:2310.08659, section 3.2 (p = e = 1).
 """
 
-import json
 import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from qbl_trl.adapter.bases import float_weight
 from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
 from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.errors import ConfigError
-
-Held = TypeVar("Held")
+from qbl_trl.quant.float_weights import FloatWeights
 
 
 def initialize_from_error_(
@@ -34,7 +30,7 @@ def initialize_from_error_(
     """Set A and B (or D) of one adapter to the quantization error of its base, in place.
 
     The adapted model then no longer starts as its base, but nearer to the float model. Weights of a folder are read
-    one at a time.
+    one at a time, where it holds them so.
 
     Args:
         peft_model: a model with balanced adapters over a quantized base; nothing merged.
@@ -45,14 +41,14 @@ def initialize_from_error_(
         By full layer name, the weight error that is left over the error before: ||E - dW|| / ||E||, at most 1.
 
     Raises:
-        ConfigError: if the adapter, a float weight or its shape is missing, or adapters are merged.
+        ConfigError: if the adapter, a float weight or its shape is missing, adapters are merged, or have no scale.
 
     Source: LoftQ, arXiv:2310.08659.
     """
     layers = {n: layer for n, layer in adapter_layers(unwrap(peft_model)).items() if adapter_name in layer.rank}
     if not layers:
         raise ConfigError(f"initialize_from_error_: there is no balanced adapter {adapter_name!r}")
-    read = _reader(float_source)
+    read = _reader(float_source, unwrap(peft_model))
     return {name: _initialize_layer_(name, layer, adapter_name, read(name)) for name, layer in layers.items()}
 
 
@@ -90,48 +86,32 @@ def _initialize_layer_(name: str, layer: BalancedLinear, adapter: str, weight: T
     error = weight.to(base.device, torch.float32) - base
     p, e, gain = layer.in_factor[adapter], layer.out_factor[adapter], layer.gain(adapter)
     block, up, down = nearest_factors(error, p, e, layer.rank[adapter])
+    if gain == 0:
+        raise ConfigError(f"{name}: lora_alpha or the adapter's scale is 0, and nothing it holds would be felt")
     if adapter in layer.lora_block:
         layer.lora_block[adapter].weight.copy_(block / gain)  # type: ignore[operator]
     else:
         # Both factors take the root of the gain: B stays as large against A as the singular values made it.
-        layer.lora_A[adapter].weight.copy_(down / gain**0.5)  # type: ignore[operator]
-        layer.lora_B[adapter].weight.copy_(up / gain**0.5)  # type: ignore[operator]
+        root = abs(gain) ** 0.5
+        layer.lora_A[adapter].weight.copy_(down / root)  # type: ignore[operator]
+        layer.lora_B[adapter].weight.copy_(up / (gain / root))  # type: ignore[operator]
     delta = layer.get_delta_weight(adapter)
     left = error - (delta.T if layer.base.transposed else delta)
     return float(left.norm() / error.norm().clamp_min(1e-30))
 
 
-def _reader(source: nn.Module | str | os.PathLike[str]) -> Callable[[str], Tensor]:
+def _reader(source: nn.Module | str | os.PathLike[str], model: nn.Module) -> Callable[[str], Tensor]:
     """A function from layer name to float weight, as that layer stores it."""
     if isinstance(source, nn.Module):
         held = {name: tensor.detach() for name, tensor in unwrap(source).state_dict().items()}
-        return lambda name: _named(held, name)
-    files = _files_by_tensor(Path(source))
-
-    def read(name: str) -> Tensor:
-        with safe_open(str(_named(files, name)), framework="pt") as file:
-            return file.get_tensor(f"{name}.weight")  # type: ignore[no-any-return]
-
-    return read
+        return lambda name: held[f"{name}.weight"] if f"{name}.weight" in held else _lacks(name)
+    floats = FloatWeights(source, model)
+    if not floats:
+        raise ConfigError(f"{source} holds no safetensors file; give a float model or its saved folder")
+    return lambda name: weight if (weight := floats.read(name)) is not None else _lacks(name)
 
 
-def _named(held: dict[str, Held], name: str) -> Held:
-    if f"{name}.weight" not in held:
-        raise ConfigError(
-            f"{name}: the float source has no {name}.weight; give the float checkpoint of the same architecture"
-        )
-    return held[f"{name}.weight"]
-
-
-def _files_by_tensor(folder: Path) -> dict[str, Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"{folder} holds no safetensors file; give a float model or its saved folder")
-    found: dict[str, Path] = {}
-    for path in files:
-        with safe_open(str(path), framework="pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
-    return found
+def _lacks(name: str) -> NoReturn:
+    raise ConfigError(
+        f"{name}: the float source has no {name}.weight; give the float checkpoint of the same architecture"
+    )

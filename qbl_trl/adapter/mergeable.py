@@ -21,6 +21,12 @@ from qbl_trl.quant.importers.modules import take_over
 from qbl_trl.quant.linear import GroupQuantLinear
 
 
+def _plus(weight: Tensor, change: Tensor) -> Tensor:
+    """Added in float32 at least, and rounded once to the type of the weight."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(wide) + change.to(wide)).to(weight.dtype)
+
+
 class MergesIntoBase(LoraLayer):
     """The merging half of BalancedLinear.
 
@@ -54,7 +60,7 @@ class MergesIntoBase(LoraLayer):
             if isinstance(layer, GroupQuantLinear):
                 self._merge_into_groups(layer, name)
             else:
-                merged = layer.weight.data + self.get_delta_weight(name).to(layer.weight.dtype)  # type: ignore[operator]
+                merged = _plus(layer.weight.data, self.get_delta_weight(name))  # type: ignore[arg-type]
                 if safe_merge and not torch.isfinite(merged).all():
                     raise MergeError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
                 layer.weight.data = merged  # type: ignore[union-attr]
@@ -127,7 +133,10 @@ class MergesIntoBase(LoraLayer):
         layer.set_delta(delta.to(layer.weight.device), *factors)
 
     def unmerge(self) -> None:
-        """Take every merged adapter out again; groups and tied heads come back bit for bit."""
+        """Take every merged adapter out again; groups and tied heads come back bit for bit.
+
+        What was added to a float weight is subtracted and rounded again: weights of 16 bits differ in their last place.
+        """
         if not self.merged:
             warnings.warn("nothing is merged into this layer, so there is nothing to take out", stacklevel=2)
         layer = self.get_base_layer()
@@ -138,7 +147,7 @@ class MergesIntoBase(LoraLayer):
             if isinstance(layer, GroupQuantLinear):
                 layer.set_delta(*self._before_merge.pop())
             else:
-                layer.weight.data -= self.get_delta_weight(name).to(layer.weight.dtype)  # type: ignore[operator, union-attr]
+                layer.weight.data = _plus(layer.weight.data, -self.get_delta_weight(name))  # type: ignore[arg-type, union-attr]
         for table in self.apart_from:
             put_together_(table, layer)
         self.apart_from = ()

@@ -76,6 +76,8 @@ def to_lora(
             layers.setdefault(layer, {})[matrix] = tensor.detach().cpu().float()
         else:
             others[key] = tensor.detach().cpu().contiguous()
+    if not layers:
+        raise ConfigError(f"to_lora: {peft_model_or_dir} holds no tensor of a balanced adapter")
     factors = {}
     for layer, held in layers.items():
         name = layer.removeprefix(PREFIX)

@@ -152,7 +152,8 @@ class OnnxLogits:
 
     def step(self, input_ids: Tensor, attention_mask: Tensor, cache: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """New tokens (B, S) over a cache; the mask (B, T) covers the cache and them."""
-        feed: dict[str, Any] = {"input_ids": input_ids.numpy(), **cache}
+        feed: dict[str, Any] = {"input_ids": input_ids.cpu().numpy(), **cache}
+        attention_mask = attention_mask.cpu()
         if "attention_mask" in self.inputs:
             feed["attention_mask"] = attention_mask.numpy()
         if "position_ids" in self.inputs:

@@ -24,10 +24,10 @@ def transposed(read: Reader, gain: float = 1.0) -> Reader:
 
 
 def unpacked_zeros(base: GroupBase) -> Tensor:
-    """(N, G) float32 zero points in code units."""
+    """(N, G) float32 zero points in code units, on the CPU."""
     if base.zeros is None:
         return torch.full(base.scales.shape, float(1 << (base.bits - 1)))
-    zeros = base.zeros.read()
+    zeros = base.zeros.read().cpu()
     return zeros.float() if base.zeros.floating else unpack(zeros, base.bits, base.scales.shape[1]).float()
 
 
@@ -43,7 +43,7 @@ def zeros_left(base: GroupBase, symmetric: bool = False) -> Tensor:
         symmetric: i is 2**(bits-1) throughout, not the nearest.
     """
     whole = 1 << (base.bits - 1) if symmetric else whole_zeros(base)
-    return base.scales.read().float() * (whole - unpacked_zeros(base))
+    return base.scales.read().cpu().float() * (whole - unpacked_zeros(base))
 
 
 def with_whole_zeros(source: LinearSource, symmetric: bool = False) -> LinearSource:
@@ -98,7 +98,7 @@ def folded_zeros(name: str, base: GroupBase, branches: Sequence[Branch]) -> Read
         zeros = unpacked_zeros(base)
         for branch in branches:
             if isinstance(branch, BlockDelta):
-                zeros = zeros - _by_group(branch, base) / base.scales.read().float()
+                zeros = zeros - _by_group(branch, base).cpu() / base.scales.read().cpu().float()
         return zeros
 
     return read

@@ -61,7 +61,8 @@ def _by_conversions(model: Any, names: list[str]) -> dict[str, str]:
 
     # Conversions that join or split tensors concern float experts; packed layers are only renamed.
     renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
-    own, prefix = model.state_dict(), model.base_model_prefix
+    own = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items()}
+    prefix = model.base_model_prefix
     found = {}
     for name in names:
         renamed, _ = rename_source_key(name, renamings, [], prefix, own)

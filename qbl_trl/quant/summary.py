@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import nn
 
 from qbl_trl.errors import CheckpointError
-from qbl_trl.quant.checkpoint import read_headers
+from qbl_trl.quant.float_weights import FloatWeights
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.packed import PackedWeight
 
@@ -42,7 +41,7 @@ def summarize(model: nn.Module, float_folder: str | Path | None = None) -> list[
 
     Args:
         model: any model with GroupQuantLinear layers.
-        float_folder: a safetensors folder of the float weights of the same model, read one layer at a time.
+        float_folder: a safetensors folder of the float weights of the same model, read as FloatWeights does.
 
     Raises:
         CheckpointError: if the model has no packed layer, or the float folder lacks one of its weights.
@@ -50,10 +49,11 @@ def summarize(model: nn.Module, float_folder: str | Path | None = None) -> list[
     layers = {name: m for name, m in model.named_modules() if isinstance(m, GroupQuantLinear)}
     if not layers:
         raise CheckpointError(f"{type(model).__name__} holds no group-quantized layer")
-    stored = read_headers(Path(float_folder)) if float_folder else {}
-    if float_folder and not stored:
+    floats = FloatWeights(float_folder, model) if float_folder else None
+    if floats is not None and not floats:
         raise CheckpointError(f"{float_folder} holds no safetensors file with float weights")
-    return [_summary(name, layer, _error(name, layer, stored) if stored else None) for name, layer in layers.items()]
+    errors = {name: None if floats is None else _error(name, layer, floats) for name, layer in layers.items()}
+    return [_summary(name, layer, errors[name]) for name, layer in layers.items()]
 
 
 def float_parts(model: nn.Module) -> dict[str, int]:
@@ -86,16 +86,13 @@ def _summary(name: str, layer: GroupQuantLinear, error: float | None) -> LayerSu
     )
 
 
-def _error(name: str, layer: GroupQuantLinear, stored: dict) -> float:
+def _error(name: str, layer: GroupQuantLinear, floats: FloatWeights) -> float:
     key = f"{name}.weight"
-    if key not in stored:
+    weight = floats.read(name)
+    if weight is None:
         raise CheckpointError(f"the float checkpoint has no tensor {key!r}; it is of another model")
-    with safe_open(stored[key].file, framework="pt") as file:  # type: ignore[no-untyped-call]
-        weight = file.get_tensor(key)
     if not weight.is_floating_point():
-        raise CheckpointError(
-            f"{stored[key].file.parent} holds codes in {key!r}, not float weights; name the float model"
-        )
+        raise CheckpointError(f"{floats.folder} holds codes in {key!r}, not float weights; name the float model")
     found = layer.dequantize()
     # GPT-2's Conv1D stores (in, out); of a square one the nearer way round is meant.
     errors = [

@@ -11,6 +11,7 @@ A format with integer zero points (GPTQ, AWQ, compressed-tensors, GGUF Q4_0) has
 """
 
 import copy
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -22,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qbl_trl.errors import ConfigError, FoldError
+from qbl_trl.errors import ConfigError, FoldError, PackageError
 from qbl_trl.folders import check_free, new_folder
+from qbl_trl.model_files import generation_settings, valid_generation
 from qbl_trl.quant.affine import Affine
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.packed import PackedWeight
@@ -53,7 +55,7 @@ def write_checkpoint(
 
     Args:
         model: a transformers model; its layers are read, never changed.
-        output: for "hqq" a folder that is new or empty (weights and config.json; save the tokenizer beside them), for
+        output: for "hqq" a folder that is new or empty (weights and settings; save the tokenizer beside them), for
             "gguf" a new file.
         format: "hqq" or "gguf".
         template: for "gguf", a GGUF file of the same model in any type: its metadata and tokenizer are taken over.
@@ -63,6 +65,7 @@ def write_checkpoint(
         ConfigError: if the format has integer zero points or is not known, output exists and `overwrite` is false, the
             template is missing, of no use or would be replaced, or a layer has bits or groups that the format lacks.
         FoldError: if a merged delta varies inside a group.
+        PackageError: for "gguf", if that package is missing.
     """
     path = check_request(output, format, template, overwrite)
     if template is None or format == "hqq":
@@ -96,6 +99,8 @@ def check_request(
         raise ConfigError(f"write_checkpoint: {path} is a folder; name a new GGUF file")
     elif path.exists() and not overwrite:
         raise ConfigError(f"write_checkpoint: {path} exists already; choose another output, or set overwrite")
+    if format == "gguf" and importlib.util.find_spec("gguf") is None:
+        raise PackageError('write_checkpoint: format="gguf" needs gguf: pip install "qbl-trl[gguf]"')
     if format == "gguf" and (template is None or not Path(template).is_file()):
         raise ConfigError(
             'write_checkpoint: format="gguf" needs template=, a GGUF file of the same model, for metadata and '
@@ -216,4 +221,6 @@ def _write_hqq(model: nn.Module, path: Path, overwrite: bool) -> WriteReport:
     with new_folder(path, overwrite) as built:
         save_file(tensors, built / "model.safetensors", metadata={"format": "pt"})
         (built / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+        if (generation := valid_generation(generation_settings(model))) is not None:
+            generation.save_pretrained(built)
     return WriteReport(path, len(layers), 0.0)

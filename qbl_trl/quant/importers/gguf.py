@@ -43,7 +43,9 @@ class GGUFReader(Reader):
         try:
             import gguf
         except ImportError as error:
-            raise CheckpointError(f"{path}: reading GGUF needs the package gguf: pip install gguf") from error
+            raise CheckpointError(
+                f"{path}: reading GGUF needs the package gguf: pip install 'qbl-trl[gguf]'"
+            ) from error
         self.path, self._gguf = path, gguf
         try:
             self._file = gguf.GGUFReader(path)
