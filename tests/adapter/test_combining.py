@@ -1,5 +1,7 @@
 """Adapters merged, summed, swapped and converted by PEFT's own functions."""
 
+import copy
+
 import pytest
 import torch
 from peft import (
@@ -153,6 +155,25 @@ def test_a_merge_that_one_layer_refuses_changes_no_layer(operation):
         getattr(model, operation)()
     assert not any(layer.merged for layer in adapter_layers(model).values())
     assert torch.equal(logits(model, tokens()), expected)
+
+
+def test_a_sum_leaves_the_configurations_of_its_parts_alone():
+    model = get_peft_model(tiny_llama(), config(in_factor=2, target_modules=["q_proj"]), "one")
+    model.add_adapter("two", config(in_factor=4, target_modules=["v_proj"]))
+    before = {name: copy.deepcopy(model.peft_config[name].to_dict()) for name in ("one", "two")}
+    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", "svd")
+    assert {name: model.peft_config[name].to_dict() for name in before} == before
+    stated = model.peft_config["sum"].in_factor_pattern
+    assert set(stated) == {rf"^model\.layers\.{index}\.self_attn\.v_proj" for index in (0, 1)}
+    assert set(stated.values()) == {4}
+
+
+def test_a_change_is_added_to_weights_of_16_bits_in_float32_and_rounded_once():
+    model = get_peft_model(tiny_llama().to(torch.bfloat16), config(init_lora_weights=False))
+    layer = adapter_layers(model.get_base_model())["model.layers.0.self_attn.q_proj"]
+    expected = (layer.weight.float() + layer.get_delta_weight("default")).bfloat16()
+    merged = model.merge_and_unload()
+    assert torch.equal(merged.model.layers[0].self_attn.q_proj.weight, expected)
 
 
 def test_adapters_on_different_layers_combine_by_singular_values():

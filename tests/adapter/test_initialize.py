@@ -79,6 +79,13 @@ def test_another_checkpoint_or_adapter_is_refused(tmp_path):
         initialize_from_error_(model(), tmp_path)
 
 
+def test_a_negative_scale_starts_as_near_and_none_at_all_is_refused():
+    near, far = (initialize_from_error_(model(lora_alpha=alpha), tiny_llama()) for alpha in (16, -16))
+    assert far == pytest.approx(near)
+    with pytest.raises(ConfigError, match="scale is 0"):
+        initialize_from_error_(model(lora_alpha=0), tiny_llama())
+
+
 def test_merged_adapters_are_refused():
     adapted = model(in_factor=32)
     adapted.merge_adapter()

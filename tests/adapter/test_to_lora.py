@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, to_lora
 from qbl_trl.adapter.layer import adapter_layers
@@ -160,6 +160,15 @@ def test_a_scale_that_was_changed_is_converted(tmp_path):
     to_lora(model, tmp_path / "lora")
     plain = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora").eval()
     torch.testing.assert_close(logits(plain, tokens()), logits(model, tokens()), rtol=0, atol=1e-5)
+
+
+def test_a_file_without_a_balanced_adapter_is_refused(tmp_path):
+    model = get_peft_model(tiny_llama(), QBLoRAConfig(r=4))
+    model.save_pretrained(tmp_path / "adapter")
+    save_file({"base_model.model.lm_head.weight": torch.zeros(2)}, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match="holds no tensor of a balanced adapter"):
+        to_lora(tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_neither_a_model_nor_a_folder_is_refused(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from qbl_trl import GroupQuantConfig, QBLoRACallback, QBLoRAConfig, merge
+from qbl_trl import GroupQuantConfig, QBLoRACallback, QBLoRAConfig, export_onnx, merge, verify
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from tests.other_device.device import DEVICE, NAME, present, register
 from tests.tiny import logits, tiny_llama, tokens
@@ -66,6 +66,8 @@ def core(folder: Path) -> None:
             assert merged.generate(ids, max_new_tokens=3, pad_token_id=0).device.type == NAME
             merged.save_pretrained(folder / f"merged-{number}")
             close(logits(AutoModelForCausalLM.from_pretrained(folder / f"merged-{number}"), IDS), expected)
+            export_onnx(folder / f"merged-{number}", folder / f"graph-{number}")
+            assert verify(merged, folder / f"graph-{number}", ids).max_abs_difference < 1e-4
             close(logits(merged.dequantize(), ids), expected)
 
 

@@ -2,16 +2,16 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import qbl_trl  # noqa: F401  (registers the quantizer)
 from qbl_trl.config import GroupQuantConfig
-from qbl_trl.errors import ConfigError, FoldError
+from qbl_trl.errors import ConfigError, FoldError, PackageError
 from qbl_trl.quant.affine import dequantize
 from qbl_trl.quant.algorithms import quantize
 from qbl_trl.quant.importers import convert_checkpoint, read_layers
 from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.quant.writers import folded, write_checkpoint
+from qbl_trl.quant.writers import check_request, folded, write_checkpoint
 from tests.quant import foreign
 from tests.quant.foreign_gguf import write_gguf
 from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
@@ -41,7 +41,9 @@ def template(path, **changes):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_merged_model_survives_hqq_exactly(tmp_path, bits):
     model = packed_llama(bits=bits)
+    model.generation_config.eos_token_id = [7, 9]
     report = write_checkpoint(model, tmp_path / "hqq", "hqq")
+    assert GenerationConfig.from_pretrained(tmp_path / "hqq").eos_token_id == [7, 9]
     assert report.layers == 14
     assert report.largest_rounding == 0
     config = json.loads((tmp_path / "hqq" / "config.json").read_text())
@@ -212,6 +214,12 @@ def test_a_delta_that_varies_inside_a_group_is_refused(tmp_path):
 def test_models_and_formats_that_do_not_fit_are_refused(tmp_path, make, format, message):
     with pytest.raises(ConfigError, match=message):
         write_checkpoint(make(), tmp_path / "out", format)
+
+
+def test_gguf_without_its_package_is_refused_before_the_model_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(PackageError, match=r'pip install "qbl-trl\[gguf\]"'):
+        check_request(tmp_path / "out.gguf", "gguf", tmp_path / "template.gguf")
 
 
 def test_a_template_is_not_ignored_where_the_format_has_no_use_for_it(tmp_path):
