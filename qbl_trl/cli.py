@@ -46,8 +46,15 @@ def make_parser() -> argparse.ArgumentParser:
     foreign = "GPTQ, AWQ, AutoRound, HQQ, compressed-tensors, MLX or Metal, or a GGUF file"
     quantize.add_argument("model", help=f"model id or folder (with --from: a checkpoint of {foreign})")
     quantize.add_argument("output", type=Path, help=_NEW)
-    quantize.add_argument("--from", dest="convert", action="store_true", help="keep the codes the checkpoint holds")
-    quantize.add_argument("--bits", type=int, default=4, choices=ALLOWED_BITS, help="of a code (default: %(default)s)")
+    quantize.add_argument(
+        "--from",
+        dest="convert",
+        action="store_true",
+        help="convert: --from CHECKPOINT OUTPUT keeps its codes as they are",
+    )
+    quantize.add_argument(
+        "--bits", type=int, default=4, choices=ALLOWED_BITS, help="of a stored weight (default: %(default)s)"
+    )
     sizes = ", ".join(map(str, ALLOWED_GROUP_SIZES))
     quantize.add_argument(
         "--group-size", type=int, default=32, help=f"weights that share a scale: {sizes} (default: %(default)s)"
@@ -71,7 +78,11 @@ def make_parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--modules-to-not-convert", nargs="+", metavar="NAME", help="layers that stay in float, beside the head"
     )
-    quantize.add_argument("--dtype", default="float32", help="of what stays in float (default: %(default)s)")
+    quantize.add_argument(
+        "--dtype",
+        default="float32",
+        help="of layers that are not quantized: float32, float16 or bfloat16 (default: %(default)s)",
+    )
     quantize.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
 
     inspect = add("inspect", "layers, bits, bytes, quantization error, fitting factors", "base --against MODEL")
@@ -138,7 +149,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, or 1 after an error that was explained."""
-    args = make_parser().parse_args([_dashed(argument) for argument in (sys.argv[1:] if argv is None else argv)])
+    args = make_parser().parse_args(_spelled(sys.argv[1:] if argv is None else argv))
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as it is imported it warns of a kernel not installed
     try:
         if args.command == "quantize" and args.convert:
@@ -153,10 +164,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _dashed(argument: str) -> str:
-    """--kv_cache_dtype, as recipes and trainers spell their flags, is --kv-cache-dtype here."""
-    name, *value = argument.split("=", 1)
-    return "=".join([name.replace("_", "-"), *value]) if name.startswith("--") else argument
+def _spelled(argv: Sequence[str]) -> list[str]:
+    """--kv_cache_dtype, as recipes spell their flags, is --kv-cache-dtype here; what --from names comes first."""
+    given = []
+    for argument in argv:
+        name, *value = argument.split("=", 1)
+        given += ["=".join([name.replace("_", "-"), *value]) if name.startswith("--") else argument]
+    if given[:1] == ["quantize"] and "--from" in given:
+        at = given.index("--from")
+        named = given[at : at + 2]
+        given = ["quantize", *named, *given[1:at], *given[at + len(named) :]]
+    return given
 
 
 _FLAGS = {

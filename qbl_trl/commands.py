@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qbl_trl.allowed import SCALE_DTYPE_NAMES
 from qbl_trl.errors import OTHERS_DEPLOYED, ConfigError
 from qbl_trl.folders import refuse_graph
 
@@ -26,6 +27,8 @@ def quantize(args: argparse.Namespace) -> None:
     check_free(args.output, args.overwrite)
     check_apart(args.output, args.model)
     _check_exists(args.model)
+    if args.dtype not in SCALE_DTYPE_NAMES:
+        raise ConfigError(f"--dtype {args.dtype} is not known; allowed: {', '.join(SCALE_DTYPE_NAMES)}")
     if not args.convert and (args.algorithm == "gptq") != (args.calibration is not None):
         raise ConfigError("--algorithm gptq and --calibration FILE, texts like those the model will read, go together")
     if args.convert:
@@ -259,9 +262,7 @@ def _load(name: str, dtype: str = "float32", settings: Any = None) -> Any:
     _check_holds_model(name)
     if Path(name).is_dir():
         read_headers(Path(name))  # names a file that is cut short
-    wanted = getattr(torch, dtype, None)
-    if wanted not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ConfigError(f"--dtype {dtype} is not known; allowed: float32, float16, bfloat16")
+    wanted = getattr(torch, dtype)
     quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
     with _fetched(name):
         return open_whole(name, dtype=wanted, **quantize)

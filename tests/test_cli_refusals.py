@@ -65,6 +65,16 @@ def test_a_folder_that_lacks_a_float_tensor_is_neither_quantized_nor_converted(f
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--from", "CHECKPOINT", "OUT"], ["OUT", "--from", "CHECKPOINT"], ["CHECKPOINT", "OUT", "--from"]]
+)
+def test_what_stands_behind_from_is_the_checkpoint(arguments, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr("qbl_trl.commands.quantize", lambda args: asked.append((args.model, str(args.output))))
+    assert main(["quantize", *arguments]) == 0
+    assert asked == [("CHECKPOINT", "OUT")]
+
+
 def test_flags_are_read_as_recipes_spell_them_too(float_folder, tmp_path, capsys):
     assert (
         main(["quantize", str(float_folder), str(tmp_path / "q"), "--group_size=16", "--scale_dtype", "float32"]) == 0

@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything `export_onnx` can be told from a shell."""
     parser.add_argument("model", help="folder of a quantized or merged model, or of a trained adapter")
     parser.add_argument("output", type=Path, help="a new or empty folder")
-    parser.add_argument("--provider", default="cpu", choices=tuple(DTYPES), help="whose kernels (default: %(default)s)")
+    parser.add_argument(
+        "--provider", default="cpu", choices=tuple(DTYPES), help="where it will run (default: %(default)s)"
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="of the graph (default: float32; cuda: float16)"
     )
@@ -35,14 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lowering",
         default="auto",
         choices=LOWERINGS,
-        help="where a merged adapter is written: beside the codes (auto, factored), into fractional zero points, or as "
-        "its own two factors",
+        help="how an adapter is written. auto, factored: beside the integer codes; float_zero_point: inside fractional "
+        "zero points (merged adapters alone); low_rank: as its two matrices (adapters that are not merged)",
     )
     parser.add_argument(
         "--attention",
         default="auto",
         choices=ATTENTIONS,
-        help="operator: ONNX's, GroupQueryAttention, as traced, or the first that fits (default: %(default)s)",
+        help="auto: the first that fits; gqa: GroupQueryAttention; attention: ONNX's Attention; standard: plain "
+        "operators as traced (default: %(default)s)",
     )
     parser.add_argument(
         "--accuracy-level", type=int, choices=LEVELS, help="4: 8-bit activations on CPU, faster and not exact"
