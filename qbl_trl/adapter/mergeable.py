@@ -14,8 +14,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from qbl_trl.adapter.bases import Base, describe
-from qbl_trl.adapter.fold import add_deltas
 from qbl_trl.errors import CheckpointError, MergeError
+from qbl_trl.quant.blocks import add_deltas
 from qbl_trl.quant.head import put_together_
 from qbl_trl.quant.importers.modules import take_over
 from qbl_trl.quant.linear import GroupQuantLinear

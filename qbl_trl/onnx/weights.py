@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.layers import BlockDelta, Branch, GroupBase, LinearSource, Made, Stored
+from qbl_trl.quant.blocks import fold
 from qbl_trl.quant.packing import pack, unpack
 
 Reader = Callable[[], Tensor]
@@ -98,7 +99,8 @@ def folded_zeros(name: str, base: GroupBase, branches: Sequence[Branch]) -> Read
         zeros = unpacked_zeros(base)
         for branch in branches:
             if isinstance(branch, BlockDelta):
-                zeros = zeros - _by_group(branch, base).cpu() / base.scales.read().cpu().float()
+                factors = branch.in_factor, branch.out_factor
+                zeros = fold(zeros, base.scales.read().cpu(), branch.delta.read().cpu(), *factors, base.group_size)
         return zeros
 
     return read

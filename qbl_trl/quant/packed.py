@@ -3,7 +3,7 @@
     W[n, k] = scales[n, j] * (codes[n, k] - zeros[n, j]) + delta[n // e, k // p],      j = k // group_size
 
 `delta` is the block change of a merged adapter (absent on a fresh base); where p is a multiple of the group it is
-exactly a shift of the zero points, see `qbl_trl.adapter.fold`.
+exactly a shift of the zero points, see `qbl_trl.quant.blocks`.
 
 Storage is what the artifact holds: `weight` is a uint8 parameter (so that FSDP2 shards it), scales, zeros and delta
 are buffers that keep their dtype when the model around them is cast: casting would change the weights silently.

@@ -23,10 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qbl_trl.errors import ConfigError, FoldError, PackageError
+from qbl_trl.errors import ConfigError, PackageError
 from qbl_trl.folders import check_free, new_folder
 from qbl_trl.model_files import generation_settings, valid_generation
 from qbl_trl.quant.affine import Affine
+from qbl_trl.quant.blocks import fold
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.stored import with_dtype
@@ -121,17 +122,10 @@ def folded(layer: PackedWeight) -> Affine:
         FoldError: if the delta varies inside a group (in_factor is no multiple of the group size).
     """
     codes, scales, zeros = layer.affine()
-    zeros = zeros.float()
-    if layer.delta is not None:
-        p, e = layer.format.in_factor or 1, layer.format.out_factor or 1
-        if p % layer.group_size:
-            raise FoldError(
-                f"a delta with in_factor={p} varies inside groups of {layer.group_size}: it is no shift of the zero "
-                "point. Export to ONNX keeps it exact; for this format train with quantization_aware=True"
-            )
-        shift = layer.delta.double().repeat_interleave(e, 0).repeat_interleave(p // layer.group_size, 1)
-        zeros = (zeros.double() - shift / scales.double()).float()
-    return Affine(codes, scales, zeros)
+    if layer.delta is None:
+        return Affine(codes, scales, zeros.float())
+    p, e = layer.format.in_factor or 1, layer.format.out_factor or 1
+    return Affine(codes, scales, fold(zeros, scales, layer.delta, p, e, layer.group_size))
 
 
 def packed_layers(model: nn.Module) -> dict[str, GroupQuantLinear]:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qbl_trl.adapter.fold import add_deltas
 from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.errors import MergeError
+from qbl_trl.quant.blocks import add_deltas
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.trl.checkpoints import last_whole_checkpoint
 from qbl_trl.trl.layers import active, base_of
