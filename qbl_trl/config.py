@@ -1,9 +1,7 @@
 """What a user sets: QBLoRAConfig for the adapter, GroupQuantConfig for the base. Data and validation only."""
 
 import dataclasses
-import importlib
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -316,16 +314,6 @@ class GroupQuantConfig(QuantizationConfigMixin):
         config = cls(**{**config_dict, **own})
         rest = {key: value for key, value in kwargs.items() if key not in fields}
         return (config, rest) if return_unused_kwargs else config
-
-    @classmethod
-    def from_checkpoint(cls, source: str | os.PathLike[str]) -> "GroupQuantConfig":
-        """The configuration of a GPTQ, AWQ, AutoRound, HQQ, compressed-tensors, MLX or GGUF checkpoint.
-
-        Raises:
-            CheckpointError: if the format is not known or cannot be read without changing its codes.
-        """
-        importers = importlib.import_module("qbl_trl.quant.importers")  # the one look upwards: readers sit on formats
-        return cls(**importers.describe_checkpoint(source))
 
     def get(self, key: str, default: Any = None) -> Any:
         """A field by name: transformers asks what a model's configuration holds as it asks a dictionary."""

@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all."""
+"""Output folders and files that appear whole or not at all."""
 
 import errno
 import os
@@ -103,6 +103,20 @@ def new_folder(
         shutil.rmtree(holder, ignore_errors=True)
         if lock is not None:
             lock.close()
+
+
+@contextmanager
+def new_file(file: Path) -> Iterator[Path]:
+    """Write into a hidden sibling, which takes the file's name when the block ends without an error."""
+    handle, named = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    os.close(handle)
+    draft = Path(named)
+    try:
+        yield draft
+        draft.chmod(0o644)
+        os.replace(draft, file)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _put(draft: Path, path: Path, old: Path, overwrite: bool) -> None:

@@ -39,7 +39,15 @@ from qbl_trl.quant.requested import requested, warn_of_unknown
 from qbl_trl.quant.resizing import refuse_resizing
 from qbl_trl.quant.resolved import check_chosen_files
 from qbl_trl.quant.stacks import keep_apart, separate_, set_apart, take_apart_
-from qbl_trl.quant.stored import empty_layer, expected_tensors, files_of, folder_of, packed_in, stored_layers
+from qbl_trl.quant.stored import (
+    empty_layer,
+    expected_tensors,
+    files_of,
+    folder_of,
+    packed_in,
+    stored_layers,
+    summarized,
+)
 from qbl_trl.quant.targets import target_layers
 
 _AROUND = re.compile(r"^((_orig_mod|module)\.)+")  # what compiling and distributing a model put before its names
@@ -324,22 +332,9 @@ def describe_stored_(model: nn.Module, settings: GroupQuantConfig) -> None:
     formats = {name: m.format for name, m in model.named_modules() if isinstance(m, PackedWeight)}
     if not formats:
         return
-    counts: dict[Any, int] = {}
-    for stored in formats.values():
-        counts[stored] = counts.get(stored, 0) + 1
-    common = max(counts, key=lambda stored: counts[stored])
-    values = vars(common)
-    config = GroupQuantConfig(
-        **{
-            **settings.to_dict(),
-            **values,
-            "layers": {
-                name: {key: value for key, value in vars(stored).items() if value != values[key]}
-                for name, stored in formats.items()
-                if stored != common
-            },
-        }
-    )
+    common, layers = summarized(formats)
+    stated = {**vars(common), "symmetric": common.zeros == "none", "layers": layers}
+    config = GroupQuantConfig(**{**settings.to_dict(), **stated})
     attach_(model, GroupQuantizer(config, pre_quantized=True))
 
 

@@ -1,6 +1,7 @@
 """What a packed folder says of itself, before its tensors are loaded into packed layers."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.pytorch_utils import Conv1D
 
-from qbl_trl.config import GroupQuantConfig
+from qbl_trl.config import GroupQuantConfig, LayerFormat
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.checkpoint import Stored, read_files, read_headers
 from qbl_trl.quant.experts import Experts
@@ -34,6 +35,14 @@ def folder_of(config: Any) -> Path | None:
     own = config.to_dict()
     same = all(stored[key] == own.get(key) for key in ("model_type", "architectures", *_SIZES) if key in stored)
     return folder if same else None
+
+
+def summarized(formats: dict[str, LayerFormat]) -> tuple[LayerFormat, dict[str, dict[str, Any]]]:
+    """The commonest format of a model's layers, and by name how others differ: what a configuration states."""
+    common = Counter(formats.values()).most_common(1)[0][0]
+    usual = vars(common)
+    others = {name: vars(stored) for name, stored in formats.items() if stored != common}
+    return common, {name: {key: v for key, v in own.items() if v != usual[key]} for name, own in others.items()}
 
 
 def with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:

@@ -11,12 +11,12 @@ import json
 import logging
 import os
 import re
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from qbl_trl.errors import CheckpointError
+from qbl_trl.folders import new_file
 from qbl_trl.leftovers import remove_leftovers
 from qbl_trl.quant.checkpoint import read_headers
 
@@ -33,16 +33,8 @@ _ASIDE = "incomplete-"
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file that is whole or absent at every moment."""
-    handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as stream:
-            json.dump(content, stream, indent=1, default=_plain)
-            stream.write("\n")
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
-        raise
+    with new_file(path) as draft:
+        draft.write_text(json.dumps(content, indent=1, default=_plain) + "\n", encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qbl_trl.errors import ConfigError
+from qbl_trl.folders import new_file
 from qbl_trl.trl import charts
 from qbl_trl.trl.charts import Line
 from qbl_trl.trl.deployed import export, parity, sizes
@@ -36,9 +37,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"{folder / REPORT} is not whole ({error!r}); {_AGAIN}") from error
     target = folder / PAGE
-    draft = target.with_name(f".{PAGE}.draft")
-    draft.write_text(html, encoding="utf-8")
-    os.replace(draft, target)
+    with new_file(target) as draft:
+        draft.write_text(html, encoding="utf-8")
     return target
 
 

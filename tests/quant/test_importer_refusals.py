@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from qbl_trl import GroupQuantConfig
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.checkpoint import read_headers
+from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.importers import convert_checkpoint, describe_checkpoint, read_layers
 from qbl_trl.quant.importers.places import check_places
 from tests.quant import foreign
@@ -272,13 +273,16 @@ def test_a_source_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"no config\.json and 0 GGUF files"):
         describe_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="a checkpoint is the path of a folder or a GGUF file, not 3"):
-        GroupQuantConfig.from_checkpoint(3)
+        describe_checkpoint(3)
     tiny_llama().save_pretrained(tmp_path / "float")
     with pytest.raises(CheckpointError, match=r"config\.json states no quantization; allowed: GPTQ"):
         describe_checkpoint(tmp_path / "float")
     (tmp_path / "float" / "model.safetensors").rename(tmp_path / "float" / "qmodel.pt")  # how hqq saves by default
     with pytest.raises(CheckpointError, match="Pickled weights"):
         describe_checkpoint(tmp_path / "float")
+    quantize_model_(tiny_llama(), GroupQuantConfig()).save_pretrained(tmp_path / "own")
+    with pytest.raises(CheckpointError, match="own is in this package's own format already"):
+        describe_checkpoint(tmp_path / "own")
     (tmp_path / "model.gguf").write_bytes(b"not a gguf file")
     with pytest.raises(CheckpointError, match="is not a GGUF file"):
         describe_checkpoint(tmp_path / "model.gguf")

@@ -1,14 +1,13 @@
 """Which format a checkpoint has, and what it holds."""
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from qbl_trl.config import QUANT_METHOD
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.importers.awq import AWQReader
 from qbl_trl.quant.importers.compressed import CompressedReader
@@ -19,6 +18,7 @@ from qbl_trl.quant.importers.reader import Reader
 from qbl_trl.quant.importers.shards import Shards, read_json
 from qbl_trl.quant.importers.spelling import Respelled
 from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.stored import summarized
 
 KINDS = "GPTQ, AWQ, AutoRound, HQQ, compressed-tensors, MLX, Metal (folders), GGUF (a file or a folder with one)"
 _READERS: dict[str, Callable[[Path, dict[str, Any]], Reader]] = {
@@ -70,6 +70,8 @@ def open_reader(source: str | os.PathLike[str]) -> Reader:
         method = "awq" if "awq" in str(packing) else "gptq"
         if packing not in (None, "auto"):
             quantization = quantization | {"packing_format": packing}
+    if method == QUANT_METHOD:
+        raise CheckpointError(f"{path} is in this package's own format already; from_pretrained opens it")
     if method not in _READERS:
         raise CheckpointError(f"{path}: quantization method {method!r} cannot be imported; allowed: {KINDS}")
     return Respelled(_READERS[method](path, quantization))
@@ -81,21 +83,14 @@ def describe(reader: Reader) -> dict[str, Any]:
     The commonest format of a layer is the configuration; `layers` names those that differ, and
     `modules_to_not_convert` the matrices that the checkpoint keeps in float.
     """
-    formats = reader.formats()
-    common = Counter(formats.values()).most_common(1)[0][0]
-    base = asdict(common)
-    special = {
-        name: {key: value for key, value in asdict(stored).items() if value != base[key]}
-        for name, stored in formats.items()
-        if stored != common
-    }
+    common, special = summarized(reader.formats())
     kept = [
         name.removesuffix(".weight")
         for name, shape in reader.others().items()
         if name.endswith(".weight") and len(shape) == 2
     ]
     keys = ("bits", "group_size", "zeros", "scale_dtype")
-    return {key: base[key] for key in keys} | {
+    return {key: getattr(common, key) for key in keys} | {
         "symmetric": common.zeros == "none",
         "modules_to_not_convert": sorted(kept),
         "layers": special,
