@@ -17,7 +17,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from qbl_trl.adapter.checkpointing import let_towers_require_grad
 from qbl_trl.adapter.layer import BalancedLinear
@@ -102,8 +101,7 @@ def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> n
             'leave it out, or set the task of its head ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"), which then trains, too'
         )
     _train_added_tokens_(config, model, trainer)
-    # Under ZeRO-3, which keeps small parameters together, all have the type of the base, as TRL has it.
-    peft_model = get_peft_model(model, config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())  # type: ignore[arg-type]
+    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     if trainer.args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
         peft_model.enable_input_require_grads()
         let_towers_require_grad(model)
