@@ -69,10 +69,11 @@ def check_before_loading_(trainer: Trainer) -> None:
 
     def checked(folder: Any, *args: Any, **kwargs: Any) -> Any:
         check_resumed(trainer, trainer.model, folder)
-        trained = [(p, p.dtype) for p in trainer.model.parameters() if p.requires_grad]  # type: ignore[union-attr]
+        trained = {name: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad}  # type: ignore[union-attr]
         result = load(folder, *args, **kwargs)
-        for parameter, dtype in trained:  # PEFT makes adapters float32 as it loads them
-            parameter.data = parameter.data.to(dtype)
+        for name, parameter in trainer.model.named_parameters():  # type: ignore[union-attr]
+            if parameter.dtype != trained.get(name, parameter.dtype):  # PEFT makes adapters float32 as it loads them
+                parameter.data = parameter.data.to(trained[name])
         return result
 
     checked.checks_adapter = True  # type: ignore[attr-defined]

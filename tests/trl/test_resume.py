@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, EarlyStoppingCallback
 
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError
@@ -55,6 +55,28 @@ def test_a_resumed_run_continues_with_identical_losses(tmp_path, build):
     assert losses(again) == losses(whole)
     first, second = (trainer.model.state_dict() for trainer in (whole, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_run_over_bitsandbytes_goes_on_in_the_types_it_trained_in(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="the [bnb] extra is not installed")
+    tiny_llama(vocab_size=32).save_pretrained(tmp_path / "float")
+
+    def trainer():
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=nf4)
+        settings = {"peft_config": adapter(quantization_aware=False), **SAVING}
+        return sft(tmp_path / "run", QBLoRACallback(), model, **settings)
+
+    def trained(run):
+        return {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+
+    whole, again = trainer(), trainer()
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert {p.dtype for p in trained(whole).values()} == {torch.bfloat16}  # as TRL has it over 4 bits
+    for name, parameter in trained(again).items():
+        assert torch.equal(parameter, trained(whole)[name]), name
 
 
 def _field(changed):
