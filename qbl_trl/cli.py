@@ -149,7 +149,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, or 1 after an error that was explained."""
-    args = make_parser().parse_args(_spelled(sys.argv[1:] if argv is None else argv))
+    args = make_parser().parse_args([_dashed(argument) for argument in (sys.argv[1:] if argv is None else argv)])
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as it is imported it warns of a kernel not installed
     try:
         if args.command == "quantize" and args.convert:
@@ -164,17 +164,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _spelled(argv: Sequence[str]) -> list[str]:
-    """--kv_cache_dtype, as recipes spell their flags, is --kv-cache-dtype here; what --from names comes first."""
-    given = []
-    for argument in argv:
-        name, *value = argument.split("=", 1)
-        given += ["=".join([name.replace("_", "-"), *value]) if name.startswith("--") else argument]
-    if given[:1] == ["quantize"] and "--from" in given:
-        at = given.index("--from")
-        named = given[at : at + 2]
-        given = ["quantize", *named, *given[1:at], *given[at + len(named) :]]
-    return given
+def _dashed(argument: str) -> str:
+    """--kv_cache_dtype, as recipes and trainers spell their flags, is --kv-cache-dtype here."""
+    name, *value = argument.split("=", 1)
+    return "=".join([name.replace("_", "-"), *value]) if name.startswith("--") else argument
 
 
 _FLAGS = {

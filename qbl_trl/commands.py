@@ -1,6 +1,7 @@
 """What each command of `qbl-trl` does with its arguments; a package is loaded by the command that needs it."""
 
 import argparse
+import json
 import sys
 import time
 import warnings
@@ -11,7 +12,7 @@ from typing import Any
 
 from qbl_trl.allowed import SCALE_DTYPE_NAMES
 from qbl_trl.errors import OTHERS_DEPLOYED, ConfigError
-from qbl_trl.folders import refuse_graph
+from qbl_trl.folders import FULL, refuse_graph
 
 
 def quantize(args: argparse.Namespace) -> None:
@@ -24,6 +25,8 @@ def quantize(args: argparse.Namespace) -> None:
     from qbl_trl.texts import read_texts, token_ids
 
     began = time.perf_counter()
+    if args.convert:
+        _check_replaces_no_source(args.output)
     check_free(args.output, args.overwrite)
     check_apart(args.output, args.model)
     _check_exists(args.model)
@@ -55,6 +58,19 @@ def quantize(args: argparse.Namespace) -> None:
             model = quantize_model_(model.to(getattr(torch, args.dtype)), settings)
         _save(model, args.model, args.output, args.overwrite)
     print(_written(args.output, args.model, began))
+
+
+def _check_replaces_no_source(output: Path) -> None:
+    """Whoever writes OUTPUT --from CHECKPOINT loses no checkpoint, --overwrite or not."""
+    from qbl_trl.config import QUANT_METHOD
+
+    file = output / "config.json"
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if stored and stored.get("quantization_config", {}).get("quant_method") != QUANT_METHOD:
+        raise ConfigError(
+            f"{output} holds a model that --from did not write, and stays as it is. The order is: qbl-trl quantize "
+            "--from CHECKPOINT OUTPUT"
+        )
 
 
 def _widened(name: str) -> Any:
@@ -108,9 +124,9 @@ def _fetched(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if Path(name).exists():
+        if Path(name).exists() or error.errno in FULL:
             raise
-        first = str(error).strip().splitlines()[0]
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(f"{name} is no folder here, and no model that could be fetched: {first}") from error
 
 
@@ -139,7 +155,7 @@ def inspect(args: argparse.Namespace) -> None:
     if args.against is not None:
         _check_exists(str(args.against.absolute()))
     adapter = Path(args.model, "adapter_config.json").is_file()
-    model = load_adapter(args.model).unload() if adapter else _load(args.model)
+    model = load_adapter(args.model).unload() if adapter else _load(args.model, whole=False)
     layers = summarize(model, args.against)
     print(_listed([Kind(layer.name, (layer,)) for layer in layers] if args.all else by_kind(layers)))
     weights = sum(layer.out_features * layer.in_features for layer in layers)
@@ -252,10 +268,10 @@ def report(args: argparse.Namespace) -> None:
     print(write_report(args.run_dir))
 
 
-def _load(name: str, dtype: str = "float32", settings: Any = None) -> Any:
+def _load(name: str, dtype: str = "float32", settings: Any = None, whole: bool = True) -> Any:
     import torch
 
-    from qbl_trl.loading import open_whole
+    from qbl_trl.loading import open_model, open_whole
     from qbl_trl.quant.checkpoint import read_headers
 
     _check_exists(name)
@@ -265,7 +281,7 @@ def _load(name: str, dtype: str = "float32", settings: Any = None) -> Any:
     wanted = getattr(torch, dtype)
     quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
     with _fetched(name):
-        return open_whole(name, dtype=wanted, **quantize)
+        return (open_whole if whole else open_model)(name, dtype=wanted, **quantize)
 
 
 def _save(model: Any, tokenizer_of: str, output: Path, overwrite: bool) -> None:

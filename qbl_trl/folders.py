@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -108,12 +109,9 @@ def new_folder(
 @contextmanager
 def new_file(file: Path) -> Iterator[Path]:
     """Write into a hidden sibling, which takes the file's name when the block ends without an error."""
-    handle, named = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    os.close(handle)
-    draft = Path(named)
+    draft = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
         yield draft
-        draft.chmod(0o644)
         os.replace(draft, file)
     finally:
         draft.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ A float base is quantized again, the way it was for training.
 """
 
 import importlib
+import inspect
 import logging
 import os
 import pickle
@@ -75,11 +76,23 @@ def _explain_unreadable(source: str | os.PathLike[str], stored: Any, error: Exce
 def open_whole(source: str | os.PathLike[str], **options: Any) -> Any:
     """A checkpoint, as `open_model` does it, whose files hold every tensor of the model.
 
+    Of an encoder that was saved without the head or the pooler of its class, as those of sentences are, the model that
+    is there.
+
     Raises:
         CheckpointError: naming one that they lack, which transformers draws at random with a warning.
     """
+    import transformers
+
     model, found = open_model(source, output_loading_info=True, **options)
     missing = sorted(found["missing_keys"])
+    if missing and not model.can_generate():
+        inner = f"{model.base_model_prefix}."
+        pooler = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
+        if pooler and "add_pooling_layer" not in options and all("pooler." in name for name in missing):
+            return open_whole(source, **options, add_pooling_layer=False)
+        if "made_for" not in options and not any(name.startswith(inner) for name in missing):
+            return open_whole(source, **options, made_for=transformers.AutoModel)
     if missing:
         raise CheckpointError(
             f"{source}: the files lack {len(missing)} of the model's tensors ({missing[0]}, ...); the folder is "

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaForCausalLM
 
 from qbl_trl.cli import main
+from qbl_trl.generation import BEFORE_5
 from tests.tiny import tiny_llama
 
 
@@ -65,14 +67,11 @@ def test_a_folder_that_lacks_a_float_tensor_is_neither_quantized_nor_converted(f
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--from", "CHECKPOINT", "OUT"], ["OUT", "--from", "CHECKPOINT"], ["CHECKPOINT", "OUT", "--from"]]
-)
-def test_what_stands_behind_from_is_the_checkpoint(arguments, capsys, monkeypatch):
-    asked = []
-    monkeypatch.setattr("qbl_trl.commands.quantize", lambda args: asked.append((args.model, str(args.output))))
-    assert main(["quantize", *arguments]) == 0
-    assert asked == [("CHECKPOINT", "OUT")]
+def test_from_replaces_no_checkpoint_that_was_named_in_the_place_of_its_output(float_folder, tmp_path, capsys):
+    before = {file.name: file.read_bytes() for file in float_folder.iterdir()}
+    assert main(["quantize", str(tmp_path / "out"), "--from", str(float_folder), "--overwrite"]) == 1
+    assert "holds a model that --from did not write, and stays as it is" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in float_folder.iterdir()} == before
 
 
 def test_flags_are_read_as_recipes_spell_them_too(float_folder, tmp_path, capsys):
@@ -145,3 +144,20 @@ def test_what_a_folder_does_not_hold_is_said_with_what_it_holds(tmp_path, capsys
     ):
         assert main(command) == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lacking", ["pooler", "head", "head and pooler"])
+def test_an_encoder_without_the_head_or_the_pooler_of_its_class_is_quantized_as_what_it_is(lacking, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertModel(BertConfig(vocab_size=64, **sizes), add_pooling_layer="pooler" not in lacking).eval()
+    model.save_pretrained(tmp_path / "float")
+    if "head" in lacking:  # as models of sentences are published
+        file = tmp_path / "float" / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "architectures": ["BertForMaskedLM"]}))
+    assert main(["quantize", str(tmp_path / "float"), str(tmp_path / "q"), "--bits", "8"]) == 0
+    ids = torch.arange(8)[None]
+    found = BertModel.from_pretrained(tmp_path / "q", add_pooling_layer="pooler" not in lacking).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(found(ids)[0], model(ids)[0], rtol=0, atol=0.1)
+    if BEFORE_5 or "pooler" not in lacking:  # 5 wants the pooler of a packed folder, but for add_pooling_layer=False
+        assert main(["inspect", str(tmp_path / "q")]) == 0

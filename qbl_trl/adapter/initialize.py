@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.adapter.bases import float_weight
 from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
@@ -77,7 +78,7 @@ def _initialize_layer_(name: str, layer: BalancedLinear, adapter: str, weight: T
         raise ConfigError(f"{name}: adapters are merged here; call unmerge_adapter() first")
     base = float_weight(layer.get_base_layer())
     if layer.base.transposed:
-        base, weight = base.T, weight.T
+        base = base.T
     if weight.shape != base.shape:
         raise ConfigError(
             f"{name}: the float weight is {tuple(weight.shape)}, the base layer {tuple(base.shape)}; "
@@ -101,9 +102,11 @@ def _initialize_layer_(name: str, layer: BalancedLinear, adapter: str, weight: T
 
 
 def _reader(source: nn.Module | str | os.PathLike[str], model: nn.Module) -> Callable[[str], Tensor]:
-    """A function from layer name to float weight, as that layer stores it."""
+    """A function from layer name to float weight, (outputs, inputs)."""
     if isinstance(source, nn.Module):
         held = {name: tensor.detach() for name, tensor in unwrap(source).state_dict().items()}
+        turned = [f"{name}.weight" for name, layer in unwrap(source).named_modules() if isinstance(layer, Conv1D)]
+        held |= {name: held[name].T for name in turned}
         return lambda name: held[f"{name}.weight"] if f"{name}.weight" in held else _lacks(name)
     floats = FloatWeights(source, model)
     if not floats:

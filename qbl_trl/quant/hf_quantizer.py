@@ -241,13 +241,14 @@ class GroupQuantizer(HfQuantizer):
 
         Raises:
             ConfigError: if adapters wrap layers, whose names no model would load; if the state is none of this model;
-                if scales were cast, or (before transformers 5, which brings buffers back) are offloaded.
+                if scales were cast, or layers are offloaded that transformers cannot bring back (before 5, buffers).
         """
         adapter_alone = getattr(model, "_hf_peft_config_loaded", False)  # is saved by transformers then
         if not adapter_alone:
             check_types(model)
-            if BEFORE_5 and any(m.scales.is_meta for m in model.modules() if isinstance(m, PackedWeight)):
-                check_present(model, "save_pretrained of transformers 4")
+            lost = BEFORE_5 and any(m.scales.is_meta for m in model.modules() if isinstance(m, PackedWeight))
+            if lost or not hasattr(model, "hf_device_map"):  # by which it finds what was dispatched
+                check_present(model, "save_pretrained")
             wrapped = next((name for name, m in model.named_modules() if "base_layer" in m._modules), None)
             if wrapped is not None:
                 raise ConfigError(

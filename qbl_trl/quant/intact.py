@@ -13,13 +13,13 @@ def is_offloaded(layer: nn.Module) -> bool:
 
 
 def check_present(model: nn.Module, what: str, error: type[QblError] = ConfigError) -> None:
-    """Refuse a model of which a packed layer is offloaded.
+    """Refuse a model of which a packed layer is offloaded; one that is nowhere as a whole has no weights to lose.
 
     Raises:
         ConfigError (or the `error` given): naming the layer.
     """
     absent = next((name for name, m in model.named_modules() if isinstance(m, PackedWeight) and is_offloaded(m)), None)
-    if absent is not None:
+    if absent is not None and not all(parameter.is_meta for parameter in model.parameters()):
         raise error(f"{what}: {absent} is on no device (meta); load the model whole, without offloading")
 
 

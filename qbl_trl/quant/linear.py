@@ -103,8 +103,9 @@ class _FrozenLinear(torch.autograd.Function):
     """y = x W^T with W recomputed from its codes in both directions; nothing but these is remembered.
 
     On a CPU, W is made and used a block of rows at a time, and for a few tokens not even that: it never exists as a
-    whole. Codes are those of the forward pass, as autograd's own functions have it: by the backward pass the layer may
-    have others (`torch.func.functional_call`), or none (offloading).
+    whole. Codes are those of the forward pass: by the backward pass the layer may have others
+    (`torch.func.functional_call`), or none (offloading). They are no activations: they go through no hook for
+    saved tensors, and an offloaded layer's stay until the graph is let go.
     """
 
     @staticmethod

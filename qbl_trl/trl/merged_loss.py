@@ -61,9 +61,11 @@ def check_merged_loss(trainer: Trainer | None, measured: bool) -> None:
             "under FSDP and DeepSpeed"
         )
     metric = "" if trainer is None else trainer.args.metric_for_best_model or ""
-    if metric.endswith("merged_loss") and not measured:
+    named = metric.removeprefix("eval_")
+    parts = list(trainer.eval_dataset) if trainer is not None and isinstance(trainer.eval_dataset, dict) else []
+    if named in ("merged_loss", *(f"{part}_merged_loss" for part in parts)) and not measured:
         raise ConfigError(f"metric_for_best_model={metric!r} is measured with QBLoRACallback(eval_merged_loss=True)")
-    if metric.startswith("qbl/"):
+    if named.startswith("qbl/"):
         raise ConfigError(
             f"metric_for_best_model={metric!r} is logged while training, and an evaluation has no such figure; "
             '"merged_loss" is one, with QBLoRACallback(eval_merged_loss=True)'

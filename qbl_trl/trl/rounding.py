@@ -5,7 +5,7 @@
 Q rounds to the narrower type (float16, bfloat16, or int8 with one scale per row). Nothing of the layer is replaced: a
 forward hook adds (Q(D) - D) h, a constant for autograd, so that A and B get the gradient of the unrounded product
 (straight through) and x gets the one of what was computed. Q(D) - D is made anew after every optimizer step, and where
-training gives way to an evaluation, or comes back.
+training gives way to an evaluation, or comes back (but for compiled models).
 """
 
 from collections.abc import Iterator
@@ -90,12 +90,12 @@ class DeltaRounding:
             total += float(delta.square().sum())
         self.cost = (lost / total) ** 0.5 if total else 0.0
 
-    @torch.no_grad()
     def _round(self, name: str, layer: BalancedLinear) -> Tensor:
         """The present delta of a layer, whose change by rounding is what is added from now on."""
-        delta = layer.block_delta(self._trained[name][0])
-        delta = delta.full_tensor() if isinstance(delta, DTensor) else delta
-        self._change[name] = round_delta(delta, self.stored) - delta if self.rounding else torch.zeros_like(delta)
+        with torch.inference_mode(False), torch.no_grad():  # an evaluation's tensors may be met in training
+            delta = layer.block_delta(self._trained[name][0])
+            delta = delta.full_tensor() if isinstance(delta, DTensor) else delta
+            self._change[name] = round_delta(delta, self.stored) - delta if self.rounding else torch.zeros_like(delta)
         self._while_training[name] = layer.training
         return delta
 

@@ -1,5 +1,6 @@
 """The float weights that a packed model was made from, wherever a folder holds them."""
 
+import json
 import shutil
 
 import pytest
@@ -9,12 +10,13 @@ from transformers import AutoModelForCausalLM, DbrxConfig, DbrxForCausalLM, Mixt
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.adapter.initialize import initialize_from_error_
+from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.float_weights import FloatWeights
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.summary import summarize
 from tests.pictures import tiny
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_gpt2, tiny_llama
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
 DBRX = {"d_model": 64, "n_heads": 4, "n_layers": 1, "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4}}
@@ -69,6 +71,28 @@ def test_files_are_those_that_transformers_loads(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     name = "model.layers.0.self_attn.q_proj"
     assert torch.equal(FloatWeights(tmp_path, loaded).read(name), loaded.get_submodule(name).weight)
+
+
+@pytest.mark.parametrize("source", ["model", "folder"])
+def test_an_adapter_of_gpt2_starts_from_weights_that_lie_the_other_way_round(source, tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path)
+    adapted = get_peft_model(quantize_model_(tiny_gpt2(), GroupQuantConfig(bits=2)), QBLoRAConfig(r=4))
+    left = initialize_from_error_(adapted, tiny_gpt2() if source == "model" else tmp_path)
+    assert all(0 < share < 1 for share in left.values())
+
+
+@pytest.mark.parametrize("damage", ["no configuration", "quantized by another library"])
+def test_a_folder_of_which_no_float_model_can_be_made_is_of_another_model(damage, tmp_path):
+    made = dbrx()
+    made.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    if damage == "no configuration":
+        file.unlink()
+    else:
+        quantized = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+        file.write_text(json.dumps({**json.loads(file.read_text()), **quantized}))
+    with pytest.raises(CheckpointError, match="it is of another model"):
+        summarize(quantize_model_(made, GroupQuantConfig()), tmp_path)
 
 
 def test_another_model_has_no_such_weight(tmp_path):

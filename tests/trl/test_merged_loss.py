@@ -114,11 +114,21 @@ def test_the_merged_loss_can_choose_the_best_model(tmp_path):
     assert trainer.state.best_metric == min(history(trainer, "eval_merged_loss"))
 
 
-@pytest.mark.parametrize("metric", ["merged_loss", "eval_merged_loss", "eval_news_merged_loss", "qbl/adapter_norm"])
+@pytest.mark.parametrize("metric", ["merged_loss", "eval_merged_loss", "news_merged_loss", "eval_qbl/adapter_norm"])
 def test_a_best_model_by_a_figure_that_nobody_measures_is_refused_before_training(tmp_path, metric):
     best = {**EVALUATING, "save_strategy": "steps", "save_steps": 2, "metric_for_best_model": metric}
     with pytest.raises(ConfigError, match="eval_merged_loss=True"):
-        sft(tmp_path, QBLoRACallback(adapter()), eval_dataset=data.texts(4), load_best_model_at_end=True, **best)
+        sft(
+            tmp_path,
+            QBLoRACallback(adapter()),
+            eval_dataset={"news": data.texts(4)},
+            load_best_model_at_end=True,
+            **best,
+        )
+
+
+def test_a_metric_that_is_only_called_alike_is_no_matter(tmp_path):
+    sft(tmp_path, QBLoRACallback(adapter()), eval_dataset=data.texts(4), metric_for_best_model="unmerged_loss")
 
 
 def test_each_of_several_datasets_gets_its_own_merged_loss(tmp_path):
