@@ -92,6 +92,12 @@ def open_whole(source: str | os.PathLike[str], **options: Any) -> Any:
         if pooler and "add_pooling_layer" not in options and all("pooler." in name for name in missing):
             return open_whole(source, **options, add_pooling_layer=False)
         if "made_for" not in options and not any(name.startswith(inner) for name in missing):
+            logger.warning(
+                "%s holds no head of a %s (%s, ...): opened as the model inside",
+                source,
+                type(model).__name__,
+                missing[0],
+            )
             return open_whole(source, **options, made_for=transformers.AutoModel)
     if missing:
         raise CheckpointError(

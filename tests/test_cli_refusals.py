@@ -147,7 +147,7 @@ def test_what_a_folder_does_not_hold_is_said_with_what_it_holds(tmp_path, capsys
 
 
 @pytest.mark.parametrize("lacking", ["pooler", "head", "head and pooler"])
-def test_an_encoder_without_the_head_or_the_pooler_of_its_class_is_quantized_as_what_it_is(lacking, tmp_path):
+def test_an_encoder_without_the_head_or_the_pooler_of_its_class_is_quantized_as_what_it_is(lacking, tmp_path, caplog):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = BertModel(BertConfig(vocab_size=64, **sizes), add_pooling_layer="pooler" not in lacking).eval()
     model.save_pretrained(tmp_path / "float")
@@ -155,6 +155,7 @@ def test_an_encoder_without_the_head_or_the_pooler_of_its_class_is_quantized_as_
         file = tmp_path / "float" / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "architectures": ["BertForMaskedLM"]}))
     assert main(["quantize", str(tmp_path / "float"), str(tmp_path / "q"), "--bits", "8"]) == 0
+    assert ("holds no head of a BertForMaskedLM" in caplog.text) == ("head" in lacking)
     ids = torch.arange(8)[None]
     found = BertModel.from_pretrained(tmp_path / "q", add_pooling_layer="pooler" not in lacking).eval()
     with torch.no_grad():
