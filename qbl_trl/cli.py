@@ -15,7 +15,7 @@ from pathlib import Path
 
 import qbl_trl
 from qbl_trl.allowed import ALGORITHMS, ALLOWED_BITS, ALLOWED_GROUP_SIZES, SCALE_DTYPE_NAMES
-from qbl_trl.errors import FLAGS, SHOWN, ConfigError, QblError, said
+from qbl_trl.errors import FLAGS, SHOWN, ConfigError, QblError, first_line, said
 from qbl_trl.onnx import options
 
 _NEW = "a new or empty folder"
@@ -182,7 +182,7 @@ def _explained(error: Exception) -> str:
     """One of our messages as it is; another library's with its type, and how to see where it came from."""
     if isinstance(error, QblError | OSError):
         return said(error, _FLAGS)
-    first = next(iter(str(error).strip().splitlines()), "")
+    first = first_line(error)
     return f"{type(error).__name__}: {first[:_LONGEST]} ({SHOWN}=1 shows where)"
 
 

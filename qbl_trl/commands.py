@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qbl_trl.allowed import SCALE_DTYPE_NAMES
-from qbl_trl.errors import OTHERS_DEPLOYED, ConfigError
+from qbl_trl.errors import OTHERS_DEPLOYED, ConfigError, first_line
 from qbl_trl.folders import FULL, refuse_graph
 
 
@@ -126,7 +126,7 @@ def _fetched(name: str) -> Iterator[None]:
     except OSError as error:
         if Path(name).exists() or error.errno in FULL:
             raise
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        first = first_line(error) or type(error).__name__
         raise ConfigError(f"{name} is no folder here, and no model that could be fetched: {first}") from error
 
 

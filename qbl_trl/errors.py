@@ -65,6 +65,11 @@ def said(error: BaseException, flags: Mapping[str, str] = FLAGS) -> str:
     return text
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message; "" if it has none."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
 _READERS = (
     "datasets",
     "trl.scripts",
@@ -98,7 +103,7 @@ def one_line() -> Iterator[None]:
         asked = of_the_hub or isinstance(error, FileNotFoundError) or _raised_in(error).startswith(_READERS)
         if os.environ.get(SHOWN) or not asked:
             raise
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        first = first_line(error) or type(error).__name__
         if "bf16/gpu" in first:
             first += " On a CPU pass --use_cpu true --bf16 false --dtype float32."
         raise SystemExit(" ".join([first, *getattr(error, "__notes__", ()), f"({SHOWN}=1 shows where)"])) from None

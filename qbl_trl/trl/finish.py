@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qbl_trl.adapter.wrapped import is_decoder
-from qbl_trl.errors import ConfigError, ExportError, MergeError
+from qbl_trl.errors import ConfigError, ExportError, MergeError, first_line
 from qbl_trl.folders import new_folder
 from qbl_trl.merging import merge, unwrap
 from qbl_trl.model_files import check_generation, generation_settings, save_model
@@ -187,8 +187,7 @@ def _parity(model: nn.Module, merged: nn.Module, input_ids: Tensor | None) -> tu
         try:
             trained_logits = logits_of(trained)(input_ids, mask)
         except Exception as error:  # whatever its forward misses; the merged model is not to blame
-            first = next(iter(str(error).strip().splitlines()), "")
-            why = f"{type(error).__name__}: {first}"
+            why = f"{type(error).__name__}: {first_line(error)}"
             return None, f"a {type(trained).__name__} gives no logits for token ids alone ({why})"
         merged_logits = logits_of(merged)(input_ids, mask)
     return _difference(trained_logits, merged_logits, mask), ""
