@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
@@ -206,24 +207,5 @@ def run(args: argparse.Namespace) -> None:
     export_onnx = importlib.import_module("qbl_trl").export_onnx  # says what to install where packages are missing
     texts = importlib.import_module("qbl_trl.texts")
     calibration = args.calibration and texts.token_ids(args.tokenizer or args.model, texts.read_texts(args.calibration))
-    print(
-        export_onnx(
-            args.model,
-            args.output,
-            provider=args.provider,
-            dtype=args.dtype,
-            lowering=args.lowering,
-            attention=args.attention,
-            accuracy_level=args.accuracy_level,
-            prompt_accuracy_level=args.prompt_accuracy_level,
-            prompt_weights=args.prompt_weights,
-            embedding_bits=args.embedding_bits,
-            kv_cache_dtype=args.kv_cache_dtype,
-            calibration=calibration,
-            logits=args.logits,
-            max_length=args.max_length,
-            tokenizer=args.tokenizer,
-            tolerance=args.tolerance,
-            overwrite=args.overwrite,
-        )
-    )
+    settings = {name: getattr(args, name) for name in inspect.getfullargspec(inspect.unwrap(export_onnx)).kwonlyargs}
+    print(export_onnx(args.model, args.output, **{**settings, "calibration": calibration}))
