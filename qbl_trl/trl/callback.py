@@ -27,19 +27,8 @@ from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.merging import unwrap
 from qbl_trl.quant.head import input_table
-from qbl_trl.trl import checkpoints, finish, gather, run_record
-from qbl_trl.trl.inject import (
-    Unadapted,
-    check_head,
-    check_launch,
-    check_merges,
-    check_optimizer,
-    check_teacher,
-    check_trains,
-    find_trainer,
-    is_adapted,
-    place_,
-)
+from qbl_trl.trl import checkpoints, finish, gather, refusals, run_record
+from qbl_trl.trl.inject import Unadapted, find_trainer, is_adapted, place_
 from qbl_trl.trl.layers import active, active_layers
 from qbl_trl.trl.merged_loss import check_merged_loss, merged_loss
 from qbl_trl.trl.metrics import check_finite, measure, summarize, warn_of_untrained
@@ -145,9 +134,9 @@ class QBLoRACallback(TrainerCallback):
     ) -> None:
         trainer = find_trainer(model)
         self.check_outputs(args)
-        check_teacher(args)
+        refusals.check_teacher(args)
         if self.outputs.onnx is not None:
-            finish.check_decoder(model)
+            refusals.check_decoder(model)
         base = base_folder(model)
         self.outputs.check_apart(base)
         before = None if self.config is None or is_adapted(model) else Unadapted(model)
@@ -156,7 +145,7 @@ class QBLoRACallback(TrainerCallback):
                 model = place_(trainer, model, self.config)
             self._meet(trainer, model)
             if trainer is not None:
-                check_optimizer(trainer, model)
+                refusals.check_optimizer(trainer, model)
         except Exception:
             if before is not None:
                 before.restore_()
@@ -177,7 +166,7 @@ class QBLoRACallback(TrainerCallback):
         if state.global_step:
             check_resumed(find_trainer(model) or self._trainer, model)
         self._layers = active_layers(model)  # sharding may have replaced modules
-        check_trains(model)
+        refusals.check_trains(model)
         self._moved = False
         self._let_go()
         self._tokens = FirstTokens(unwrap(model))
@@ -325,12 +314,12 @@ class QBLoRACallback(TrainerCallback):
     def _check(self, trainer: Trainer | None, model: nn.Module, layers: dict[str, BalancedLinear]) -> None:
         options = {"merged_output_dir": self.outputs.merged, "save_merged": self.save_merged}
         wanted = [name for name, value in options.items() if value]
-        check_merges(layers, wanted + ["eval_merged_loss"] * self.eval_merged_loss)
-        finish.check_saves(model, wanted)
+        refusals.check_merges(layers, wanted + ["eval_merged_loss"] * self.eval_merged_loss)
+        refusals.check_saves(model, wanted)
         check_rounding(layers, self.outputs.stored_delta)
         if trainer is not None:
-            check_launch(trainer, layers, wanted)
-            check_head(trainer, trainer.model)
+            refusals.check_launch(trainer, layers, wanted)
+            refusals.check_head(trainer, trainer.model)
         check_merged_loss(trainer, self.eval_merged_loss)
 
     def _input_ids(self, model: nn.Module) -> torch.Tensor | None:

@@ -1,7 +1,6 @@
 """What happens once training is over: merge, verify on real tokens, write, export, say so."""
 
 import importlib
-import inspect
 import logging
 import math
 import time
@@ -12,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbl_trl.adapter.wrapped import is_decoder
-from qbl_trl.errors import ConfigError, ExportError, MergeError, first_line
+from qbl_trl.errors import MergeError, first_line
 from qbl_trl.folders import new_folder
 from qbl_trl.merging import merge, unwrap
-from qbl_trl.model_files import check_generation, generation_settings, save_model
+from qbl_trl.model_files import save_model
 from qbl_trl.parity import compare, logits_of, unpatched_forward
 from qbl_trl.quant.embedding import GroupQuantEmbedding
 from qbl_trl.quant.head import input_table
@@ -99,58 +97,6 @@ def write_merged(model: nn.Module, tokenizer: Any, folder: Path, overwrite: bool
             save_tokenizer(tokenizer, draft)
 
 
-def check_export(options: Mapping[str, Any]) -> None:
-    """Refuse options that `export_onnx` would refuse.
-
-    Raises:
-        ConfigError: naming the option, or the packages that an export needs.
-    """
-    try:
-        export_onnx = importlib.import_module("qbl_trl").export_onnx
-        call = inspect.signature(export_onnx).bind(None, None, **options)
-        call.apply_defaults()
-        importlib.import_module("qbl_trl.onnx.options").check_choices(**call.arguments)
-        if options.get("tokenizer") is not None:
-            importlib.import_module("qbl_trl.onnx.companions").check_tokenizer(options["tokenizer"])
-    except ImportError as error:
-        raise ConfigError(f"QBLoRACallback: onnx_output_dir: {error}") from error
-    except (TypeError, ExportError) as error:
-        raise ConfigError(f"QBLoRACallback: onnx_options: {error}") from error
-
-
-def check_saves(model: nn.Module, wanted: list[str]) -> None:
-    """Refuse outputs that are saved models of a model that cannot be saved.
-
-    Args:
-        wanted: the options that need one, as the user wrote them.
-
-    Raises:
-        ConfigError: if the model has no `save_pretrained`, or generation settings that are invalid.
-    """
-    inner = unwrap(model)
-    if wanted and not hasattr(inner, "save_pretrained"):
-        raise ConfigError(
-            f"QBLoRACallback: {' and '.join(wanted)}: a {type(inner).__name__} has no save_pretrained. Leave them "
-            "out, and merge after the training: qbl_trl.merge(model)"
-        )
-    if wanted:
-        check_generation(generation_settings(inner))
-
-
-def check_decoder(model: nn.Module) -> None:
-    """Refuse an export of a model that generates no text: a classifier, a reward model, an encoder.
-
-    Raises:
-        ConfigError: naming the model's class.
-    """
-    inner = unwrap(model)
-    if not is_decoder(inner):
-        raise ConfigError(
-            f"QBLoRACallback: onnx_output_dir exports decoders that generate text, a {type(inner).__name__} is none; "
-            "leave it out: merged_output_dir holds what was trained"
-        )
-
-
 def export(model_dir: Path, output_dir: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """Write the ONNX graph with the package's public `export_onnx`, looked up now: training never loads ONNX.
 
@@ -217,4 +163,4 @@ def _dtypes(model: nn.Module) -> set[torch.dtype]:
     return packed | given | {p.dtype for p in model.parameters() if p.requires_grad}
 
 
-__all__ = ["check_decoder", "check_export", "check_saves", "export", "merge_and_verify", "sizes", "write_merged"]
+__all__ = ["export", "merge_and_verify", "sizes", "write_merged"]

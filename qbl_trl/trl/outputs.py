@@ -13,7 +13,7 @@ from transformers import TrainerState, TrainingArguments
 from qbl_trl.errors import ConfigError
 from qbl_trl.folders import check_apart, check_free, folder_bytes
 from qbl_trl.progress import say
-from qbl_trl.trl import finish
+from qbl_trl.trl import finish, refusals
 from qbl_trl.trl.layers import active_layers
 from qbl_trl.trl.page import size
 from qbl_trl.trl.run_record import RunRecord
@@ -72,7 +72,7 @@ class Outputs:
             check_free(folder, self.overwrite)
             taken[name] = folder
         if self.onnx is not None:
-            finish.check_export(self.onnx_options)
+            refusals.check_export(self.onnx_options)
 
     def check_apart(self, base: Path | None) -> None:
         """Refuse to put a folder in the place of the base, which every checkpoint of the run needs.

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.trl import finish
+from qbl_trl.trl import finish, refusals
 from qbl_trl.trl.callback import REPORT, QBLoRACallback
 from qbl_trl.trl.checkpoints import NOTE, check_checkpoint, mark_whole, set_aside_parts
 from qbl_trl.trl.inject import place_
@@ -205,7 +205,7 @@ def test_seconds_per_step_are_those_of_the_steps_that_this_process_made(tmp_path
 
 def test_an_interrupted_export_leaves_the_adapter_and_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(finish, "export", interrupted)
-    monkeypatch.setattr(finish, "check_export", lambda options: None)
+    monkeypatch.setattr(refusals, "check_export", lambda options: None)
     callback = QBLoRACallback(adapter(), merged_output_dir=tmp_path / "m", onnx_output_dir=tmp_path / "x")
     with pytest.raises(KeyboardInterrupt):
         sft(tmp_path / "run", callback).train()
