@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -175,15 +176,13 @@ class QBLoRAConfig(LoraConfig):
                 setattr(self, name, 2)
         for name in ("in_factor", "out_factor", "r"):
             if name == "r" or getattr(self, name) is not None:
-                _whole_number(name, getattr(self, name))
-        for name in ("rank_pattern", "in_factor_pattern", "out_factor_pattern"):
-            for layer, value in getattr(self, name).items():
-                _whole_number(f"{name}[{layer!r}]", value)
-        for name, number in [("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()]:
-            if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
-                where = name if name == "lora_alpha" else f"alpha_pattern[{name!r}]"
-                raise ConfigError(f"QBLoRAConfig: {where}={number!r} must be a number")
-        if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
+                setattr(self, name, _whole_number(name, getattr(self, name)))
+        for name in ("lora_alpha", "lora_dropout"):
+            setattr(self, name, _number(name, getattr(self, name)))
+        for name in ("rank_pattern", "alpha_pattern", "in_factor_pattern", "out_factor_pattern"):
+            check = _number if name == "alpha_pattern" else _whole_number
+            setattr(self, name, {key: check(f"{name}[{key!r}]", given) for key, given in getattr(self, name).items()})
+        if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"QBLoRAConfig: lora_dropout={self.lora_dropout!r} must be at least 0 and less than 1")
         _one_of("QBLoRAConfig", "bias", self.bias, ("none", "all", "lora_only"))
         _one_of("QBLoRAConfig", "pooling", self.pooling, POOLINGS)
@@ -242,6 +241,9 @@ class GroupQuantConfig(QuantizationConfigMixin):
         zeros: how zero points are stored; set by the quantizer ("none", "packed", or a float dtype).
         in_factor, out_factor, delta_dtype: block of a merged adapter; set by `merge`.
         layers: formats of single layers that differ from the above, by full name; set by the quantizer and `merge`.
+        weights_dtype: "bfloat16" or "float16": weights are rounded to it before they are quantized, as loading the
+            model in it does; a base in float32 that is quantized so has the codes of that one. Not for "gptq". An
+            adapter records which type its base's weights had.
 
     Raises:
         ConfigError: on a value outside its range or an unknown field.
@@ -260,17 +262,25 @@ class GroupQuantConfig(QuantizationConfigMixin):
     out_factor: int | None = None
     delta_dtype: str = "float32"
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    weights_dtype: str | None = None
     quant_method: str = QUANT_METHOD
 
     def __post_init__(self) -> None:
         self.quant_method = QUANT_METHOD
+        self.noted_dtype: str | None = None  # no field: how precise the weights were that this very base was made of
         if self.zeros is None:
             self.zeros = "none" if self.symmetric else "packed"
         _one_of("GroupQuantConfig", "algorithm", self.algorithm, ALGORITHMS)
         _one_of("GroupQuantConfig", "scale_dtype", self.scale_dtype, tuple(SCALE_DTYPES))
+        _one_of("GroupQuantConfig", "weights_dtype", self.weights_dtype, (None, *SCALE_DTYPES))
         for name in ("symmetric", "quantize_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"GroupQuantConfig: {name}={getattr(self, name)!r} must be true or false")
+        if self.algorithm == "gptq" and self.weights_dtype is not None:
+            raise ConfigError(
+                'GroupQuantConfig: algorithm="gptq" rounds to what the model computes as it is loaded; load it in '
+                f"{self.weights_dtype} (dtype=) instead of setting weights_dtype"
+            )
         if self.algorithm == "hqq" and self.symmetric:
             raise ConfigError(
                 'GroupQuantConfig: algorithm="hqq" optimises the zero point, and symmetric codes have none; set '
@@ -320,10 +330,9 @@ class GroupQuantConfig(QuantizationConfigMixin):
         return getattr(self, key, default)
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds; the calibration data never do."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values.pop("calibration")
-        return values
+        """What config.json holds: no calibration data, and not what was done before codes were chosen."""
+        left_out = ("calibration", "weights_dtype")
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Everything: a checkpoint states its format in full."""
@@ -336,9 +345,17 @@ def holds_merged(recorded: dict[str, Any]) -> bool:
     return any(stored.get("in_factor") is not None for stored in formats)
 
 
-def _whole_number(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def _whole_number(name: str, value: Any) -> int:
+    """Of Python, as files take it, also where NumPy's was given."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"QBLoRAConfig: {name}={value!r} must be a whole number of at least 1")
+    return int(value)
+
+
+def _number(name: str, value: Any) -> int | float:
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ConfigError(f"QBLoRAConfig: {name}={value!r} must be a number")
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _regular_expression(name: str, value: Any) -> None:
@@ -348,9 +365,9 @@ def _regular_expression(name: str, value: Any) -> None:
         raise ConfigError(f"QBLoRAConfig: {name}: {value!r} is no name and no regular expression ({error})") from error
 
 
-def _one_of(owner: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def _one_of(owner: str, name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{owner}: {name}={value!r} is not known; allowed: {', '.join(allowed)}")
+        raise ConfigError(f"{owner}: {name}={value!r} is not known; allowed: {', '.join(map(str, allowed))}")
 
 
 __all__ = ["GroupQuantConfig", "QBLoRAConfig"]

@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import numpy as np
 import pytest
 from peft import LoraConfig, PeftConfig
 
@@ -107,3 +108,12 @@ def test_all_linear_is_read_as_peft_reads_it():
 def test_symmetric_codes_are_not_left_to_an_algorithm_that_chooses_zero_points():
     with pytest.raises(ConfigError, match=r'algorithm="hqq" optimises the zero point, .* set symmetric=False'):
         GroupQuantConfig(algorithm="hqq", symmetric=True)
+
+
+def test_numbers_of_numpy_become_those_that_a_file_takes(tmp_path):
+    settings = {"r": np.int64(8), "lora_alpha": np.float32(8), "lora_dropout": np.float32(0.5)}
+    config = QBLoRAConfig(**settings, rank_pattern={"q_proj": np.int32(3)}, alpha_pattern={"q_proj": np.float64(2)})
+    config.save_pretrained(tmp_path)
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert (again.r, again.lora_alpha, again.lora_dropout) == (8, 8.0, 0.5)
+    assert (again.rank_pattern, again.alpha_pattern) == ({"q_proj": 3}, {"q_proj": 2.0})

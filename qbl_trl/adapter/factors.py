@@ -3,12 +3,13 @@
 import re
 import warnings
 from collections import Counter
+from typing import Any
 
 from peft.utils.other import get_pattern_key
 
 from qbl_trl.adapter.balance import default_out_factor, fitting_factors
 from qbl_trl.adapter.bases import Base, quantize_hint
-from qbl_trl.config import QUANT_METHOD, QBLoRAConfig
+from qbl_trl.config import QUANT_METHOD, GroupQuantConfig, QBLoRAConfig, holds_merged
 from qbl_trl.errors import ConfigError
 
 
@@ -27,8 +28,15 @@ def choose_factors(base: Base, config: QBLoRAConfig, name: str) -> tuple[int, in
     unit = 1
     if config.quantization_aware:
         if base.group_size is None:
-            recorded = config.base_quantization if config.completed else None  # of the base at hand, not of a file's
-            grouped = (recorded or {}).get("quant_method") == QUANT_METHOD
+            recorded = config.base_quantization or {}
+            grouped = recorded.get("quant_method") == QUANT_METHOD
+            if grouped and not config.completed:  # of a saved adapter
+                alone = recorded.get("algorithm") == "gptq" or holds_merged(recorded)  # no call makes such a base again
+                call = f"Load the model with from_pretrained(..., quantization_config={_as_call(recorded)}), or load"
+                raise ConfigError(
+                    f"{name}: the adapter was trained over a base in affine quantization groups, and this layer is "
+                    f"{base.kind}. {'Load' if alone else call} the folder that this base was saved to"
+                )
             advice = (
                 "Leave this layer of it out of target_modules" if grouped else f"Load the model with {quantize_hint()}"
             )
@@ -49,6 +57,15 @@ def choose_factors(base: Base, config: QBLoRAConfig, name: str) -> tuple[int, in
             stacklevel=2,
         )
     return p, e
+
+
+def _as_call(recorded: dict[str, Any]) -> str:
+    """A recorded configuration as it is written in a script."""
+    plain = GroupQuantConfig(weights_dtype="float32")  # nothing to round to
+    asked = ("bits", "group_size", "symmetric", "algorithm", "scale_dtype", "quantize_embeddings", "weights_dtype")
+    told = {name: recorded[name] for name in (*asked, "modules_to_not_convert") if name in recorded}
+    shown = [f"{name}={value!r}" for name, value in told.items() if value != getattr(plain, name)]
+    return f"GroupQuantConfig({', '.join(shown)})"
 
 
 def record_factors_(config: QBLoRAConfig, chosen: dict[str, tuple[int, int]]) -> None:

@@ -7,7 +7,7 @@ are served: transformers 4.57 calls `create_quantized_param`, transformers 5 run
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ from qbl_trl.quant.apply import finish_, quantize_layer_
 from qbl_trl.quant.arriving import arrived, not_arrived, nothing_arrived, nothing_loaded_, widen_
 from qbl_trl.quant.checkpoint import Stored, check_tensors, read_headers
 from qbl_trl.quant.dequantizing import dequantize_model_
-from qbl_trl.quant.head import empty_embeddings_, tie_again_
+from qbl_trl.quant.head import empty_embeddings_, tie_again_, to_pack
 from qbl_trl.quant.intact import check_present, check_types
 from qbl_trl.quant.kept_dtypes import keep_stored_dtypes
 from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.placing import bytes_per_weight, counted_types, refuse_disk, room_for_codes
+from qbl_trl.quant.precision import Precision, as_precise
 from qbl_trl.quant.renaming import keep_packed_names_, layers_in_model, names_in_model, without_packed
 from qbl_trl.quant.requested import requested, warn_of_unknown
 from qbl_trl.quant.resizing import refuse_resizing
@@ -65,6 +66,7 @@ class GroupQuantizer(HfQuantizer):
     targets: Sequence[str] = ()
     failure: QblError | None = None
     loads_as: Any = None
+    precision: Precision
     _bar: Any = None
     _arriving: nn.Module | None = None
 
@@ -101,6 +103,7 @@ class GroupQuantizer(HfQuantizer):
         self._arriving = model
         if not self.pre_quantized:
             self.quantization_config, self.loads_as = requested(model, self.quantization_config), model.dtype
+            self.precision = Precision()
             stacked = self.choose_(model)
             keep_apart(model, stacked, ())  # the tensors of the files arrive stacked
             nothing_loaded_(model)
@@ -193,10 +196,26 @@ class GroupQuantizer(HfQuantizer):
         layers = separate_(model, name, weight, self.stacks[name]) if stacked else [name.rpartition(".")[0]]
         chosen = [layer for layer in layers if layer in self.chosen]
         for layer in chosen:
-            value = model.get_submodule(layer).weight.data if stacked else weight
-            quantize_layer_(model, layer, value, self.quantization_config)  # type: ignore[arg-type]
+            value: Any = model.get_submodule(layer).weight.data if stacked else weight
+            self.quantize_(model, layer, value)
         take_apart_(model, [layer for layer in layers if stacked and layer not in self.chosen])
         return len(chosen)
+
+    def quantize_(self, model: nn.Module, layer: str, weight: Tensor) -> None:
+        """Quantize one layer, and note how precise its weight was."""
+        weight = as_precise(weight, self.quantization_config)
+        self.precision.see(weight)
+        quantize_layer_(model, layer, weight, self.quantization_config)
+
+    def finish_(self, model: nn.Module, fresh: Collection[str] = ()) -> None:
+        """What is left once the layers are there, and a note of how precise all weights were: another base can tell."""
+        config = self.quantization_config
+        for table in to_pack(model, config) if config.quantize_embeddings else ():
+            if table is not None:
+                self.precision.see(as_precise(table.weight.detach(), config))
+        finish_(model, config, self.targets, fresh)
+        if config.algorithm != "gptq":  # nobody makes a calibrated one again
+            config.noted_dtype = self.precision.dtype
 
     def get_quantize_ops(self) -> Any:
         """The same as an operation of transformers 5's loading pipeline."""
@@ -221,7 +240,7 @@ class GroupQuantizer(HfQuantizer):
             widen_(model, self.loads_as)
             if self.quantization_config.algorithm == "gptq":
                 self.choose_(model)
-            finish_(model, self.quantization_config, self.targets, fresh)
+            self.finish_(model, fresh)
             model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]  # the model has a copy
         if not BEFORE_5:
             keep_packed_names_(model)
@@ -302,13 +321,14 @@ def quantize_model_(model: PreTrainedModel, config: GroupQuantConfig) -> PreTrai
         )
     quantizer = GroupQuantizer(config, pre_quantized=False)
     quantizer.quantization_config = config = requested(model, config)
+    quantizer.precision = Precision()
     quantizer.choose_(model)
     if config.algorithm != "gptq":
         with progress(len(quantizer.targets), "quantizing", "layer", delay=_SOON) as bar:
             for name in quantizer.targets:
-                quantize_layer_(model, name, model.get_submodule(name).weight.data, config)  # type: ignore[arg-type]
+                quantizer.quantize_(model, name, model.get_submodule(name).weight.data)  # type: ignore[arg-type]
                 bar.update()
-    finish_(model, config, quantizer.targets)
+    quantizer.finish_(model)
     attach_(model, quantizer)
     return model
 
