@@ -3,12 +3,14 @@
 import copy
 import logging
 import os
+from numbers import Real
 from typing import Any
 
 from qbl_trl.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+_NUMBERS = ("temperature", "top_k", "top_p", "repetition_penalty", "min_length")  # that an export tells GenAI
 _OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 
 
@@ -62,6 +64,12 @@ def check_generation(settings: Any) -> None:
     """
     if settings is not None and _error(settings) is not None:
         _without_sampling(settings)
+    for name in _NUMBERS:
+        if not isinstance(getattr(settings, name, None), Real | None):
+            raise ConfigError(
+                f"the model's generation settings hold {name}={getattr(settings, name)!r}, which is no number; set it "
+                "right (model.generation_config), or remove generation_config.json"
+            )
 
 
 def _without_sampling(settings: Any) -> Any:

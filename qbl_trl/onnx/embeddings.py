@@ -50,8 +50,17 @@ def _gather_groups(editor: Editor, node: ir.Node, source: EmbeddingSource, base:
     inputs = [flat, node.inputs[0], scales, zeros]
     found = editor.add(node, "GatherBlockQuantized", inputs, attributes, domain=MS_DOMAIN, name=name).outputs[0]
     found.type = node.outputs[0].type
-    if base.zeros is None or not base.zeros.floating:
-        return found
+    if base.zeros is not None and base.zeros.floating:
+        found = _add_fractions(editor, node, found, name, base)
+    if groups * base.group_size > source.embedding_dim:  # the last group is ragged
+        ends = [editor.constant([bound]) for bound in (0, source.embedding_dim, -1)]
+        found = editor.add(node, "Slice", [found, *ends], name=name, like=node.outputs[0]).outputs[0]
+    return found
+
+
+def _add_fractions(editor: Editor, node: ir.Node, found: ir.Value, name: str, base: GroupBase) -> ir.Value:
+    """What fractional zero points leave, looked up and added to each group."""
+    rows, groups = base.scales.shape
     shift = editor.weight(f"{name}.shift", (rows, groups), editor.dtype, lambda: zeros_left(base))
     looked_up = editor.add(node, "Gather", [shift, node.inputs[0]], {"axis": 0}, name=name, like=found).outputs[0]
     for_groups = editor.add(node, "Unsqueeze", [looked_up, editor.constant([-1])], name=name, like=found).outputs[0]

@@ -24,7 +24,8 @@ def traced_tokens(config: Any) -> int:
     """Tokens of a row: so many that, of experts chosen at random, every one is chosen (but once in a million)."""
     config = config.get_text_config()
     config = getattr(config, "ffn_config", config)  # DBRX
-    experts = max(getattr(config, name, None) or 1 for name in _COUNTS)
+    dense = getattr(config, "is_moe", None) is False  # Doge has a count all the same
+    experts = 1 if dense else max(getattr(config, name, None) or 1 for name in _COUNTS)
     chosen = max(getattr(config, name, None) or 1 for name in _CHOSEN)
     return _FEWEST if experts == 1 else _FEWEST + math.ceil(experts / chosen * (math.log(experts) + 14))
 

@@ -87,7 +87,7 @@ class LinearLowering:
         else:
             y, operator = self._dense(node, x, source, source.base), "MatMul"
         for branch in branches:
-            y = self._branch(node, x, y, name, branch, len(corrections))
+            y = self._branch(node, x, y, source, branch, len(corrections))
             corrections.append(delta if isinstance(branch, BlockDelta) else "low rank")
         if source.bias is not None and operator != "MatMulNBits":
             bias = editor.weight(f"{name}.bias", (source.out_features,), editor.dtype, give(source.bias))
@@ -163,7 +163,7 @@ class LinearLowering:
         p = source.in_features // layout.columns
         key = x, p, layout.copies
         if key not in self._appended:
-            pooled = self._pool(node, x, layout.columns, p)
+            pooled = self._pool(node, x, layout.columns, p, source.in_features)
             joined = self.editor.add(node, "Concat", [x] + [pooled] * layout.copies, {"axis": -1}, like=x)
             self._appended[key] = joined.outputs[0]
         width = source.in_features + layout.width
@@ -197,11 +197,13 @@ class LinearLowering:
         )
         return made.outputs[0]
 
-    def _branch(self, node: ir.Node, x: ir.Value, y: ir.Value, name: str, branch: Branch, index: int) -> ir.Value:
-        editor = self.editor
+    def _branch(
+        self, node: ir.Node, x: ir.Value, y: ir.Value, source: LinearSource, branch: Branch, index: int
+    ) -> ir.Value:
+        editor, name = self.editor, source.name
         columns = branch.delta.shape[1] if isinstance(branch, BlockDelta) else branch.down.shape[1]
         label = name if index == 0 else f"{name}.{index}"
-        hidden = self._pool(node, x, columns, branch.in_factor)
+        hidden = self._pool(node, x, columns, branch.in_factor, source.in_features)
         if isinstance(branch, BlockDelta):
             up, gain, kind = branch.delta, 1.0, "delta"
         else:
@@ -227,16 +229,34 @@ class LinearLowering:
         target = editor.constant([columns, rows * e])
         return editor.add(node, "Reshape", [spread.outputs[0], target], name=weight.name, like=weight).outputs[0]
 
-    def _pool(self, node: ir.Node, x: ir.Value, columns: int, p: int) -> ir.Value:
-        """sum_p(x), (..., columns), once per input however many layers read it. x may hold no row (an expert's)."""
+    def _pool(self, node: ir.Node, x: ir.Value, columns: int, p: int, width: int) -> ir.Value:
+        """sum_p(x), (..., columns), once per input however many layers read it. x may hold no row (an expert's).
+
+        Args:
+            width: of x; the last sum may be of fewer inputs (zero points of a ragged last group).
+        """
         if p == 1:
             return x
         if (x, p) not in self._pooled:
-            editor = self.editor
-            shape = node.outputs[0].shape
-            rank = 3 if shape is None else len(shape)
-            target = editor.constant([0] * (rank - 1) + [columns, p])
-            split = editor.add(node, "Reshape", [x, target], like=x).outputs[0]
-            axes, keep = editor.constant([-1]), {"keepdims": 0}
-            self._pooled[x, p] = editor.add(node, "ReduceSum", [split, axes], keep, like=x).outputs[0]
+            editor, whole = self.editor, width // p
+            sums = []
+            if whole:
+                shape = node.outputs[0].shape
+                rank = 3 if shape is None else len(shape)
+                target = editor.constant([0] * (rank - 1) + [whole, p])
+                body = x if whole == columns else self._columns(node, x, 0, whole * p)
+                split = editor.add(node, "Reshape", [body, target], like=x).outputs[0]
+                sums.append(self._sum(node, split, keepdims=0))
+            if whole < columns:
+                sums.append(self._sum(node, self._columns(node, x, whole * p, width), keepdims=1))
+            joined = editor.add(node, "Concat", sums, {"axis": -1}, like=x).outputs[0] if len(sums) > 1 else sums[0]
+            self._pooled[x, p] = joined
         return self._pooled[x, p]
+
+    def _sum(self, node: ir.Node, x: ir.Value, keepdims: int) -> ir.Value:
+        axes = self.editor.constant([-1])
+        return self.editor.add(node, "ReduceSum", [x, axes], {"keepdims": keepdims}, like=x).outputs[0]
+
+    def _columns(self, node: ir.Node, x: ir.Value, start: int, stop: int) -> ir.Value:
+        bounds = [self.editor.constant([bound]) for bound in (start, stop, -1)]
+        return self.editor.add(node, "Slice", [x, *bounds], like=x).outputs[0]

@@ -30,6 +30,7 @@ from qbl_trl.quant.importers.modules import LAYER_KINDS, take_over
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.targets import read_elsewhere
+from qbl_trl.random_state import same_random_state
 
 Taken = dict[nn.Module, GroupQuantLinear]  # layers of other libraries -> the same as ours
 
@@ -82,7 +83,7 @@ def is_plain(layer: nn.Linear) -> bool:
         return False
     x = torch.randn(2, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.weight)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), same_random_state():  # a router in training mode may draw some
             y = layer(x)
             expected = nn.functional.linear(x, layer.weight, layer.bias)
     except (RuntimeError, TypeError):

@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from qbl_trl.errors import ExportError
 from qbl_trl.generation import cache_argument, cache_of
 from qbl_trl.onnx.layer_caches import RECURRENT, LayerCaches, filled, held, named_tensors
+from qbl_trl.onnx.threads import replaced_here
 
 NAME = "torch"
 BATCH = 2
@@ -82,7 +83,7 @@ def write_graph(model: PreTrainedModel, path: Path, dtype: torch.dtype, caches: 
     if "position_ids" in inspect.signature(model.forward).parameters:
         example["position_ids"] = torch.arange(_PAST, _PAST + tokens).expand(BATCH, tokens)
         axes["position_ids"] = {0: _BATCH, 1: _TOKENS}
-    with torch.no_grad():
+    with torch.no_grad(), replaced_here([(Tensor, "repeat_interleave", _repeat_interleave)]):
         torch.onnx.export(
             _Step(model, list(example), caches),
             tuple(example.values()),
@@ -93,6 +94,19 @@ def write_graph(model: PreTrainedModel, path: Path, dtype: torch.dtype, caches: 
             opset_version=OPSET,
             dynamo=False,
         )
+
+
+_repeat_any = Tensor.repeat_interleave
+
+
+def _repeat_interleave(x: Tensor, repeats: Any, dim: int | None = None, **size: Any) -> Tensor:
+    """Neighbours along an axis, as rotations of interleaved pairs have them: the tracer loses the rank of torch's."""
+    if not isinstance(repeats, int) or dim is None:
+        return _repeat_any(x, repeats, dim, **size)
+    axis = dim % x.dim()
+    apart = x.unsqueeze(axis + 1)
+    sizes = [repeats if place == axis + 1 else -1 for place in range(apart.dim())]
+    return apart.expand(sizes).flatten(axis, axis + 1)
 
 
 class _Step(nn.Module):

@@ -106,8 +106,14 @@ def _check_states(model: PreTrainedModel, caches: LayerCaches, calls: Calls) -> 
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Raise ExportError if this architecture cannot be traced, as far as its forward tells."""
+    """Raise ExportError if this architecture cannot be traced, as far as its forward tells, or its adapters cannot."""
     _tracer.check_supported(model)
+    stacked = next((name for name, part in model.named_modules() if type(part).__name__ == "ParamWrapper"), None)
+    if stacked is not None:
+        raise ExportError(
+            f"{stacked}: PEFT put a LoRA on a tensor that stacks experts (target_parameters), which no trace follows; "
+            "export what merge_and_unload() gives"
+        )
 
 
 def _count_booleans(model: ir.Model) -> None:

@@ -128,6 +128,8 @@ def _shards(folder: Path, named: Mapping[str, str]) -> list[Path]:
 
 
 def _read_header(file: Path) -> dict[str, Stored]:
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing although the index beside it names it; copy the whole folder")
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)

@@ -112,3 +112,10 @@ def test_a_branch_on_the_length_of_a_text_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
     export_onnx(model, tmp_path / "out", max_length=60)
     assert difference(model, tmp_path / "out", 60) < 5e-6
+
+
+def test_a_count_of_experts_that_a_dense_model_has_none_of_is_not_traced(tmp_path):
+    torch.manual_seed(0)
+    model = DogeForCausalLM(DogeConfig(**{**GATED, "num_hidden_layers": 1})).eval()
+    export_onnx(model, tmp_path / "out")
+    assert difference(model, tmp_path / "out", 9) < 5e-6
