@@ -4,6 +4,7 @@ A tied pair is one table: the head is a view of the embedding's tensors and adds
 modules_to_not_convert names stays in float, and with it the other, if the two are tied.
 """
 
+import re
 from collections.abc import Container
 from typing import Any
 
@@ -18,7 +19,10 @@ from qbl_trl.quant.embedding import GroupQuantEmbedding
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import empty_model, replace, same_module_name
 from qbl_trl.quant.packed import BESIDE_CODES
+from qbl_trl.quant.precision import as_precise
 from qbl_trl.quant.targets import is_named
+
+_WRAPPERS = re.compile(r"(modules_to_save\.[^.]+|base_layer)\.")  # of modules that train, in their names
 
 
 def quantize_embeddings_(model: nn.Module, config: GroupQuantConfig, hessian: Tensor | None = None) -> None:
@@ -31,7 +35,7 @@ def quantize_embeddings_(model: nn.Module, config: GroupQuantConfig, hessian: Te
         ConfigError: as `check_embeddings`.
     """
     check_embeddings(model, config)
-    table, head = _to_pack(model, config)
+    table, head = to_pack(model, config)
     tied = table is not None and head is not None and head.weight is table.weight
     packed = None if table is None else packed_table(table, config, hessian=hessian if tied else None)
     if table is not None and packed is not None:
@@ -45,7 +49,7 @@ def check_embeddings(model: nn.Module, config: GroupQuantConfig) -> None:
 
     An encoder and a decoder that do would go on reading it in float.
     """
-    table, _ = _to_pack(model, config)
+    table, _ = to_pack(model, config)
     if table is None:
         return
     own, tied = f"{same_module_name(model, table)}.weight", getattr(model, "all_tied_weights_keys", None) or {}
@@ -103,7 +107,7 @@ def empty_embeddings_(model: nn.Module, config: GroupQuantConfig, packed: Contai
     Args:
         packed: names of the layers that the files hold packed, whatever the configuration says.
     """
-    table, head = _to_pack(model, config, packed)
+    table, head = to_pack(model, config, packed)
     empty = None
     if table is not None:
         name = same_module_name(model, table)
@@ -144,10 +148,14 @@ def set_apart_(model: nn.Module, layer: nn.Module) -> nn.Module | None:
     """Before a tied head alone is changed: give it tensors of its own. Any other layer stays as it is.
 
     Returns:
-        The embedding, if the layer shared its tensors; `put_together_` undoes it.
+        The embedding, or the layer of a model of torch alone, that shared its tensors; `put_together_` undoes it.
     """
+    shared = layer._parameters.get("weight")
     table = input_table(model)
-    if table is None or layer is table or getattr(layer, "weight", None) is not table.weight:
+    if table is None:
+        holders = [m for m in model.modules() if m is not layer and m._parameters.get("weight") is shared]
+        table = holders[0] if holders else None
+    if shared is None or table is None or layer is table or shared is not table.weight:
         return None
     if isinstance(layer, GroupQuantLinear):
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
@@ -173,7 +181,7 @@ def untie_changed_head_(model: nn.Module) -> None:
     Trained with `modules_to_save`, or adapted itself, either of the pair may have moved away from the other.
 
     Raises:
-        MergeError: if the configuration's tie means more than this pair (an encoder's embedding, a bias).
+        MergeError: as `check_parting`.
     """
     table, head = input_table(model), _pair(model)[1]
     if table is None or head is None or not _is_tied(model) or type(head.weight) is not type(table.weight):
@@ -181,20 +189,35 @@ def untie_changed_head_(model: nn.Module) -> None:
     pair: tuple[Any, Any] = head.weight, table.weight
     if (pair[0] is pair[1] or torch.equal(*pair)) and getattr(head, "delta", None) is getattr(table, "delta", None):
         return
-    if not _class_ties(model):
+    if not check_parting(model):
         return
-    own = f"{same_module_name(model, head)}.weight"
-    tied = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ()
-    others = [key for key in tied if not own.endswith(key)]
-    if others or getattr(model.config, "is_encoder_decoder", False):
-        raise MergeError(
-            f"{own} was trained apart from the embedding it is tied to, and a {type(model).__name__} ties more than "
-            "these two: no configuration of it says so. Train without the head and the embedding"
-        )
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():  # type: ignore[operator, union-attr]
         config.tie_word_embeddings = False  # type: ignore[union-attr]
     if hasattr(model, "all_tied_weights_keys"):  # transformers 5 worked it out when the model was made
         vars(model)["all_tied_weights_keys"] = {}  # the head's was the only one
+
+
+def check_parting(model: nn.Module) -> bool:
+    """Whether the configuration ties embedding and head; if so, they are one table no more once one of them trains.
+
+    Raises:
+        MergeError: if the configuration's tie means more than this pair (an encoder's embedding, a bias).
+    """
+    if not _is_tied(model):
+        return False
+    own = _WRAPPERS.sub("", f"{same_module_name(model, _pair(model)[1])}.weight")
+    found = getattr(model, "all_tied_weights_keys", None)
+    if found is not None and own not in found:  # transformers 5 found two tables in the files, and left them so
+        return False
+    if not _class_ties(model):
+        return False
+    tied = found or getattr(model, "_tied_weights_keys", None) or ()
+    if any(not own.endswith(key) for key in tied) or getattr(model.config, "is_encoder_decoder", False):
+        raise MergeError(
+            f"{own} trains apart from the embedding it is tied to, and a {type(model).__name__} ties more than "
+            "these two: no configuration of it says so. Train without the head and the embedding"
+        )
+    return True
 
 
 def _class_ties(model: nn.Module) -> bool:
@@ -216,10 +239,11 @@ def input_table(model: nn.Module) -> nn.Module | None:
 
 
 def _is_tied(model: nn.Module) -> bool:
-    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))  # type: ignore[operator, union-attr]
+    config: Any = getattr(model, "config", None)  # of torch alone, none
+    return bool(config and getattr(config.get_text_config(), "tie_word_embeddings", False))
 
 
-def _to_pack(
+def to_pack(
     model: nn.Module, config: GroupQuantConfig, packed: Container[str] = ()
 ) -> tuple[nn.Embedding | None, nn.Linear | None]:
     """The embedding and the head; None for what there is not, and for what stays in float."""
@@ -255,7 +279,7 @@ def _affine(weight: Tensor, config: GroupQuantConfig, hessian: Tensor | None = N
     # A calibrated algorithm has no inputs to calibrate a table on, but for those of a head.
     algorithm = "gptq" if hessian is not None else "rtn" if config.algorithm == "gptq" else config.algorithm
     return quantize(
-        weight.detach(),
+        as_precise(weight.detach(), config),
         bits=config.bits,
         group_size=config.group_size,
         symmetric=config.symmetric,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbl_trl.errors import MergeError, first_line
+from qbl_trl.errors import MergeError, QblError, first_line
 from qbl_trl.folders import new_folder
 from qbl_trl.merging import merge, unwrap
 from qbl_trl.model_files import save_model
@@ -22,6 +22,7 @@ from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.targets import is_mixture
 from qbl_trl.tokenizers import save_tokenizer
 from qbl_trl.trl.layers import active_layers
+from qbl_trl.trl.refusals import inseparable_head
 from qbl_trl.trl.rounding import round_deltas_, rounded
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,9 @@ def merge_and_verify(
             "in_factor is no multiple of its group. The adapter deploys beside its base, exactly: export_onnx(adapter)"
         )
         return None, {"exact": False, "reason": reason}
+    apart = inseparable_head(unwrap(model))
+    if apart is not None:
+        return None, {"exact": False, "reason": apart}
     start = time.perf_counter()
     merged = merge(model)
     round_deltas_(merged, stored)
@@ -127,14 +131,14 @@ def _parity(model: nn.Module, merged: nn.Module, input_ids: Tensor | None) -> tu
     """The comparison, or None and why the trained model gave no logits for these ids."""
     trained = unwrap(model)
     if input_ids is None:
-        return None, f"a {type(trained).__name__} reads no token ids"
+        return None, f"a {type(trained).__name__} gives no logits for token ids"
     mask = torch.ones_like(input_ids)
     with unpatched_forward(trained):
         try:
             trained_logits = logits_of(trained)(input_ids, mask)
         except Exception as error:  # whatever its forward misses; the merged model is not to blame
-            why = f"{type(error).__name__}: {first_line(error)}"
-            return None, f"a {type(trained).__name__} gives no logits for token ids alone ({why})"
+            why = "" if isinstance(error, QblError) else f" ({type(error).__name__}: {first_line(error)})"
+            return None, f"a {type(trained).__name__} gives no logits for token ids alone{why}"
         merged_logits = logits_of(merged)(input_ids, mask)
     return _difference(trained_logits, merged_logits, mask), ""
 

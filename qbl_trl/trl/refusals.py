@@ -11,8 +11,9 @@ from transformers import Trainer, TrainingArguments
 
 from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.adapter.wrapped import is_decoder, unwrap
-from qbl_trl.errors import ConfigError, ExportError
+from qbl_trl.errors import ConfigError, ExportError, MergeError
 from qbl_trl.model_files import check_generation, generation_settings
+from qbl_trl.quant.head import check_parting, input_table
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.trl.layers import active, base_of
 
@@ -175,6 +176,25 @@ def check_saves(model: nn.Module, wanted: list[str]) -> None:
         )
     if wanted:
         check_generation(generation_settings(inner))
+        reason = inseparable_head(inner)
+        if reason is not None:
+            raise ConfigError(f"QBLoRACallback: {' and '.join(wanted)}: {reason}")
+
+
+def inseparable_head(model: nn.Module) -> str | None:
+    """Why a model is not saved merged that ties head and embedding, of which one trains; None if it is."""
+    table: Any = input_table(model)
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    if table is None or not hasattr(head, "weight"):
+        return None
+    adapted = isinstance(head, BalancedLinear) and bool(active(head))
+    if not adapted and (head.weight is table.weight or type(head.weight) is not nn.Parameter):
+        return None
+    try:
+        check_parting(model)
+    except MergeError as error:
+        return str(error)
+    return None
 
 
 def check_decoder(model: nn.Module) -> None:

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 import transformers
-from peft import get_peft_model
+from peft import get_peft_model, prepare_model_for_kbit_training
+from torch import nn
 from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -20,7 +21,7 @@ from transformers import (
 
 from qbl_trl import GroupQuantConfig, merge
 from qbl_trl.adapter.layer import adapter_layers
-from qbl_trl.errors import MergeError
+from qbl_trl.errors import ConfigError, MergeError
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.trl import finish
@@ -189,3 +190,64 @@ def test_a_merge_that_disagrees_names_where_the_adapter_is(tmp_path, monkeypatch
     with pytest.raises(MergeError) as caught:
         sft(tmp_path, QBLoRACallback(adapter())).train()
     assert caught.value.__notes__ == [f"(adapter saved in {tmp_path})"]
+
+
+def tiny_t5(tied):
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4, "vocab_size": 32}
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, tie_word_embeddings=tied))
+    if not tied:
+        model.lm_head.weight = nn.Parameter(torch.randn(32, 64) / 8)
+    return model
+
+
+def test_an_encoder_decoder_with_a_head_of_its_own_merges_and_opens_again(tmp_path):
+    tiny_t5(tied=False).save_pretrained(tmp_path / "base")
+    settings = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps({**settings, "tie_word_embeddings": False}))
+    base = T5ForConditionalGeneration.from_pretrained(tmp_path / "base", quantization_config=GroupQuantConfig())
+    model = get_peft_model(base, adapter(task_type="SEQ_2_SEQ_LM", init_lora_weights=False)).eval()
+    merge(model).save_pretrained(tmp_path / "merged")
+    again = T5ForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
+    read = {"input_ids": tokens(vocabulary=32), "decoder_input_ids": tokens(2, 4, vocabulary=32)}
+    with torch.no_grad():
+        torch.testing.assert_close(again(**read).logits, model(**read).logits, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("trained", ["lm_head", "shared"])
+def test_a_head_that_cannot_come_apart_is_said_before_the_first_step(tmp_path, trained):
+    def trainer(callback):
+        arguments = Seq2SeqTrainingArguments(**settings(tmp_path / "run", max_steps=1))
+        base = quantize_model_(tiny_t5(tied=True), GroupQuantConfig())
+        return Seq2SeqTrainer(base, arguments, train_dataset=rows, callbacks=[callback])
+
+    rows = [{"input_ids": [3, 4, 5], "labels": [6, 7]}] * 4
+    config = adapter(task_type="SEQ_2_SEQ_LM", modules_to_save=[trained])
+    with pytest.raises(ConfigError, match=r"merged_output_dir: lm_head.weight trains apart from the embedding"):
+        trainer(QBLoRACallback(config, merged_output_dir=tmp_path / "merged"))
+    callback = QBLoRACallback(config)
+    trainer(callback).train()
+    assert callback.record.merge["exact"] is False
+    assert "ties more than these two" in callback.record.merge["reason"]
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_base_that_peft_has_prepared_as_one_of_bitsandbytes_trains(tmp_path, watched):
+    base = prepare_model_for_kbit_training(quantize_model_(tiny_llama(), GroupQuantConfig()))
+    model = get_peft_model(base, adapter())
+    trainer = sft(tmp_path, QBLoRACallback() if watched else None, model, gradient_checkpointing=True)
+    trainer.train()
+    assert all(layer.lora_B["default"].weight.abs().max() > 0 for layer in adapter_layers(trainer.model).values())
+
+
+def test_a_head_whose_adapter_is_not_active_keeps_its_place(tmp_path):
+    settings = {"task_type": "SEQ_2_SEQ_LM", "init_lora_weights": False}
+    model = get_peft_model(
+        quantize_model_(tiny_t5(tied=True), GroupQuantConfig()),
+        adapter(target_modules=["lm_head"], quantization_aware=False, out_factor=1, **settings),
+    )
+    model.add_adapter("other", adapter(target_modules=["q"], **settings))
+    model.set_adapter("other")
+    merged, entry = finish.merge_and_verify(model, None)
+    assert merged is not None
+    assert entry["exact"] is True
