@@ -16,6 +16,7 @@ from qbl_trl.config import QUANT_METHOD, GroupQuantConfig, QBLoRAConfig, holds_m
 from qbl_trl.errors import CheckpointError, ConfigError, QblError
 from qbl_trl.module_names import name_here
 from qbl_trl.older_names import restore_settings_
+from qbl_trl.random_state import same_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +203,8 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
         if tokens > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(tokens)
     try:
-        model = PeftModel.from_pretrained(model, str(path))
+        with same_random_state():  # PEFT draws the factors that it then reads
+            model = PeftModel.from_pretrained(model, str(path))
     except RuntimeError as error:  # torch's list of tensors that do not fit
         listed = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         if not listed:

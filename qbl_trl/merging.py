@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from qbl_trl.adapter.bases import describe, float_weight, foreign_kind
 from qbl_trl.adapter.checkpointing import stop_checkpointing_
 from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
+from qbl_trl.adapter.others import holds_adapters
 from qbl_trl.adapter.recorded import quantization
 from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.arithmetic import plain_arithmetic, plain_defaults
@@ -40,6 +41,7 @@ _LAYER_TOLERANCE = 1e-5
 _PROBE_ROWS = 4
 
 
+@torch.inference_mode(False)  # what is made here may be trained on
 @plain_defaults()
 def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
     """Merge the active balanced adapters and return a plain model; the given model is not changed.
@@ -75,8 +77,10 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
         )
     source = unwrap(peft_model)
     layers = adapter_layers(source)
-    ours = (BalancedLinear, TrainableTokensLayer)  # the second belongs to trainable_token_indices
-    if any(isinstance(module, BaseTunerLayer) and not isinstance(module, ours) for module in source.modules()):
+    others = [
+        module for module in source.modules() if not isinstance(module, TrainableTokensLayer)
+    ]  # with our adapters
+    if any(holds_adapters(module) for module in others):
         raise MergeError(
             "merge: the model also holds adapters of other PEFT methods; merge it with PEFT's merge_and_unload, or "
             "delete them"
@@ -102,6 +106,11 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
         for error in [_merge_layer_(merged, name, module, settings, lossy)]
         if error is not None
     ]
+    for name, module in list(merged.named_modules()):
+        if isinstance(module, BaseTunerLayer) and not isinstance(
+            module, TrainableTokensLayer
+        ):  # emptied, of another method
+            replace(merged, name, module.get_base_layer())  # type: ignore[no-untyped-call]
     _give_rows_of_their_own_(merged)
     for name, module in list(merged.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper):

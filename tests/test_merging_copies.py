@@ -121,3 +121,30 @@ def test_a_model_in_data_parallel_is_seen_through():
     model = get_peft_model(tiny_llama(), QBLoRAConfig(r=2, init_lora_weights=False)).eval()
     merged = merge(nn.DataParallel(model))
     torch.testing.assert_close(logits(merged, IDS), logits(model, IDS), rtol=0, atol=1e-5)  # float32 rounding
+
+
+def test_what_is_merged_in_inference_mode_trains_on():
+    settings = {"r": 1, "quantization_aware": True}
+    model = get_peft_model(quantize_model_(tiny_llama(), GroupQuantConfig()), QBLoRAConfig(**settings))
+    with torch.inference_mode():
+        merged = merge(model)
+    again = get_peft_model(merged, QBLoRAConfig(**settings)).train()
+    again(input_ids=tokens(), labels=tokens()).loss.backward()
+
+
+def test_a_tied_head_of_a_model_of_torch_alone_leaves_its_embedding_as_it_is():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(20, 16), nn.Linear(16, 20, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.head(self.table(ids))
+
+    torch.manual_seed(0)
+    model = get_peft_model(Tied(), QBLoRAConfig(r=2, target_modules=["head"], init_lora_weights=False)).eval()
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(merge(model)(ids), model(ids), rtol=1e-4, atol=1e-5)
+    expected = model(ids)
+    torch.testing.assert_close(model.merge_and_unload()(ids), expected, rtol=1e-4, atol=1e-5)

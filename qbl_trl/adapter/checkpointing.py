@@ -4,14 +4,20 @@ Re-entrant checkpointing needs inputs with a gradient. PEFT asks float models fo
 `prepare_model_for_kbit_training`, which does not know this format, and which such a base does not need.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qbl_trl.adapter.recorded import quantization
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.generation import BEFORE_5
+from qbl_trl.quant.head import input_table
+
+_HOOK = "make_inputs_require_grads"  # what transformers calls its own, on the embedding
 
 
 def is_checkpointing(model: nn.Module) -> bool:
@@ -32,8 +38,11 @@ def _named(model: nn.Module, name: str) -> str:
 
 
 def let_inputs_require_grad(model: nn.Module) -> None:
-    """Give the inputs of a model in groups a gradient; any other model is left to PEFT."""
-    if isinstance(quantization(model), GroupQuantConfig) and hasattr(model, "enable_input_require_grads"):
+    """Give the inputs of a model in groups a gradient, unless they have one; any other model is left to PEFT."""
+    if not hasattr(model, "enable_input_require_grads") or not isinstance(quantization(model), GroupQuantConfig):
+        return
+    hooks = getattr(input_table(model), "_forward_hooks", {}).values()
+    if not any(getattr(hook, "__name__", "") == _HOOK for hook in hooks):
         model.enable_input_require_grads()  # type: ignore[operator]
         let_towers_require_grad(model)
 
@@ -56,7 +65,8 @@ def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
 
 
 def register() -> None:
-    """Have `PeftModel.prepare_model_for_gradient_checkpointing` prepare such models as well (once)."""
+    """Have such models prepared as well (once): by PEFT, where they are checkpointing by then, and by transformers,
+    where a trainer turns it on later."""
     cls: Any = PeftModel
     prepare = cls._prepare_model_for_gradient_checkpointing
 
@@ -65,3 +75,15 @@ def register() -> None:
         return prepare(self, model)
 
     cls._prepare_model_for_gradient_checkpointing = prepare_model
+    for name in ("gradient_checkpointing_enable", "activation_checkpointing_enable"):
+        if name in vars(PreTrainedModel):
+            setattr(PreTrainedModel, name, _preparing(getattr(PreTrainedModel, name)))
+
+
+def _preparing(enable: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(enable)
+    def enable_checkpointing(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        enable(model, *args, **kwargs)
+        let_inputs_require_grad(model)
+
+    return enable_checkpointing

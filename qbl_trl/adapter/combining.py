@@ -5,9 +5,10 @@ change is done with the block matrix, which is smaller by in_factor * out_factor
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
@@ -22,17 +23,46 @@ _SUMMED = ("linear", "ties", "dare_ties", "dare_linear", "magnitude_prune")
 class CombiningModel(LoraModel):
     """The part of QBLoRAModel that combines adapters."""
 
-    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+    _summed: Sequence[str] = ()  # the parts of the sum that is being placed
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """PEFT's. The sum has a scale of one, as its matrices take for granted: by rsLoRA it would be sqrt(r)."""
         first = self.peft_config.get(adapters[0]) if adapters else None
-        if first is None:
-            return super().add_weighted_adapter(adapters, *args, **kwargs)
+        if first is None or adapter_name in self.peft_config:
+            super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+            return
         own = {name: getattr(first, name) for name in ("use_rslora", "in_factor_pattern", "out_factor_pattern")}
         first.use_rslora = False  # it is copied
+        self._summed = adapters
         try:
-            return super().add_weighted_adapter(adapters, *args, **kwargs)
+            super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
         finally:
             vars(first).update(own)
+            self._summed = ()
+        self._record_ranks_(adapter_name)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's; the matrices of a sum are as wide as those of its parts, not as the model under them."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        parts = [layer.lora_A for layer in model.modules() if isinstance(layer, BalancedLinear)]
+        if any(part[name].weight.dtype == torch.float32 for part in parts for name in self._summed if name in part):
+            self._cast_adapter_dtype(adapter_name)
+
+    def _record_ranks_(self, adapter_name: str) -> None:
+        """Say what rank each layer of a sum has, where matrices of other ranks (`rank_pattern`) were summed."""
+        config, ranks = self.peft_config[adapter_name], {}
+        for layer_name, layer in self.model.named_modules():
+            if isinstance(layer, BalancedLinear) and adapter_name in layer.lora_A:
+                held = layer.lora_A[adapter_name].weight.shape[0]
+                if held != layer.rank[adapter_name]:
+                    r = next(r for name, r in layer.r.items() if name != adapter_name and layer.rank[name] == held)
+                    layer.rank[adapter_name], layer.r[adapter_name] = held, r
+                    layer.lora_alpha[adapter_name] = r
+                    layer.set_scale(adapter_name, 1.0)
+                    ranks[f"^{re.escape(layer_name)}"] = r
+        config.rank_pattern, config.alpha_pattern = ranks, dict(ranks)
 
     def _check_add_weighted_adapter(
         self, adapters: list[str], combination_type: str, svd_rank: int | None

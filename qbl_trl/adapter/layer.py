@@ -136,7 +136,7 @@ class BalancedLinear(nn.Module, MergesIntoBase):
         self.set_scale(adapter_name, 1.0)
         self.lora_bias[adapter_name] = False
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
-        self.lora_dropout.update({adapter_name: dropout})
+        self.lora_dropout.update({adapter_name: dropout.train(self.training)})
         if config.adapter == "block":
             self.rank[adapter_name] = min(rows, columns)
             self.lora_block[adapter_name] = ExpandedLinear(columns, rows, bias=False)

@@ -12,6 +12,26 @@ from qbl_trl.quant.head import set_apart_, untie_changed_head_
 from qbl_trl.quant.hf_quantizer import describe_stored_
 
 
+def check_every_layer(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool = False) -> None:
+    """A merge that one layer refuses is refused before the first layer is merged.
+
+    Raises:
+        MergeError: naming the layer.
+    """
+    for layer_name, layer in model.named_modules():
+        if isinstance(layer, MergesIntoBase):
+            names = layer.active_adapters if adapter_names is None else adapter_names
+            try:
+                layer.check_merge([name for name in names if name not in layer.merged_adapters], safe_merge)
+            except MergeError as error:
+                raise MergeError(f"{layer_name}: {error}") from error
+
+
+def holds_merged_adapters(model: nn.Module) -> bool:
+    """Whether the base under an adapter holds what was merged into it: unloading leaves it there."""
+    return any(isinstance(layer, MergesIntoBase) and layer.merged for layer in model.modules())
+
+
 def set_heads_apart_(model: nn.Module) -> None:
     """Before a merge: a tied head that is adapted gets a weight of its own, until it is unmerged."""
     for layer in model.modules():

@@ -1,17 +1,18 @@
 """What an adapter is meant for and this model has no layer for: PEFT places and loads the rest without a word."""
 
 import re
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
-from torch import nn
+from torch import Tensor, nn
 
 from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.module_names import name_here
+from qbl_trl.quant.packed import BESIDE_CODES
 from qbl_trl.quant.stacks import layer_names, names_in_files, stacks_of
 
 _PREFIX = "base_model.model."  # of names in a PeftModel, and in files
@@ -60,6 +61,19 @@ def check_every_layer_is_here(model: nn.Module, adapter_name: str, names: Iterab
     ends = tuple(f".{kind}.weight" for kind in BalancedLinear.adapter_layer_names)
     lost = [name for name in names if name.endswith(ends) and _WRAPPERS.sub("", name) not in own]
     _refuse_lost(model, adapter_name, lost)
+
+
+def without_codes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an adapter's file holds, but for a packed base: PEFT saves an adapted head whole, and codes are no weights.
+
+    A float head stays, which may have been given rows for new tokens.
+    """
+    ends = [f".base_layer.{part}" for part in ("weight", *BESIDE_CODES)]
+    heads = [
+        n.removesuffix(ends[0]) for n, held in tensors.items() if n.endswith(ends[0]) and not held.is_floating_point()
+    ]
+    codes = {head + end for head in heads for end in ends}
+    return {name: tensor for name, tensor in tensors.items() if name not in codes}
 
 
 def layers_with(model: nn.Module, adapter_name: str) -> set[str]:

@@ -22,14 +22,16 @@ from qbl_trl.adapter.bnb_packed import keep_order_
 from qbl_trl.adapter.checkpointing import is_checkpointing, let_inputs_require_grad
 from qbl_trl.adapter.combining import CombiningModel
 from qbl_trl.adapter.layer import BalancedLinear, record_placed_
-from qbl_trl.adapter.merged import describe_merged_, set_heads_apart_
-from qbl_trl.adapter.misplaced import check_every_layer_is_here, targeted_in_vain
+from qbl_trl.adapter.merged import check_every_layer, describe_merged_, holds_merged_adapters, set_heads_apart_
+from qbl_trl.adapter.misplaced import check_every_layer_is_here, targeted_in_vain, without_codes
 from qbl_trl.adapter.recorded import quantization, record_base_, record_layers_
 from qbl_trl.adapter.targets import resolve_all_linear
 from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
-from qbl_trl.errors import ConfigError, MergeError
+from qbl_trl.errors import ConfigError
 from qbl_trl.module_names import name_here, pattern_here
 from qbl_trl.peft_type import NAME, QBLORA
+from qbl_trl.quant.head import input_table
+from qbl_trl.quant.modules import same_module_name
 from qbl_trl.quant.packed import PackedWeight
 
 
@@ -62,12 +64,37 @@ class QBLoRAModel(CombiningModel):
         chosen = resolve_all_linear(prepared, self.model)
         if chosen is not None:
             prepared.target_modules = chosen  # type: ignore[assignment]  # a set, as PEFT's own
+        self._refuse_rows_of_tied_head(prepared)
         stored = quantization(self.model)
         record_base_(prepared, stored)
         if isinstance(stored, GroupQuantConfig):
             record_layers_(prepared, self.model)
             prepared.in_factor = prepared.in_factor or stored.group_size
         return prepared
+
+    def _refuse_rows_of_tied_head(self, config: QBLoRAConfig) -> None:
+        """Rows that train make PEFT compute a tied head by itself, from the embedding: without adapter and bias.
+
+        Raises:
+            ConfigError: if the head has one of the two.
+        """
+        rows = config.trainable_token_indices
+        table, head = input_table(self.model), getattr(self.model, "get_output_embeddings", lambda: None)()
+        if not rows or table is None or getattr(head, "weight", None) is not table.weight:
+            return
+        name, embedding = same_module_name(self.model, head), same_module_name(self.model, table)  # type: ignore[arg-type]
+        if isinstance(rows, dict) and not any(embedding.endswith(key) for key in rows):
+            return
+        if any(name.endswith(whole) for whole in config.modules_to_save or ()):
+            return
+        adapted = self._check_target_module_exists(config, name)
+        if adapted or getattr(head, "bias", None) is not None:
+            raise ConfigError(
+                f"trainable_token_indices: {name} is one table with the embedding, and where rows of it train PEFT "
+                f"computes it without its {'adapter' if adapted else 'bias'}. "
+                + (f"Leave {name} out of target_modules, or train" if adapted else "Train")
+                + f' the embedding and it whole: modules_to_save=["{embedding}", "{name}"]'
+            )
 
     def _add_targets_to_tie(self, peft_config: QBLoRAConfig, tied_weight_keys: list[str]) -> None:
         """PEFT would move the adapter of a tied head to the embedding, which is no linear layer, and share it."""
@@ -132,7 +159,7 @@ class QBLoRAModel(CombiningModel):
         """PEFT's, from the names that modules have in this version of transformers; what finds no layer is refused."""
         own = {cls._remove_adapter_name_from_key(name, adapter_name) for name in model.state_dict()}
         own |= {f"base_model.model.{name}" for name in own}
-        named_here = {name_here(name, own): tensor for name, tensor in state_dict.items()}
+        named_here = {name_here(name, own): tensor for name, tensor in without_codes(state_dict).items()}
         check_every_layer_is_here(model, adapter_name, named_here)
         here: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=named_here
@@ -162,28 +189,19 @@ class QBLoRAModel(CombiningModel):
     ) -> nn.Module:
         """PEFT's merge and unload, after which the model says what it holds: it saves and loads as it computes."""
         if merge:
-            self._check_every_layer(adapter_names, safe_merge)
+            check_every_layer(self.model, adapter_names, safe_merge)
             set_heads_apart_(self.model)
+        merged = merge or holds_merged_adapters(self.model)
         plain: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        if merge:
+        if merged:
             describe_merged_(plain)
         return plain
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's merge in place; a tied head that is adapted has a weight of its own until it is unmerged."""
-        self._check_every_layer(adapter_names, safe_merge)
+        check_every_layer(self.model, adapter_names, safe_merge)
         set_heads_apart_(self.model)
         super().merge_adapter(adapter_names, safe_merge)
-
-    def _check_every_layer(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """A merge that one layer refuses is refused before the first layer is merged."""
-        for layer_name, layer in self.model.named_modules():
-            if isinstance(layer, BalancedLinear):
-                names = layer.active_adapters if adapter_names is None else adapter_names
-                try:
-                    layer.check_merge([name for name in names if name not in layer.merged_adapters], safe_merge)
-                except MergeError as error:
-                    raise MergeError(f"{layer_name}: {error}") from error
 
 
 def _refuse_packed(config: QBLoRAConfig, model: nn.Module) -> None:

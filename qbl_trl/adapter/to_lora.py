@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qbl_trl.adapter.balance import pool_scale
 from qbl_trl.adapter.factors import by_pattern, recorded_factors
 from qbl_trl.adapter.layer import adapter_layers
+from qbl_trl.adapter.misplaced import without_codes
 from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.arithmetic import plain_defaults
 from qbl_trl.config import QBLoRAConfig
@@ -161,7 +162,7 @@ def _from_folder(folder: Path) -> tuple[QBLoRAConfig, dict[str, Tensor]]:
     config = saved_adapter(folder)
     if not isinstance(config, QBLoRAConfig):
         raise ConfigError(f"{folder} holds an adapter of type {config.peft_type}; to_lora converts type QBLORA only")
-    return config, adapter_weights(folder)
+    return config, without_codes(adapter_weights(folder))
 
 
 def _plain_config(config: QBLoRAConfig, rank: int, layers: list[str]) -> LoraConfig:

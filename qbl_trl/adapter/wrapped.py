@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from peft import PeftModel
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -12,6 +13,10 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, PeftModel):
             model = model.get_base_model()
+        elif isinstance(model, PeftMixedModel):
+            model = model.base_model
+        elif isinstance(model, BaseTuner):
+            model = model.model
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]
         elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):

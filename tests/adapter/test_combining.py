@@ -17,6 +17,7 @@ from peft.utils.hotswap import (
     hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
 )
+from transformers import AutoModelForCausalLM
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.adapter.layer import adapter_layers
@@ -214,3 +215,46 @@ def test_adapters_of_one_kind_on_different_layers_add_up_in_any_order(order):
     summed = logits(model.eval(), tokens())
     model.base_model.set_adapter(["one", "two"])
     torch.testing.assert_close(summed, logits(model, tokens()), rtol=0, atol=1e-5)
+
+
+def test_what_was_merged_in_place_and_unloaded_saves_what_it_computes(tmp_path):
+    tied = {"target_modules": ["q_proj", "lm_head"]}
+    for kind, base, settings in (
+        ("packed", quantize_model_(tiny_llama(), GroupQuantConfig()), {"in_factor": 32, "target_modules": ["q_proj"]}),
+        ("tied", tiny_llama(tie_word_embeddings=True), tied),
+    ):
+        model = get_peft_model(base, config(**settings)).eval()
+        expected = logits(model, IDS)
+        model.merge_adapter()
+        model.unload().save_pretrained(tmp_path / kind)
+        found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / kind), IDS)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # float32 rounding
+
+
+def test_a_sum_of_adapters_with_ranks_of_their_own_says_them(tmp_path):
+    settings = {"r": 8, "rank_pattern": {"q_proj": 2}, "quantization_aware": True}
+
+    def base():
+        return quantize_model_(tiny_llama(), GroupQuantConfig())
+
+    model = get_peft_model(base(), config(**settings)).eval()
+    model.add_adapter("second", config(**settings))
+    model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "sum", combination_type="linear")
+    model.set_adapter("sum")
+    for layer in adapter_layers(model).values():
+        assert layer.rank["sum"] == layer.rank["default"] == layer.lora_A["sum"].weight.shape[0]
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(base(), tmp_path / "sum").eval()
+    assert torch.equal(logits(again, IDS), logits(model, IDS))
+
+
+def test_a_sum_over_a_model_in_half_precision_is_as_wide_as_its_parts():
+    model = get_peft_model(tiny_llama().to(torch.bfloat16), config())
+    model.add_adapter("second", config())
+    for layer in adapter_layers(model).values():
+        for name in ("default", "second"):
+            layer.lora_B[name].weight.data *= 1.1  # what 16 bits do not hold
+    model.add_weighted_adapter(["default", "second"], [1, 1], "sum", combination_type="cat")
+    for layer in adapter_layers(model).values():
+        total = layer.block_delta("default") + layer.block_delta("second")
+        torch.testing.assert_close(layer.block_delta("sum"), total, rtol=0, atol=float(total.abs().max()) * 1e-6)

@@ -84,3 +84,30 @@ def test_a_layer_holds_no_lora_beside_a_balanced_adapter(balanced_first):
     model.add_adapter(first, "one")
     with pytest.raises(ConfigError, match="one layer cannot hold a"):
         model.add_adapter(second, "two")
+
+
+def test_a_merge_that_one_layer_refuses_changes_none():
+    settings = {"r": 4, "in_factor": 32, "target_modules": ["q_proj", "v_proj"]}
+    ours = QBLoRAConfig(**settings, in_factor_pattern={"layers.1.self_attn.v_proj": 16})
+    model = get_peft_model(quantize_model_(tiny_llama(), GroupQuantConfig()), ours, mixed=True)
+    for merging in (model.merge_and_unload, model.base_model.merge_adapter):
+        with pytest.raises(MergeError, match=r"layers.1.self_attn.v_proj: in_factor=16 is no multiple"):
+            merging()
+    layers = [module for module in model.modules() if isinstance(module, BalancedLinear)]
+    assert len(layers) == 4
+    assert not any(layer.merged for layer in layers)
+
+
+def test_layers_whose_other_adapters_were_deleted_are_their_base(tmp_path):
+    base = quantize_model_(tiny_llama(), GroupQuantConfig())
+    ours = QBLoRAConfig(r=4, quantization_aware=True, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(base, ours, "ours", mixed=True).eval()
+    model.add_adapter("lora", LoraConfig(r=4, target_modules=["v_proj"]))
+    model.set_adapter("ours")
+    with pytest.raises(MergeError, match="other PEFT methods"):
+        merge(model)
+    model.delete_adapter("lora")
+    expected = logits(model, IDS)
+    merge(model).save_pretrained(tmp_path)
+    for merged in (AutoModelForCausalLM.from_pretrained(tmp_path), model.merge_and_unload()):
+        torch.testing.assert_close(logits(merged, IDS), expected, rtol=0, atol=1e-5)  # float32 rounding

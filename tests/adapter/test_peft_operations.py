@@ -18,14 +18,14 @@ from peft import (
 )
 from peft.helpers import rescale_adapter_scale
 from torch import nn
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, PhiConfig, PhiForCausalLM
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from tests.adapter.models import MODELS, config, groups
-from tests.tiny import logits, tiny_llama, tokens
+from tests.tiny import SIZES, logits, tiny_gpt2, tiny_llama, tokens
 
 IDS = tokens()
 
@@ -336,3 +336,43 @@ def test_peft_prepares_a_4_bit_base_for_checkpointing_that_is_switched_on_later(
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(("kind", "r"), [("low_rank", 4), ("low_rank", 64), ("block", 4)])
+def test_an_adapter_that_comes_to_a_model_in_evaluation_drops_nothing(kind, r):
+    settings = config(r=r, adapter=kind, lora_dropout=0.5, target_modules=["q_proj", "v_proj"])
+    model, ids = get_peft_model(tiny_llama(), settings).eval(), tokens(8, 60)
+    model.add_adapter("second", settings)
+    model.set_adapter("second")
+    assert torch.equal(logits(model, ids), logits(model, ids))
+
+
+def test_rows_that_train_and_a_tied_head_with_an_adapter_or_a_bias_are_refused():
+    rows = {"trainable_token_indices": [1, 5]}
+    with pytest.raises(ConfigError, match=r"lm_head is one table with the embedding.*without its adapter"):
+        get_peft_model(tiny_llama(tie_word_embeddings=True), config(target_modules=["q_proj", "lm_head"], **rows))
+    biased = PhiForCausalLM(PhiConfig(**{**SIZES, "num_key_value_heads": 4, "tie_word_embeddings": True}))
+    with pytest.raises(ConfigError, match="without its bias"):
+        get_peft_model(biased, config(target_modules=["q_proj"], **rows))
+    get_peft_model(tiny_llama(tie_word_embeddings=True), config(target_modules=["q_proj"], **rows))
+
+
+@pytest.mark.parametrize("moment", ["before", "toggled", "another embedding"])
+def test_re_entrant_checkpointing_trains_whenever_it_is_turned_on(moment):
+    base = groups()
+    if moment == "another embedding":
+        base.gradient_checkpointing_enable({"use_reentrant": True})
+        base.set_input_embeddings(nn.Embedding(100, 64))
+    model = get_peft_model(base, config(quantization_aware=True)).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    if moment == "toggled":
+        model.gradient_checkpointing_disable()
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(layer.lora_B["default"].weight.grad is not None for layer in adapter_layers(model).values())
+
+
+def test_rows_of_another_embedding_train_beside_an_adapted_tied_head():
+    settings = config(target_modules=["c_attn", "lm_head"], trainable_token_indices={"wpe": [1]})
+    model = get_peft_model(tiny_gpt2(), settings).eval()
+    torch.testing.assert_close(logits(merge(model), IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)

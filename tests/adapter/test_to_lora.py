@@ -176,3 +176,19 @@ def test_what_is_neither_a_model_nor_a_folder_is_refused(tmp_path):
         ConfigError, match="to_lora takes a model with balanced adapters or the folder of a saved one, not"
     ):
         to_lora(None, tmp_path / "lora")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_that_peft_saved_with_an_adapted_head_are_no_weights(tmp_path, bits):
+    def packed():
+        return quantize_model_(tiny_llama(), GroupQuantConfig(bits=bits, quantize_embeddings=True))
+
+    model = adapted({"target_modules": ["q_proj", "lm_head"]}, packed)
+    model.save_pretrained(tmp_path / "ours")
+    assert any(
+        tensor.dtype == torch.uint8 for tensor in load_file(tmp_path / "ours/adapter_model.safetensors").values()
+    )
+    to_lora(tmp_path / "ours", tmp_path / "lora")
+    for folder in ("lora", "ours"):
+        plain = PeftModel.from_pretrained(packed().dequantize(), tmp_path / folder).eval()
+        torch.testing.assert_close(logits(plain, IDS), logits(model, IDS), rtol=0, atol=1e-5)  # float32 rounding
