@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from qbl_trl.adapter.bases import describe, float_weight, foreign_kind
 from qbl_trl.adapter.checkpointing import stop_checkpointing_
 from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
-from qbl_trl.adapter.others import holds_adapters
+from qbl_trl.adapter.others import holds_other_adapters
 from qbl_trl.adapter.recorded import quantization
 from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.arithmetic import plain_arithmetic, plain_defaults
@@ -77,10 +77,8 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
         )
     source = unwrap(peft_model)
     layers = adapter_layers(source)
-    others = [
-        module for module in source.modules() if not isinstance(module, TrainableTokensLayer)
-    ]  # with our adapters
-    if any(holds_adapters(module) for module in others):
+    rows = TrainableTokensLayer  # of trainable_token_indices: they belong to the adapter
+    if any(holds_other_adapters(module) and not isinstance(module, rows) for module in source.modules()):
         raise MergeError(
             "merge: the model also holds adapters of other PEFT methods; merge it with PEFT's merge_and_unload, or "
             "delete them"
@@ -107,9 +105,7 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
         if error is not None
     ]
     for name, module in list(merged.named_modules()):
-        if isinstance(module, BaseTunerLayer) and not isinstance(
-            module, TrainableTokensLayer
-        ):  # emptied, of another method
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, rows):  # of another method, and empty
             replace(merged, name, module.get_base_layer())  # type: ignore[no-untyped-call]
     _give_rows_of_their_own_(merged)
     for name, module in list(merged.named_modules()):

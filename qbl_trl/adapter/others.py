@@ -79,7 +79,7 @@ def refuse_placement(tuner: Any, config: Any, model: nn.Module) -> None:
             )
 
 
-def holds_adapters(layer: nn.Module) -> bool:
+def holds_other_adapters(layer: nn.Module) -> bool:
     """Whether a layer holds an adapter of another PEFT method; one whose adapters were all deleted is its base."""
     other = isinstance(layer, BaseTunerLayer) and not isinstance(layer, BalancedLinear)
     return other and bool(layer._all_available_adapter_names())  # type: ignore[no-untyped-call, operator]
@@ -92,7 +92,7 @@ def refuse_merge(model: nn.Module) -> None:
         MergeError: naming the first layer.
     """
     for name, layer in model.named_modules():
-        if holds_adapters(layer) and isinstance(layer.get_base_layer(), PackedWeight):
+        if holds_other_adapters(layer) and isinstance(layer.get_base_layer(), PackedWeight):
             method = type(layer).__module__.removeprefix("peft.tuners.").partition(".")[0]
             raise MergeError(
                 f"{name}: a {method} {type(layer).__name__} does not merge into packed codes. Train "

@@ -13,12 +13,9 @@ from qbl_trl.module_names import pattern_here
 from qbl_trl.quant.packed import PackedWeight
 
 _KEPT = "modules_to_not_convert"
-_PRECISION = "weights_dtype"  # of weights that were quantized as they were loaded; files hold codes, and do not say
+_DTYPE = "weights_dtype"  # of weights that were quantized as they were loaded; files hold codes, and do not say
 _SAME = {  # what makes the same base of the same float model, by quantization method
-    QUANT_METHOD: (
-        *("bits", "group_size", "symmetric", "algorithm", "scale_dtype", "quantize_embeddings"),
-        *(_KEPT, _PRECISION),
-    ),
+    QUANT_METHOD: ("bits", "group_size", "symmetric", "algorithm", "scale_dtype", "quantize_embeddings", _KEPT, _DTYPE),
     "bitsandbytes": ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "llm_int8_skip_modules"),
     "hqq": ("quant_config", "skip_modules"),
 }
@@ -39,7 +36,7 @@ def _recordable(stored: Any) -> dict[str, Any] | None:
         return None
     precise = getattr(stored, "noted_dtype", None)
     found = {key: value for key, value in stored.to_dict().items() if key[0] != "_"} | {"quant_method": name}
-    return found | ({} if precise is None else {_PRECISION: precise})
+    return found | ({} if precise is None else {_DTYPE: precise})
 
 
 def record_base_(config: QBLoRAConfig, stored: Any) -> None:
@@ -53,7 +50,7 @@ def record_base_(config: QBLoRAConfig, stored: Any) -> None:
         config.base_quantization, config.completed = here, True
         return
     other, first, second = _differences(config.base_quantization, here)
-    if config.completed and {*other} <= {_MERGED, _PRECISION}:
+    if config.completed and {*other} <= {_MERGED, _DTYPE}:
         # A round of adapters more, over what the last one was merged into; or files of another precision.
         config.base_quantization = here
         return
@@ -147,8 +144,8 @@ def record_layers_(config: QBLoRAConfig, model: nn.Module) -> None:
 def _differences(recorded: dict[str, Any] | None, here: dict[str, Any] | None) -> tuple[list[str], str, str]:
     """The settings in which a base is not the recorded one, and what each of the two has there."""
     told, held = (_identity(base or {"quant_method": None}) for base in (recorded, here))
-    if _PRECISION not in held:
-        told.pop(_PRECISION, None)
+    if _DTYPE not in held:
+        told.pop(_DTYPE, None)
     other = [name for name in told if name not in held or told[name] != held[name]]
     return other, _described(told, other), _described(held, other)
 

@@ -357,21 +357,6 @@ def test_rows_that_train_and_a_tied_head_with_an_adapter_or_a_bias_are_refused()
     get_peft_model(tiny_llama(tie_word_embeddings=True), config(target_modules=["q_proj"], **rows))
 
 
-@pytest.mark.parametrize("moment", ["before", "toggled", "another embedding"])
-def test_re_entrant_checkpointing_trains_whenever_it_is_turned_on(moment):
-    base = groups()
-    if moment == "another embedding":
-        base.gradient_checkpointing_enable({"use_reentrant": True})
-        base.set_input_embeddings(nn.Embedding(100, 64))
-    model = get_peft_model(base, config(quantization_aware=True)).train()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    if moment == "toggled":
-        model.gradient_checkpointing_disable()
-        model.gradient_checkpointing_enable({"use_reentrant": True})
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    assert all(layer.lora_B["default"].weight.grad is not None for layer in adapter_layers(model).values())
-
-
 def test_rows_of_another_embedding_train_beside_an_adapted_tied_head():
     settings = config(target_modules=["c_attn", "lm_head"], trainable_token_indices={"wpe": [1]})
     model = get_peft_model(tiny_gpt2(), settings).eval()

@@ -352,27 +352,3 @@ def test_a_row_of_padding_alone_does_not_count_for_a_graph_of_last_logits(tmp_pa
     found = verify(model, tmp_path / "out", tokens(), mask)
     assert found.tokens == 1
     assert found.max_abs_difference < 2e-5
-
-
-def test_an_adapter_folder_takes_no_random_numbers(tmp_path):
-    base = quantize_model_(tiny_llama(), GroupQuantConfig())
-    base.save_pretrained(tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
-    get_peft_model(base, QBLoRAConfig(r=1, quantization_aware=True)).save_pretrained(tmp_path / "adapter")
-    state = torch.get_rng_state()
-    export_onnx(tmp_path / "adapter", tmp_path / "out")
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_shard_that_is_missing_and_a_temperature_that_is_no_number_are_named(tmp_path):
-    model = quantize_model_(tiny_llama(), GroupQuantConfig())
-    model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
-    shard = sorted((tmp_path / "shards").glob("*-00002-*"))[0]
-    shard.unlink()
-    with pytest.raises(CheckpointError, match=f"{shard.name} is missing"):
-        export_onnx(tmp_path / "shards", tmp_path / "out")
-    model.save_pretrained(tmp_path / "hot")
-    (tmp_path / "hot/generation_config.json").write_text('{"do_sample": true, "temperature": "hot"}')
-    with pytest.raises(ConfigError, match="temperature='hot', which is no number"):
-        export_onnx(tmp_path / "hot", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
