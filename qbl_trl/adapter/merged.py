@@ -12,8 +12,9 @@ from qbl_trl.quant.head import set_apart_, untie_changed_head_
 from qbl_trl.quant.hf_quantizer import describe_stored_
 
 
-def check_every_layer(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool = False) -> None:
-    """A merge that one layer refuses is refused before the first layer is merged.
+def prepare_merge_(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool) -> None:
+    """Before a merge: one that a layer refuses is refused before the first layer is merged; then a tied head that is
+    adapted gets a weight of its own, until it is unmerged.
 
     Raises:
         MergeError: naming the layer.
@@ -25,20 +26,16 @@ def check_every_layer(model: nn.Module, adapter_names: list[str] | None, safe_me
                 layer.check_merge([name for name in names if name not in layer.merged_adapters], safe_merge)
             except MergeError as error:
                 raise MergeError(f"{layer_name}: {error}") from error
-
-
-def holds_merged_adapters(model: nn.Module) -> bool:
-    """Whether the base under an adapter holds what was merged into it: unloading leaves it there."""
-    return any(isinstance(layer, MergesIntoBase) and layer.merged for layer in model.modules())
-
-
-def set_heads_apart_(model: nn.Module) -> None:
-    """Before a merge: a tied head that is adapted gets a weight of its own, until it is unmerged."""
     for layer in model.modules():
         if isinstance(layer, MergesIntoBase):
             table = set_apart_(model, layer.get_base_layer())  # type: ignore[no-untyped-call]
             if table is not None:
                 layer.apart_from = (table,)
+
+
+def holds_merged_adapters(model: nn.Module) -> bool:
+    """Whether the base under an adapter holds what was merged into it: unloading leaves it there."""
+    return any(isinstance(layer, MergesIntoBase) and layer.merged for layer in model.modules())
 
 
 def describe_merged_(plain: nn.Module) -> None:

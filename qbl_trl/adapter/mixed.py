@@ -15,7 +15,7 @@ from peft.tuners.mixed import model as mixed_model
 from torch import nn
 
 from qbl_trl.adapter.layer import BalancedLinear, record_placed_, two_kinds
-from qbl_trl.adapter.merged import check_every_layer, describe_merged_, holds_merged_adapters, set_heads_apart_
+from qbl_trl.adapter.merged import describe_merged_, holds_merged_adapters, prepare_merge_
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.peft_type import QBLORA
 
@@ -48,8 +48,7 @@ def register() -> None:
     merge_in_place, unload = cls.merge_adapter, cls._unload_and_optionally_merge
 
     def merge_adapter(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        check_every_layer(self.model, adapter_names, safe_merge)
-        set_heads_apart_(self.model)
+        prepare_merge_(self.model, adapter_names, safe_merge)
         merge_in_place(self, adapter_names, safe_merge)
 
     def unload_and_optionally_merge(
@@ -60,8 +59,7 @@ def register() -> None:
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            check_every_layer(self.model, adapter_names, safe_merge)
-            set_heads_apart_(self.model)
+            prepare_merge_(self.model, adapter_names, safe_merge)
         merged = merge or holds_merged_adapters(self.model)
         plain = unload(self, merge, progressbar, safe_merge, adapter_names)
         if merged:

@@ -22,7 +22,7 @@ from qbl_trl.adapter.bnb_packed import keep_order_
 from qbl_trl.adapter.checkpointing import is_checkpointing, let_inputs_require_grad
 from qbl_trl.adapter.combining import CombiningModel
 from qbl_trl.adapter.layer import BalancedLinear, record_placed_
-from qbl_trl.adapter.merged import check_every_layer, describe_merged_, holds_merged_adapters, set_heads_apart_
+from qbl_trl.adapter.merged import describe_merged_, holds_merged_adapters, prepare_merge_
 from qbl_trl.adapter.misplaced import check_every_layer_is_here, targeted_in_vain, without_codes
 from qbl_trl.adapter.recorded import quantization, record_base_, record_layers_
 from qbl_trl.adapter.targets import resolve_all_linear
@@ -30,7 +30,7 @@ from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.module_names import name_here, pattern_here
 from qbl_trl.peft_type import NAME, QBLORA
-from qbl_trl.quant.head import input_table
+from qbl_trl.quant.head import input_table, output_head
 from qbl_trl.quant.modules import same_module_name
 from qbl_trl.quant.packed import PackedWeight
 
@@ -79,10 +79,10 @@ class QBLoRAModel(CombiningModel):
             ConfigError: if the head has one of the two.
         """
         rows = config.trainable_token_indices
-        table, head = input_table(self.model), getattr(self.model, "get_output_embeddings", lambda: None)()
+        table, head = input_table(self.model), output_head(self.model)
         if not rows or table is None or getattr(head, "weight", None) is not table.weight:
             return
-        name, embedding = same_module_name(self.model, head), same_module_name(self.model, table)  # type: ignore[arg-type]
+        name, embedding = same_module_name(self.model, head), same_module_name(self.model, table)
         if isinstance(rows, dict) and not any(embedding.endswith(key) for key in rows):
             return
         if any(name.endswith(whole) for whole in config.modules_to_save or ()):
@@ -189,8 +189,7 @@ class QBLoRAModel(CombiningModel):
     ) -> nn.Module:
         """PEFT's merge and unload, after which the model says what it holds: it saves and loads as it computes."""
         if merge:
-            check_every_layer(self.model, adapter_names, safe_merge)
-            set_heads_apart_(self.model)
+            prepare_merge_(self.model, adapter_names, safe_merge)
         merged = merge or holds_merged_adapters(self.model)
         plain: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merged:
@@ -199,8 +198,7 @@ class QBLoRAModel(CombiningModel):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's merge in place; a tied head that is adapted has a weight of its own until it is unmerged."""
-        check_every_layer(self.model, adapter_names, safe_merge)
-        set_heads_apart_(self.model)
+        prepare_merge_(self.model, adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
 

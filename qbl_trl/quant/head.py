@@ -238,6 +238,11 @@ def input_table(model: nn.Module) -> nn.Module | None:
     return table if isinstance(getattr(table, "weight", None), Tensor) else None
 
 
+def output_head(model: nn.Module) -> Any:
+    """The output head, if the model has one."""
+    return getattr(model, "get_output_embeddings", lambda: None)()
+
+
 def _is_tied(model: nn.Module) -> bool:
     config: Any = getattr(model, "config", None)  # of torch alone, none
     return bool(config and getattr(config.get_text_config(), "tie_word_embeddings", False))
@@ -263,7 +268,7 @@ def _pair(model: nn.Module) -> tuple[Any, Any]:
         table = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         table = None
-    return table, getattr(model, "get_output_embeddings", lambda: None)()
+    return table, output_head(model)
 
 
 def _stays(model: nn.Module, layer: nn.Module | None, config: GroupQuantConfig, packed: Container[str]) -> bool:

@@ -210,11 +210,12 @@ class GroupQuantizer(HfQuantizer):
     def finish_(self, model: nn.Module, fresh: Collection[str] = ()) -> None:
         """What is left once the layers are there, and a note of how precise all weights were: another base can tell."""
         config = self.quantization_config
-        for table in to_pack(model, config) if config.quantize_embeddings else ():
+        again = config.algorithm != "gptq"  # nobody makes a calibrated one again
+        for table in to_pack(model, config) if again and config.quantize_embeddings else ():
             if table is not None:
                 self.precision.see(as_precise(table.weight.detach(), config))
         finish_(model, config, self.targets, fresh)
-        if config.algorithm != "gptq":  # nobody makes a calibrated one again
+        if again:
             config.noted_dtype = self.precision.dtype
 
     def get_quantize_ops(self) -> Any:

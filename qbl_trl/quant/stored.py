@@ -17,6 +17,7 @@ from qbl_trl.config import GroupQuantConfig, LayerFormat
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.checkpoint import Stored, read_files, read_headers
 from qbl_trl.quant.experts import Experts
+from qbl_trl.quant.head import output_head
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import empty_model
 from qbl_trl.quant.packed import BESIDE_CODES, PackedWeight
@@ -72,7 +73,7 @@ def stored_layers(
         CheckpointError: if it holds experts packed one by one, and this model has them in one tensor.
     """
     packed, plain = _held(model, found)
-    modules, head = dict(model.named_modules()), getattr(model, "get_output_embeddings", lambda: None)()
+    modules, head = dict(model.named_modules()), output_head(model)
     experts = {name: f"{name.partition('.experts.')[0]}.experts" for name in packed if ".experts." in name}
     lost = min((name for name, around in experts.items() if around in modules and name not in modules), default=None)
     if lost is not None:

@@ -13,7 +13,7 @@ from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.adapter.wrapped import is_decoder, unwrap
 from qbl_trl.errors import ConfigError, ExportError, MergeError
 from qbl_trl.model_files import check_generation, generation_settings
-from qbl_trl.quant.head import check_parting, input_table
+from qbl_trl.quant.head import check_parting, input_table, output_head
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.trl.layers import active, base_of
 
@@ -53,7 +53,7 @@ def check_head(trainer: Trainer, model: nn.Module) -> None:
     modules = [vars(sys.modules[cls.__module__]) for cls in type(trainer).__mro__]
     if not any(mark in names for names in modules for mark in _READ_THE_HEAD):
         return
-    head = getattr(unwrap(model), "get_output_embeddings", lambda: None)()
+    head = output_head(unwrap(model))
     if isinstance(head, BalancedLinear):
         raise ConfigError(
             f"{type(trainer).__name__} reads the weight of the output head and never calls it, so an adapter on it "
@@ -184,7 +184,7 @@ def check_saves(model: nn.Module, wanted: list[str]) -> None:
 def inseparable_head(model: nn.Module) -> str | None:
     """Why a model is not saved merged that ties head and embedding, of which one trains; None if it is."""
     table: Any = input_table(model)
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    head = output_head(model)
     if table is None or not hasattr(head, "weight"):
         return None
     adapted = isinstance(head, BalancedLinear) and bool(active(head))
