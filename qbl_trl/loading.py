@@ -190,6 +190,9 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
                     "save that base with save_pretrained and name its folder with --base"
                 )
     held = {name: tuple(tensor.shape) for name, tensor in adapter_weights(path).items()}
+    dtype = torch.float32
+    if settings is not None and not isinstance(settings, GroupQuantConfig):  # its codes hang on what it was loaded in
+        dtype = getattr(torch, saved.base_quantization.get("weights_dtype", "float32"))
     quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
     if isinstance(settings, GroupQuantConfig):
         logger.warning(
@@ -197,7 +200,9 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
             "that",
             *(named, path, settings.algorithm),
         )
-    model = open_model(named, _class_trained(saved), dtype=torch.float32, **quantize, num_labels=_labels(held), **where)
+    model = open_model(named, _class_trained(saved), dtype=dtype, **quantize, num_labels=_labels(held), **where)
+    if dtype != torch.float32:
+        _widen_(model)
     if (path / "tokenizer_config.json").is_file():  # trained with tokens that the base does not have
         tokens = len(open_tokenizer(path))
         if tokens > model.get_input_embeddings().weight.shape[0]:
@@ -258,12 +263,25 @@ def _settings(recorded: dict[str, Any]) -> Any:
     from transformers.quantizers import AutoQuantizationConfig
 
     try:
-        return AutoQuantizationConfig.from_dict(dict(recorded))
+        return AutoQuantizationConfig.from_dict({key: recorded[key] for key in recorded if key != "weights_dtype"})
     except PackageNotFoundError as error:
         raise ConfigError(
             f"the adapter was trained over a base of {recorded['quant_method']}, which is not installed here: pip "
             f"install {error.name}"
         ) from error
+
+
+def _widen_(model: Any) -> None:
+    """Compute in float32 from here on, with the values that were loaded; bitsandbytes' codes are not touched."""
+    import torch
+
+    for tensor in [*model.parameters(), *model.buffers()]:
+        state = getattr(tensor, "quant_state", None)
+        if state is not None:
+            state.dtype = torch.float32  # of what its codes become
+        elif tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+    model.config.dtype = torch.float32
 
 
 def _check_whole(model: Any, folder: Path, held: dict[str, tuple[int, ...]]) -> None:

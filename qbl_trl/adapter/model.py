@@ -66,7 +66,7 @@ class QBLoRAModel(CombiningModel):
             prepared.target_modules = chosen  # type: ignore[assignment]  # a set, as PEFT's own
         self._refuse_rows_of_tied_head(prepared)
         stored = quantization(self.model)
-        record_base_(prepared, stored)
+        record_base_(prepared, self.model)
         if isinstance(stored, GroupQuantConfig):
             record_layers_(prepared, self.model)
             prepared.in_factor = prepared.in_factor or stored.group_size

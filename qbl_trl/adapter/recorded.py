@@ -28,24 +28,32 @@ def quantization(model: nn.Module) -> Any:
     return getattr(getattr(model, "config", None), "quantization_config", None)
 
 
-def _recordable(stored: Any) -> dict[str, Any] | None:
-    """The configuration of a base that can be made again from its float checkpoint, as a dictionary."""
+def _recordable(stored: Any, model: nn.Module | None = None) -> dict[str, Any] | None:
+    """The configuration of a base that can be made again from its float checkpoint, as a dictionary.
+
+    Args:
+        model: the base; bitsandbytes notes in each layer which type it had when it was quantized, not how precise its
+            weights were: another type need not be another base, so it is recorded and not compared.
+    """
     method = getattr(stored, "quant_method", None)
     name = str(getattr(method, "value", method))
     if name not in _SAME:
         return None
     precise = getattr(stored, "noted_dtype", None)
+    if name == "bitsandbytes" and model is not None:
+        states = (getattr(weight, "quant_state", None) for weight in model.parameters())
+        precise = next((str(state.dtype).removeprefix("torch.") for state in states if state is not None), None)
     found = {key: value for key, value in stored.to_dict().items() if key[0] != "_"} | {"quant_method": name}
     return found | ({} if precise is None else {_DTYPE: precise})
 
 
-def record_base_(config: QBLoRAConfig, stored: Any) -> None:
+def record_base_(config: QBLoRAConfig, model: nn.Module) -> None:
     """Write down what the adapter is placed over; one that was trained over anything else computes something else.
 
     Raises:
         ConfigError: if this very configuration, not one like it from a file, was completed for another base.
     """
-    here = _recordable(stored)
+    here = _recordable(quantization(model), model)
     if config.base_quantization is None and (here is None or not config.completed):
         config.base_quantization, config.completed = here, True
         return

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.errors import ConfigError
@@ -125,3 +125,22 @@ def test_what_no_base_can_be_made_of_is_refused(folder):
 def test_an_unknown_type_is_refused():
     with pytest.raises(ConfigError, match="weights_dtype='float8' is not known"):
         GroupQuantConfig(weights_dtype="float8")
+
+
+@pytest.mark.parametrize("dtype", [BRAIN, HALF, FLOAT])
+def test_a_bitsandbytes_base_is_made_again_from_the_type_it_was_loaded_in_and_computes_in_float32(
+    folder, tmp_path, dtype
+):
+    pytest.importorskip("bitsandbytes")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=dtype)
+    config = QBLoRAConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    opened, ids = load_adapter(tmp_path / "adapter"), torch.arange(8)[None]
+    assert torch.equal(codes(opened), codes(model))
+    embeddings = [m.get_base_model().get_input_embeddings().weight for m in (opened, model)]
+    assert torch.equal(embeddings[0], embeddings[1].float())
+    computed, trained = opened(ids).logits, model(ids).logits
+    assert computed.dtype == FLOAT
+    torch.testing.assert_close(computed, trained.float(), rtol=0, atol=8 * torch.finfo(dtype).eps)
