@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -9,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from qbl_trl.errors import ConfigError, QblError
-from qbl_trl.leftovers import OLD, mark, remove_leftovers
+from qbl_trl.leftovers import OLD, give_back, mark, remove, remove_leftovers
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FILLED = (errno.ENOTEMPTY, errno.EEXIST)
@@ -92,18 +95,20 @@ def new_folder(
                 file.rename(path / file.name)
         else:
             _put(draft, path, old, overwrite)
-    except OSError as reason:
-        if not overwrite and reason.errno in _FILLED:
+    except (OSError, SafetensorError) as reason:
+        number = _number(reason)
+        if not overwrite and number in _FILLED:
             raise error(f"{folder} was filled meanwhile, and stays as it is; choose another folder") from reason
-        if reason.errno not in FULL:
+        if number not in FULL:
             raise
-        raise error(f"{folder}: {reason.strerror}; nothing was written") from reason
+        raise error(f"{folder}: {os.strerror(number)}; nothing was written") from reason
     finally:
-        if old.exists() and not path.exists():  # stopped, by Ctrl-C too, between taking it away and putting the new one
-            old.rename(path)
-        shutil.rmtree(holder, ignore_errors=True)
-        if lock is not None:
-            lock.close()
+        try:
+            give_back(holder, path)  # stopped, by Ctrl-C too, between taking it away and putting the new one
+            remove(holder)
+        finally:
+            if lock is not None:
+                lock.close()
 
 
 @contextmanager
@@ -115,6 +120,12 @@ def new_file(file: Path) -> Iterator[Path]:
         os.replace(draft, file)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _number(reason: Exception) -> int | None:
+    """What the operating system says went wrong; safetensors has it in its words alone."""
+    said = re.search(r"\(os error (\d+)\)", str(reason))
+    return reason.errno if isinstance(reason, OSError) else int(said[1]) if said else None
 
 
 def _put(draft: Path, path: Path, old: Path, overwrite: bool) -> None:

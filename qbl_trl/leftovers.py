@@ -57,9 +57,25 @@ def remove_leftovers(path: Path, above: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while the process lives
             if file.read() != _MARK:
                 continue
-            if (holder / OLD).exists() and not path.exists():
-                (holder / OLD).rename(path)
-            for entry in holder.iterdir():
-                if entry.name != _LOCK:  # the last to go: whoever is stopped here leaves a leftover again
-                    shutil.rmtree(entry)
-            shutil.rmtree(holder)
+            give_back(holder, path)
+            remove(holder)
+
+
+def give_back(holder: Path, path: Path) -> None:
+    """Put the folder that was to be replaced into its place again, where nothing has taken it."""
+    if (holder / OLD).exists() and not path.exists():
+        (holder / OLD).rename(path)
+
+
+def remove(holder: Path) -> None:
+    """Remove a hidden folder, its lock at last: whoever is stopped here leaves what the next one knows to be left.
+
+    What was replaced gets another name first: no part of it is ever given back.
+    """
+    with suppress(OSError):
+        (holder / OLD).rename(holder / "removed")
+    with suppress(OSError):
+        for entry in holder.iterdir():
+            if entry.name != _LOCK:
+                shutil.rmtree(entry, ignore_errors=True)
+    shutil.rmtree(holder, ignore_errors=True)

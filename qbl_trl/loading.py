@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qbl_trl.config import QUANT_METHOD, GroupQuantConfig, QBLoRAConfig, holds_merged
-from qbl_trl.errors import CheckpointError, ConfigError, QblError
+from qbl_trl.errors import CheckpointError, ConfigError, QblError, first_line
 from qbl_trl.module_names import name_here
 from qbl_trl.older_names import restore_settings_
 from qbl_trl.random_state import same_random_state
@@ -161,7 +161,6 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
     """
     import torch
     from peft import PeftModel
-    from transformers import AutoConfig
 
     from qbl_trl.tokenizers import open_tokenizer
 
@@ -173,8 +172,8 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
         )
     where = {"revision": saved.revision} if base is None and saved.revision else {}
     settings = None
+    stored = getattr(_config_of_base(named, path, where), "quantization_config", None)
     if isinstance(saved, QBLoRAConfig) and saved.base_quantization:
-        stored = getattr(AutoConfig.from_pretrained(named, **where), "quantization_config", None)
         if stored is None:
             settings = _settings(saved.base_quantization)
         elif isinstance(stored, dict) and holds_merged(stored) and not holds_merged(saved.base_quantization):
@@ -217,6 +216,25 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
         raise CheckpointError(f"{path} does not fit {named}: {listed[0]}") from error
     _check_whole(model, path, held)
     return model.eval()
+
+
+def _config_of_base(named: str, folder: Path, where: dict[str, str]) -> Any:
+    """The configuration of an adapter's base.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(named, **where)
+    except (OSError, ValueError) as error:
+        there = Path(named).exists()
+        what = "is no folder of a model" if there else "is no folder here, nor could it be fetched from the hub"
+        raise ConfigError(
+            f"{folder} needs its base, and {named} {what} ({first_line(error)}). Name another: `qbl-trl merge {folder} "
+            "OUTPUT --base MODEL`"
+        ) from error
 
 
 def saved_adapter(folder: str | os.PathLike[str]) -> Any:

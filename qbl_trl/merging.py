@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from qbl_trl.adapter.bases import describe, float_weight, foreign_kind
 from qbl_trl.adapter.checkpointing import stop_checkpointing_
 from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
+from qbl_trl.adapter.merged import check_weights_of_their_own
 from qbl_trl.adapter.others import holds_other_adapters
 from qbl_trl.adapter.recorded import quantization
 from qbl_trl.adapter.wrapped import unwrap
@@ -95,6 +96,7 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
     absent = next((name for name, layer in layers.items() if is_offloaded(layer.get_base_layer())), None)
     if absent is not None:
         raise MergeError(f"merge: {absent} is on no device (meta); load the model whole, without offloading")
+    check_weights_of_their_own(source)
     merged = _copy_sharing_tensors(source)
     settings = _quantization_settings(merged)
     errors = [

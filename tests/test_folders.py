@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from qbl_trl.errors import ConfigError
 from qbl_trl.folders import check_free, new_folder
@@ -155,6 +156,10 @@ def test_permissions_are_those_of_any_new_folder_and_a_full_disk_is_named(tmp_pa
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
     with pytest.raises(ConfigError, match="full: No space left"), new_folder(tmp_path / "full"):
         raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(ConfigError, match="full: No space left"), new_folder(tmp_path / "full"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(SafetensorError, match="invalid"), new_folder(tmp_path / "full"):
+        raise SafetensorError("Error while serializing: invalid header")
 
 
 @pytest.mark.parametrize("here", [False, True])

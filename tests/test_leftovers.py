@@ -118,3 +118,30 @@ def test_where_locks_do_not_work_nothing_is_removed_and_everything_is_written(tm
     before = names(tmp_path)
     check_free(tmp_path / "later")
     assert names(tmp_path) == before
+
+
+def test_ctrl_c_while_the_replaced_folder_is_removed_leaves_what_the_next_write_removes(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "file").write_text("old")
+
+    remove = leftovers.shutil.rmtree
+
+    def stopped(path, **how):
+        if Path(path).name == "removed":
+            raise KeyboardInterrupt
+        remove(path, **how)
+
+    def replace_and_stop(patched):
+        with new_folder(out, overwrite=True) as draft:
+            (draft / "file").write_text("new")
+            patched.setattr(leftovers.shutil, "rmtree", stopped)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        replace_and_stop(patched)
+    assert (out / "file").read_text() == "new"
+    assert len(names(tmp_path)) == 2
+    (out / "file").unlink()
+    out.rmdir()  # parts of a folder are never given back
+    check_free(out)
+    assert names(tmp_path) == []

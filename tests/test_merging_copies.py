@@ -148,3 +148,15 @@ def test_a_tied_head_of_a_model_of_torch_alone_leaves_its_embedding_as_it_is():
     torch.testing.assert_close(merge(model)(ids), model(ids), rtol=1e-4, atol=1e-5)
     expected = model(ids)
     torch.testing.assert_close(model.merge_and_unload()(ids), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("merging", [merge, lambda m: m.merge_and_unload(), lambda m: m.merge_adapter()])
+def test_a_weight_that_another_layer_computes_with_too_takes_no_change(merging):
+    base = tiny_llama()
+    first, second = (layer.self_attn.q_proj for layer in base.model.layers)
+    second.weight = first.weight
+    model = get_peft_model(base, QBLoRAConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    before = first.weight.clone()
+    with pytest.raises(MergeError, match=r"layers\.0\.\S+q_proj computes with the weight of \S*layers\.1\.\S+q_proj,"):
+        merging(model)
+    assert torch.equal(first.weight, before)

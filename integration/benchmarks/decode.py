@@ -56,6 +56,7 @@ def add_measuring(parser: argparse.ArgumentParser, work: Path, output: Path) -> 
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=128, help=f"tokens, in whole blocks of {BLOCK}")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--machine", help="a name for this machine: its rows are kept beside those of others")
     parser.add_argument("--output", type=Path, default=output)
 
 
@@ -66,7 +67,8 @@ def main(args: argparse.Namespace) -> None:
     if args.random:
         args.model = random_llama(args.random, args.work, args.model)
     source = args.model
-    seconds = known_seconds(args.output, source.name)
+    name = entry_name(source, args)
+    seconds = known_seconds(args.output, name)
     folders = build(source, args.work / source.name, args.genai_python, seconds, args.graphs)
     if not folders:
         raise SystemExit(f"--graphs {' '.join(args.graphs)}: no graph of this comparison has such a name")
@@ -77,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
         print(table(measured), flush=True)
         rows += measured
         # After every loop: a runtime that dies takes no other's figures along.
-        write(args.output, source.name, entry_of(source, args, bandwidth, seconds, rows))
+        write(args.output, name, entry_of(source, args, bandwidth, seconds, rows))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -92,13 +94,18 @@ def default_model() -> Path:
     return cache / "models/smollm2-135m-instruct"
 
 
+def entry_name(source: Path, args: argparse.Namespace) -> str:
+    """What the rows of one model are called among the results."""
+    return f"{source.name} on {args.machine}" if args.machine else source.name
+
+
 def entry_of(
     source: Path, args: argparse.Namespace, bandwidth: float, seconds: dict[str, float], rows: list[Row]
 ) -> dict[str, Any]:
     """What is written of one model."""
     return {
         "model": source.name,
-        "machine": platform.processor() or platform.machine(),
+        "machine": args.machine or platform.processor() or platform.machine(),
         "threads": args.threads,
         "rounds": args.rounds,
         "load_average": os.getloadavg()[0],

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from integration.benchmarks.decode import add_measuring, check, default_model, entry_of, table, write
+from integration.benchmarks.decode import add_measuring, check, default_model, entry_name, entry_of, table, write
 from integration.benchmarks.graphs import genai_build, once, ours, random_qwen
 from integration.benchmarks.loops import bare_sessions, genai_loop, memory_bandwidth
 from integration.benchmarks.turns import Row
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
         measured = loop(folders, args, bandwidth)
         print(table(measured), flush=True)
         rows += measured
-        write(args.output, source.name, entry_of(source, args, bandwidth, seconds, rows))
+        write(args.output, entry_name(source, args), entry_of(source, args, bandwidth, seconds, rows))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.adapter.bnb_packed import is_repacked, repacked_weight
+from qbl_trl.allowed import ALLOWED_BITS
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError
 from qbl_trl.quant.importers.modules import LAYER_KINDS, take_over
@@ -63,7 +64,10 @@ def describe(layer: nn.Module, name: str = "") -> Base:
     kind = foreign_kind(layer)
     if kind is not None:
         foreign: Any = layer
-        return Base(kind, foreign.in_features, foreign.out_features, _foreign_group_size(kind, layer))
+        size = _foreign_group_size(kind, layer)
+        if kind == "hqq" and size is None:
+            kind = f"hqq with nbits={foreign.meta['nbits']}, axis={foreign.meta['axis']}"
+        return Base(kind, foreign.in_features, foreign.out_features, size)
     if isinstance(layer, NonDynamicallyQuantizableLinear):
         raise ConfigError(
             f"{name or 'target module'}: this layer of an nn.MultiheadAttention is never called, its weight is read: an"
@@ -139,6 +143,8 @@ def _foreign_group_size(kind: str, layer: nn.Module) -> int | None:
         size = int(layer.group_size)  # type: ignore[arg-type]
         return int(layer.in_features) if size == -1 else size  # type: ignore[arg-type]
     if kind == "hqq":
-        return int(layer.meta["group_size"])  # type: ignore[index, union-attr, operator]
+        meta: Any = layer.meta
+        taken_over = meta["axis"] == 1 and meta["packing"] in [f"{bits}bit_u8" for bits in ALLOWED_BITS]
+        return int(meta["group_size"] or layer.in_features) if taken_over else None  # type: ignore[arg-type]
     found = sizes(layer) if isinstance(layer, nn.Linear) else None
     return None if found is None else found.stored

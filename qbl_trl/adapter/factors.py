@@ -18,7 +18,8 @@ def choose_factors(base: Base, config: QBLoRAConfig, name: str) -> tuple[int, in
 
     Args:
         base: the described base layer.
-        config: in_factor (None: the base's group), out_factor (None: by rank), quantization_aware, on_misfit.
+        config: in_factor (None: the commonest group of the base, or the layer's own where that does not fit),
+            out_factor (None: by rank), quantization_aware, on_misfit.
         name: full name of the layer, for the error.
 
     Raises:
@@ -45,9 +46,9 @@ def choose_factors(base: Base, config: QBLoRAConfig, name: str) -> tuple[int, in
                 f"{base.kind}. {advice}, or set quantization_aware=False"
             )
         unit = base.group_size
-    p = _of_side(
-        "in_factor", config.in_factor or unit, config.in_factor_pattern, base.in_features, unit, config.on_misfit, name
-    )
+    usual = (config.base_quantization or {}).get("group_size") or unit
+    wanted = config.in_factor or (usual if usual % unit == 0 == base.in_features % usual else unit)
+    p = _of_side("in_factor", wanted, config.in_factor_pattern, base.in_features, unit, config.on_misfit, name)
     shared = _shared_outputs(base, config, p, name) if config.out_factor is None else config.out_factor
     e = _of_side("out_factor", shared, config.out_factor_pattern, base.out_features, 1, config.on_misfit, name)
     if e == base.out_features > 1:

@@ -8,8 +8,9 @@ from qbl_trl.adapter.mergeable import MergesIntoBase
 from qbl_trl.adapter.recorded import quantization
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import MergeError
-from qbl_trl.quant.head import set_apart_, untie_changed_head_
+from qbl_trl.quant.head import input_table, set_apart_, untie_changed_head_
 from qbl_trl.quant.hf_quantizer import describe_stored_
+from qbl_trl.quant.linear import GroupQuantLinear
 
 
 def prepare_merge_(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -26,11 +27,43 @@ def prepare_merge_(model: nn.Module, adapter_names: list[str] | None, safe_merge
                 layer.check_merge([name for name in names if name not in layer.merged_adapters], safe_merge)
             except MergeError as error:
                 raise MergeError(f"{layer_name}: {error}") from error
+    check_weights_of_their_own(model)
     for layer in model.modules():
         if isinstance(layer, MergesIntoBase):
             table = set_apart_(model, layer.get_base_layer())  # type: ignore[no-untyped-call]
             if table is not None:
                 layer.apart_from = (table,)
+
+
+def check_weights_of_their_own(model: nn.Module) -> None:
+    """Refuse to merge into a float weight that other layers compute with, too (Zamba's blocks): theirs would change.
+
+    A head that is tied to the embedding is no such layer, it can come apart.
+
+    Raises:
+        MergeError: naming two layers of one weight.
+    """
+    table = input_table(model)
+    if table is None:  # no model of transformers that ties by its configuration; what is shared comes apart
+        return
+    holders, tables = dict[int, list[tuple[str, nn.Module]]](), set(table.modules())
+    for name, module in model.named_modules():
+        if module not in tables and (weight := module._parameters.get("weight")) is not None:
+            holders.setdefault(id(weight), []).append((name, module))
+    for name, layer in model.named_modules():
+        if not isinstance(layer, MergesIntoBase) or not any(active in layer.rank for active in layer.active_adapters):
+            continue
+        base = layer.get_base_layer()  # type: ignore[no-untyped-call]
+        if isinstance(base, GroupQuantLinear):
+            continue
+        sharing = holders.get(id(base._parameters.get("weight")), ())
+        other = next((holder for holder, module in sharing if module is not base), None)
+        if other is not None:
+            raise MergeError(
+                f"{name} computes with the weight of {other.removesuffix('.base_layer')}, and a change of it would be "
+                "in both. Leave layers that share weights out with exclude_modules, or deploy the adapter beside its "
+                "base: export_onnx(model)"
+            )
 
 
 def holds_merged_adapters(model: nn.Module) -> bool:

@@ -5,13 +5,14 @@ which layer is built and how adapters of compressed shape are combined.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import register_peft_method
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from torch import Tensor, nn
@@ -65,11 +66,9 @@ class QBLoRAModel(CombiningModel):
         if chosen is not None:
             prepared.target_modules = chosen  # type: ignore[assignment]  # a set, as PEFT's own
         self._refuse_rows_of_tied_head(prepared)
-        stored = quantization(self.model)
         record_base_(prepared, self.model)
-        if isinstance(stored, GroupQuantConfig):
+        if isinstance(quantization(self.model), GroupQuantConfig):
             record_layers_(prepared, self.model)
-            prepared.in_factor = prepared.in_factor or stored.group_size
         return prepared
 
     def _refuse_rows_of_tied_head(self, config: QBLoRAConfig) -> None:
@@ -131,6 +130,7 @@ class QBLoRAModel(CombiningModel):
         if is_checkpointing(model):
             let_inputs_require_grad(model)  # also where no PeftModel is put around it
         layers = record_placed_(model, adapter_name, self.peft_config[adapter_name])
+        _warn_of_unmatched(self.peft_config[adapter_name], layers)
         if layers and not self.peft_config[adapter_name].inference_mode:
             _warn_of_surplus_rank(adapter_name, layers)
 
@@ -227,6 +227,19 @@ def _refuse_packed(config: QBLoRAConfig, model: nn.Module) -> None:
         )
 
 
+def _warn_of_unmatched(config: QBLoRAConfig, layers: Iterable[str]) -> None:
+    """What PEFT says of patterns of its own that no adapted layer has, a misspelled name."""
+    for field in ("in_factor_pattern", "out_factor_pattern"):
+        pattern = getattr(config, field)
+        unmatched = pattern.keys() - {get_pattern_key(list(pattern), name) for name in layers}
+        if unmatched:
+            warnings.warn(
+                f"The following {field} keys did not match any targeted module and were ignored: {sorted(unmatched)}.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
 def _warn_of_surplus_rank(adapter_name: str, layers: dict[str, BalancedLinear]) -> None:
     """One warning if trained parameters go into ranks beyond the full rank of the block matrices."""
     useful: dict[str, float] = {}
@@ -239,12 +252,13 @@ def _warn_of_surplus_rank(adapter_name: str, layers: dict[str, BalancedLinear]) 
         tightest = min(useful, key=lambda name: useful[name])
         layer, enough = layers[tightest], max(1, int(useful[tightest]))
         p, e = layer.in_factor[adapter_name], layer.out_factor[adapter_name]
-        fewer = "" if e == 1 else "a smaller out_factor, "
+        choices = ["a smaller out_factor"] * (e > 1) + [f"r={enough}"] * (enough < layer.r[adapter_name])
+        block = 'or adapter="block"' if choices else 'adapter="block"'
         warnings.warn(
             f"adapter {adapter_name!r}: on {len(useful)} of {len(layers)} layers r={layer.r[adapter_name]} buys ranks "
             f"beyond the full rank of a pooled weight change; they cost parameters and reach nothing new ({tightest}: "
             f"rank {layer.rank[adapter_name]} for {layer.base.out_features // e} x {layer.base.in_features // p} "
-            f'blocks). Spend them otherwise: {fewer}r={enough}, or adapter="block"',
+            f"blocks). Spend them otherwise: {', '.join([*choices, block])}",
             stacklevel=2,
         )
 

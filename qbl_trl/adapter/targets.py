@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
 from qbl_trl.adapter.bases import describe, foreign_kind
@@ -25,6 +26,7 @@ def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | Non
       the text model (towers that see or hear) whose inputs are no whole groups are left out with a warning: no factor
       fits them.
     - Routers keep choosing the experts that the model was trained with; transformers 5 has no linear layer there.
+    - What torch's own attention reads and never calls gets none.
     - What trains whole needs no adapter, and PEFT cannot wrap a layer that has one: modules_to_save, and the heads that
       PEFT adds to it for some tasks once the adapter is placed.
     - Heads of classifiers that no task_type tells PEFT of are left out with a warning: they stay as they are.
@@ -41,6 +43,7 @@ def resolve_all_linear(config: QBLoRAConfig, model: nn.Module) -> set[str] | Non
     task = str(getattr(config.task_type, "value", config.task_type))
     whole = {*(config.modules_to_save or ()), *_HEADS.get(task, ())}
     chosen = {name for name in plain | foreign if not _trains_whole(name, whole)}.difference(routers(model))
+    chosen = {name for name in chosen if not isinstance(_base(model, name), NonDynamicallyQuantizableLinear)}
     chosen -= _frozen_head(chosen, model, task)
     if config.quantization_aware:
         grouped = {name for name in chosen if _has_groups(_base(model, name))}

@@ -109,7 +109,8 @@ def plain_factors(
         (R, K) and (N, R) float32.
 
     Raises:
-        ConfigError: if in_factor was never written down, or a matrix is missing or holds no numbers.
+        ConfigError: if in_factor was never written down, or a matrix is missing, holds no numbers or does not
+            fit the other.
     """
     p, e = recorded_factors(config, layer)
     r = by_pattern(config.rank_pattern, layer, config.r)
@@ -129,6 +130,9 @@ def plain_factors(
         if lacking:
             raise ConfigError(f"{layer}: {lacking.pop()} is missing; the adapter file is damaged")
         down, up = matrices["lora_A"], matrices["lora_B"]
+        if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]:
+            shapes = f"lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}"
+            raise ConfigError(f"{layer}: {shapes} are no two factors of one rank; the adapter file is damaged")
     if not (down.isfinite().all() and up.isfinite().all()):
         raise ConfigError(f"{layer}: the adapter holds NaN or infinite values; take a checkpoint from before they came")
     return down.repeat_interleave(p, dim=1), up.repeat_interleave(e, dim=0) * gain

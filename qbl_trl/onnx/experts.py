@@ -25,9 +25,15 @@ def traced_tokens(config: Any) -> int:
     config = config.get_text_config()
     config = getattr(config, "ffn_config", config)  # DBRX
     dense = getattr(config, "is_moe", None) is False  # Doge has a count all the same
-    experts = 1 if dense else max(getattr(config, name, None) or 1 for name in _COUNTS)
-    chosen = max(getattr(config, name, None) or 1 for name in _CHOSEN)
+    experts = 1 if dense else max(max(_of_layers(config, name)) for name in _COUNTS)
+    chosen = max(min(_of_layers(config, name)) for name in _CHOSEN)
     return _FEWEST if experts == 1 else _FEWEST + math.ceil(experts / chosen * (math.log(experts) + 14))
+
+
+def _of_layers(config: Any, name: str) -> list[int]:
+    """A count, or those of single layers (HunYuan)."""
+    given = getattr(config, name, None) or 1
+    return list(given) if isinstance(given, list | tuple) else [given]
 
 
 @contextmanager

@@ -90,8 +90,10 @@ def layer_caches(model: Any) -> LayerCaches:
     cache = getattr(cache, "self_attention_cache", cache)
     found = [_read(model, layer) for layer in getattr(cache, "layers", ())]
     if not any(layer.keys or layer.states for layer in found):
+        encodes = getattr(model.config, "is_decoder", None) is False
+        hint = ". As a decoder, with is_decoder=True in its configuration, it may give one" if encodes else ""
         raise ExportError(
-            f"a {type(model).__name__} gives no cache that a graph could take and give; nothing was written"
+            f"a {type(model).__name__} gives no cache that a graph could take and give; nothing was written{hint}"
         )
     return found
 

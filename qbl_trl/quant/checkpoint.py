@@ -7,7 +7,7 @@ flipped inside the data is beyond this check; a cut file, a damaged header, a wr
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,14 +48,22 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     """Every tensor that transformers would load from a folder, by name: of its one file, or of those an index names.
 
     Raises:
-        CheckpointError: if a file is cut short, its header is damaged, or a shard of the index is missing.
+        CheckpointError: if a file is cut short, its header is damaged, a shard of the index is missing, or two files
+            without an index hold the same tensor.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file() or not index.is_file():  # an index beside the one file is of an earlier save
-        return read_files([single] if single.is_file() else sorted(folder.glob("*.safetensors")))
+        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+        found: dict[str, Stored] = {}
+        for name, stored in _held(files):
+            if name in found:
+                raise CheckpointError(
+                    f"{stored.file} and {found[name].file} both hold {name}, and no index says which of them counts"
+                )
+            found[name] = stored
+        return found
     named = _index(index)
-    found = read_files(_shards(folder, named))
-    return {name: stored for name, stored in found.items() if named.get(name) == stored.file.name}
+    return {name: stored for name, stored in _held(_shards(folder, named)) if named.get(name) == stored.file.name}
 
 
 def read_files(files: Iterable[Path]) -> dict[str, Stored]:
@@ -64,7 +72,7 @@ def read_files(files: Iterable[Path]) -> dict[str, Stored]:
     Raises:
         CheckpointError: if one is cut short, or its header is damaged.
     """
-    return {name: stored for file in files for name, stored in _read_header(file).items()}
+    return dict(_held(files))
 
 
 def check_tensors(
@@ -125,6 +133,11 @@ def _shards(folder: Path, named: Mapping[str, str]) -> list[Path]:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: this shard is named in the index but is missing")
     return [folder / name for name in shards]
+
+
+def _held(files: Iterable[Path]) -> Iterator[tuple[str, Stored]]:
+    """Name and place of every tensor, file by file."""
+    return ((name, stored) for file in files for name, stored in _read_header(file).items())
 
 
 def _read_header(file: Path) -> dict[str, Stored]:

@@ -4,6 +4,7 @@ import copy
 from typing import Any, TypeVar
 
 import torch
+from accelerate import init_empty_weights
 from accelerate.hooks import add_hook_to_module
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -31,8 +32,14 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 def empty_model(kind: type[nn.Module], config: Any) -> nn.Module:
     """A model of a class and configuration, built once more without memory: what the class itself has where."""
-    with torch.device("meta"):
-        return kind(copy.deepcopy(config))
+    try:
+        with torch.device("meta"):
+            return kind(copy.deepcopy(config))
+    except NotImplementedError:  # Apertus' activation reads the numbers that it begins with, in 4.57
+        with init_empty_weights(include_buffers=False):
+            model = kind(copy.deepcopy(config))
+        model.tie_weights()  # type: ignore[operator]
+        return model
 
 
 def same_module_name(model: nn.Module, wanted: nn.Module) -> str:

@@ -78,7 +78,8 @@ def without_packed(conversions: list[Any], model: nn.Module) -> list[Any]:
     Float weights that the files hold as one (q, k and v, say) are split while they are loaded, and stacked where they
     are those of experts; what is packed is stored under the names that it has in the model.
     """
-    packed = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, PackedWeight)]
+    layers = [name for name, module in model.named_modules() if isinstance(module, PackedWeight)]
+    packed = [f"{name}.{part}" for name in layers for part in ("weight", "bias")]  # joined and split by steps apart
     packed += [f"{path}.{name}" for path, m in model.named_modules() if isinstance(m, Experts) for name in m.parts]
     return [
         step

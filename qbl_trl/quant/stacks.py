@@ -56,8 +56,15 @@ def set_apart(model: nn.Module, untraceable: bool = False) -> dict[str, nn.Modul
         experts = _separable(module)
         for name, parts in _parts_of(experts, module, path, named).items():
             experts.fill(name, module.get_parameter(name).data, parts)
-        replace(model, path, experts)
+        _put(model, path, experts)
     return stacked
+
+
+def _put(model: nn.Module, path: str, experts: Experts) -> None:
+    replace(model, path, experts)
+    holder = model.get_submodule(path.rpartition(".")[0])
+    if not holder._parameters and not holder._buffers:  # Qwen3-Omni's would draw the stacked tensors of its experts
+        holder._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def slices_of(model: nn.Module) -> dict[str, Tensor]:
@@ -136,7 +143,7 @@ def separate_(model: nn.Module, name: str, weight: Tensor, parts: Parts) -> list
     experts = model.get_submodule(path)
     if not isinstance(experts, Experts):
         experts = _separable(experts)
-        replace(model, path, experts)
+        _put(model, path, experts)
     return [f"{path}.{layer}" for layer in experts.fill(name.removeprefix(f"{path}."), weight, parts)]
 
 

@@ -21,6 +21,7 @@ from qbl_trl.quant.modules import same_module_name
 from qbl_trl.quant.read_weights import read_by_others
 
 _READ_ELSEWHERE = {  # where no pattern of `read_weights.py` sees it
+    "inkling2_text": ("weight_proj",),  # stored under a name that has no place for scales
     "longcat_flash": ("router.classifier",),
     "rwkv": ("attention.output", "feed_forward.value"),  # divided in place for inference
     "wavlm": ("q_proj", "k_proj", "v_proj", "out_proj"),  # by torch's own attention

@@ -162,6 +162,7 @@ class QBLoRACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         self.check_outputs(args)  # training again would find the first run's outputs
+        refusals.check_search(state, self.outputs.merged)
         self._meet_late(model, anew=getattr(self._trainer, "model_init", None) is not None)
         if state.global_step:
             check_resumed(find_trainer(model) or self._trainer, model)

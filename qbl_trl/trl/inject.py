@@ -23,6 +23,7 @@ from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.modules import replace, same_module_name
+from qbl_trl.random_state import same_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,8 @@ def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> n
             'leave it out, or set the task of its head ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"), which then trains, too'
         )
     _train_added_tokens_(config, model, trainer)
-    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+    with same_random_state():  # the trainer has set its seed by now: adapters placed before it take none of that either
+        peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     if trainer.args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
         peft_model.enable_input_require_grads()
         let_towers_require_grad(model)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_callback import ProgressCallback
 
 from qbl_trl.errors import ConfigError
@@ -36,6 +36,8 @@ def merged_loss(
     prefix = "_".join([first, "merged", *rest])
     _close_bar(trainer)
     kept = {key: copy.deepcopy(vars(trainer)[key]) for key in _ACCUMULATED if key in vars(trainer)}
+    if isinstance(trainer, Seq2SeqTrainer):  # its evaluation counts what fills a last batch up, and forgets so again
+        trainer.gather_function = trainer.accelerator.gather
     with computing_merged(trainer.model, stored), same_random_state():
         output = trainer.evaluation_loop(
             data,
@@ -63,8 +65,14 @@ def check_merged_loss(trainer: Trainer | None, measured: bool) -> None:
     metric = "" if trainer is None else trainer.args.metric_for_best_model or ""
     named = metric.removeprefix("eval_")
     parts = list(trainer.eval_dataset) if trainer is not None and isinstance(trainer.eval_dataset, dict) else []
-    if named in ("merged_loss", *(f"{part}_merged_loss" for part in parts)) and not measured:
+    losses = [f"merged_{part}_loss" for part in parts] or ["merged_loss"]
+    if named in losses and not measured:
         raise ConfigError(f"metric_for_best_model={metric!r} is measured with QBLoRACallback(eval_merged_loss=True)")
+    if parts and named in ("merged_loss", *(f"{part}_merged_loss" for part in parts)):
+        raise ConfigError(
+            f"metric_for_best_model={metric!r}: the merged losses here are {', '.join(losses)}, with "
+            "QBLoRACallback(eval_merged_loss=True)"
+        )
     if named.startswith("qbl/"):
         raise ConfigError(
             f"metric_for_best_model={metric!r} is logged while training, and an evaluation has no such figure; "

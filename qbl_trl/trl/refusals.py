@@ -4,12 +4,14 @@ import importlib
 import inspect
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from qbl_trl.adapter.layer import BalancedLinear
+from qbl_trl.adapter.merged import check_weights_of_their_own
 from qbl_trl.adapter.wrapped import is_decoder, unwrap
 from qbl_trl.errors import ConfigError, ExportError, MergeError
 from qbl_trl.model_files import check_generation, generation_settings
@@ -110,6 +112,19 @@ def check_optimizer(trainer: Trainer, model: nn.Module) -> None:
         )
 
 
+def check_search(state: TrainerState, merged: Path | None) -> None:
+    """Refuse one folder for the merged models of all trials of a search.
+
+    Raises:
+        ConfigError: before the first trial.
+    """
+    if state.is_hyper_param_search and merged is not None:
+        raise ConfigError(
+            "QBLoRACallback: merged_output_dir would hold the model of the last trial of a hyperparameter_search, not "
+            "that of the best. Leave it out; save_merged=True writes a merged model into every trial's checkpoints"
+        )
+
+
 def check_launch(trainer: Trainer, layers: dict[str, BalancedLinear], wanted: list[str]) -> None:
     """Refuse launch settings that cannot hold a packed base, before anything is sharded.
 
@@ -176,12 +191,25 @@ def check_saves(model: nn.Module, wanted: list[str]) -> None:
         )
     if wanted:
         check_generation(generation_settings(inner))
-        reason = inseparable_head(inner)
+        reason = not_merged(model)
         if reason is not None:
             raise ConfigError(f"QBLoRACallback: {' and '.join(wanted)}: {reason}")
 
 
-def inseparable_head(model: nn.Module) -> str | None:
+def not_merged(model: nn.Module) -> str | None:
+    """Why no merged model is made of a model whose layers all merge; None if one is."""
+    inner = unwrap(model)
+    replicated = getattr(inner, "peft_config", {}).values()
+    if any(getattr(config, "layer_replication", None) for config in replicated):
+        return "layer_replication: replicated layers share their weights, so each adapter of them would need its own"
+    try:
+        check_weights_of_their_own(inner)
+    except MergeError as error:
+        return str(error)
+    return _inseparable_head(inner)
+
+
+def _inseparable_head(model: nn.Module) -> str | None:
     """Why a model is not saved merged that ties head and embedding, of which one trains; None if it is."""
     table: Any = input_table(model)
     head = output_head(model)

@@ -127,3 +127,11 @@ def test_reduce_leaves_a_layer_more_than_one_adapter_output(n, wanted):
 def test_one_adapter_output_for_a_whole_layer_is_worth_a_warning():
     with pytest.warns(UserWarning, match=r"down_proj: out_factor=2 makes all 2 outputs share.*out_factor_pattern"):
         choose_factors(Base("float", 8, 2), QBLoRAConfig(), NAME)
+
+
+@pytest.mark.parametrize(
+    ("usual", "own", "inputs", "chosen"), [(32, 16, 96, 32), (16, 32, 96, 32), (32, 16, 48, 16), (64, 64, 128, 64)]
+)
+def test_of_several_groups_in_one_base_the_commonest_is_pooled_where_it_fits(usual, own, inputs, chosen):
+    config = QBLoRAConfig(quantization_aware=True, r=1, base_quantization={"group_size": usual})
+    assert choose_factors(base(k=inputs, group=own), config, NAME)[0] == chosen

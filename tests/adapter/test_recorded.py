@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from qbl_trl import GroupQuantConfig
+from qbl_trl import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from tests.adapter.models import config, groups
@@ -110,3 +110,10 @@ def test_a_base_of_other_layers_is_noticed(tmp_path):
     fewer = quantize_model_(tiny_llama(), GroupQuantConfig(modules_to_not_convert=["mlp"]))
     with pytest.warns(UserWarning, match="trained over a base with 14 quantized layers, and this one has 8"):
         PeftModel.from_pretrained(fewer, tmp_path)
+
+
+@pytest.mark.parametrize("field", ["in_factor_pattern", "out_factor_pattern"])
+def test_a_pattern_that_no_layer_answers_to_is_said(field):
+    config = QBLoRAConfig(quantization_aware=True, r=1, **{field: {"q_prj": 32, "k_proj": 32}})
+    with pytest.warns(RuntimeWarning, match=rf"{field} keys did not match any targeted module .* \['q_prj'\]"):
+        get_peft_model(quantize_model_(tiny_llama(), GroupQuantConfig()), config)

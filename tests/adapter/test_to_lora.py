@@ -192,3 +192,14 @@ def test_codes_that_peft_saved_with_an_adapted_head_are_no_weights(tmp_path, bit
     for folder in ("lora", "ours"):
         plain = PeftModel.from_pretrained(packed().dequantize(), tmp_path / folder).eval()
         torch.testing.assert_close(logits(plain, IDS), logits(model, IDS), rtol=0, atol=1e-5)  # float32 rounding
+
+
+def test_factors_of_two_ranks_are_refused(tmp_path):
+    get_peft_model(tiny_llama(), QBLoRAConfig(r=2)).save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("lora_A.weight"))
+    save_file(tensors | {name: tensors[name][:-1].contiguous()}, file)
+    with pytest.raises(ConfigError, match="are no two factors of one rank; the adapter file is damaged"):
+        to_lora(tmp_path / "a", tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()

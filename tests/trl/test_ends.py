@@ -251,3 +251,31 @@ def test_a_head_whose_adapter_is_not_active_keeps_its_place(tmp_path):
     merged, entry = finish.merge_and_verify(model, None)
     assert merged is not None
     assert entry["exact"] is True
+
+
+@pytest.mark.parametrize("wanted", [{"merged_output_dir": "m"}, {"save_merged": True}, {}])
+def test_replicated_layers_are_said_before_the_first_step_where_a_merge_is_wanted(tmp_path, monkeypatch, wanted):
+    monkeypatch.chdir(tmp_path)
+    callback = QBLoRACallback(adapter(layer_replication=[[0, 2], [1, 2]]), **wanted)
+    if wanted:
+        with pytest.raises(ConfigError, match="replicated layers share their weights"):
+            sft(tmp_path / "run", callback)
+        return
+    sft(tmp_path / "run", callback, max_steps=1).train()
+    assert callback.record.merge["exact"] is False
+    assert "replicated layers share" in callback.record.merge["reason"]
+
+
+def test_one_folder_for_the_merged_models_of_a_search_is_refused_before_its_first_trial(tmp_path):
+    trainer = sft(tmp_path / "run", QBLoRACallback(adapter(), merged_output_dir=tmp_path / "m"), max_steps=1)
+    trainer.state.is_hyper_param_search = True
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, QBLoRACallback))
+    with pytest.raises(ConfigError, match="hold the model of the last trial"):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def test_placing_adapters_takes_no_random_numbers_from_the_training(tmp_path):
+    sft(tmp_path / "a", QBLoRACallback(adapter()))
+    placed = torch.rand(1)
+    sft(tmp_path / "b", None)
+    assert torch.equal(torch.rand(1), placed)

@@ -3,17 +3,32 @@
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, trainer_callback
+from transformers import (
+    AutoModelForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    trainer_callback,
+)
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import ConfigError
+from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.trl.callback import QBLoRACallback
 from tests.trl import data
 from tests.trl.runs import adapter, base, losses, settings, sft
 
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}
+
+
+def tiny_t5():
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4, "vocab_size": 32}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
 
 
 def history(trainer, name):
@@ -114,7 +129,7 @@ def test_the_merged_loss_can_choose_the_best_model(tmp_path):
     assert trainer.state.best_metric == min(history(trainer, "eval_merged_loss"))
 
 
-@pytest.mark.parametrize("metric", ["merged_loss", "eval_merged_loss", "news_merged_loss", "eval_qbl/adapter_norm"])
+@pytest.mark.parametrize("metric", ["merged_loss", "news_merged_loss", "merged_news_loss", "eval_qbl/adapter_norm"])
 def test_a_best_model_by_a_figure_that_nobody_measures_is_refused_before_training(tmp_path, metric):
     best = {**EVALUATING, "save_strategy": "steps", "save_steps": 2, "metric_for_best_model": metric}
     with pytest.raises(ConfigError, match="eval_merged_loss=True"):
@@ -196,3 +211,27 @@ def test_a_loss_with_the_base_as_reference_is_measured_with_the_merged_policy(tm
     merged, plain = history(trainer, "eval_merged_loss"), history(trainer, "eval_loss")
     assert merged == pytest.approx(plain, abs=1e-5)
     assert abs(merged[-1] - 0.6931) > 1e-3  # the policy is not its own reference
+
+
+@pytest.mark.parametrize("metric", ["merged_loss", "news_merged_loss"])
+def test_of_several_datasets_the_names_of_the_merged_losses_are_said(tmp_path, metric):
+    best = {**EVALUATING, "save_strategy": "steps", "save_steps": 2, "metric_for_best_model": metric}
+    sets = {"news": data.texts(2), "talk": data.texts(2)}
+    callback = QBLoRACallback(adapter(), eval_merged_loss=True)
+    with pytest.raises(ConfigError, match="the merged losses here are merged_news_loss, merged_talk_loss"):
+        sft(tmp_path, callback, eval_dataset=sets, load_best_model_at_end=True, **best)
+
+
+@pytest.mark.parametrize("generates", [False, True])
+def test_a_last_batch_counts_for_the_merged_loss_as_it_does_for_the_other(tmp_path, generates):
+    arguments = settings(tmp_path, per_device_eval_batch_size=4, predict_with_generate=generates)
+    rows = [{"input_ids": [3, 4 + i, 5], "labels": [6 + i, 7]} for i in range(5)]
+    trainer = Seq2SeqTrainer(
+        quantize_model_(tiny_t5(), GroupQuantConfig()),
+        Seq2SeqTrainingArguments(**arguments),
+        train_dataset=rows,
+        eval_dataset=rows,
+        callbacks=[QBLoRACallback(adapter(task_type="SEQ_2_SEQ_LM"), eval_merged_loss=True)],
+    )
+    measured = trainer.evaluate()
+    assert measured["eval_merged_loss"] == measured["eval_loss"]

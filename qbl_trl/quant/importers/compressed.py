@@ -38,10 +38,11 @@ class CompressedReader(FolderReader):
 
     def check(self) -> None:
         named = self.quantization.get("config_groups")
-        if not isinstance(named, dict) or not all(isinstance(group, dict) for group in named.values()):
+        if not isinstance(named, dict) or not all(map(_is_group, named.values())):
             raise CheckpointError(f"{self.folder}: quantization_config names no config_groups; the file is damaged")
         transforms = self.quantization.get("transform_config") or {}
-        refuse_rotations(self.folder, transform_config=transforms.get("config_groups"))
+        inner = transforms.get("config_groups") if isinstance(transforms, dict) else transforms
+        refuse_rotations(self.folder, transform_config=inner)
         refuse_activations(self.folder, bool(self.quantization.get("kv_cache_scheme")))
         groups = named.values()
         layouts = {group.get("format") or self.quantization.get("format") for group in groups}
@@ -89,8 +90,9 @@ class CompressedReader(FolderReader):
 
     def zeros_kind(self, name: str) -> str:
         stored = f"{name}.weight_zero_point" in self.shards
-        settings = [group.get("weights") or {} for group in self.quantization["config_groups"].values()]
-        if not stored and not any(weights.get("symmetric", True) for weights in settings):
+        every = [group.get("weights") or {} for group in self.quantization["config_groups"].values()]
+        own = self.own(name)
+        if not stored and not any(weights.get("symmetric", True) for weights in ([own] if own else every)):
             raise CheckpointError(f"{self.folder}: symmetric=false, but {name} has no weight_zero_point")
         return "packed" if stored else "none"
 
@@ -122,3 +124,11 @@ class CompressedReader(FolderReader):
         """Whether a target of a group is this layer: by name, or by a regular expression behind `re:`."""
         pattern = target.removeprefix("re:")
         return target == name or (pattern != target and matches(self.folder, "targets", pattern, name))
+
+
+def _is_group(stated: Any) -> bool:
+    """Whether this is what a group of layers is described by."""
+    if not isinstance(stated, dict) or not isinstance(stated.get("weights") or {}, dict):
+        return False
+    targets = stated.get("targets") or ()
+    return isinstance(targets, list | tuple) and all(isinstance(target, str) for target in targets)

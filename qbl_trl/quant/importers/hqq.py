@@ -11,6 +11,7 @@ Only axis = 1 (groups along K) has the layout of this package; axis = 0 is refus
 Source: hqq, hqq/core/bitpack.py and quantize.py.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -64,6 +65,10 @@ class HQQReader(FolderReader):
             raise CheckpointError(
                 f"{where}: groups of {size} weights go on from row to row of {columns}. {CODES_ARE_KEPT}"
             )
+        packed = self.shards.dtype(f"{name}.W_q")
+        held = math.prod(self.shards.shape(f"{name}.W_q")) * (packed.itemsize if packed is not None else 0)
+        if held * 8 != rows * columns * bits:
+            raise self.misshapen(name)
         return bits, rows, columns, self.shards.shape(f"{name}.scale")[0] // rows
 
     def zeros_kind(self, name: str) -> str:
@@ -81,6 +86,8 @@ class HQQReader(FolderReader):
         return build(affine, bits=bits, own_size=own_size, group_size=size, symmetric=False, bias=self.bias(name))
 
     def _setting(self, name: str, key: str) -> Any:
+        if f"{name}.{key}" in self.shards and math.prod(self.shards.shape(f"{name}.{key}")) != 1:
+            raise self.misshapen(name, f" ({key} is no single value)")
         return self.part(name, key).item() if f"{name}.{key}" in self.shards else 0
 
     def _text(self, name: str, key: str) -> str:

@@ -67,7 +67,10 @@ class MLXReader(FolderReader):
         return "embed" in last or last == "wte" or super().is_float(name)
 
     def geometry(self, name: str) -> tuple[int, int, int, int]:
-        if self.shards.dtype(f"{name}.weight") != torch.uint32 or f"{name}.{self.parts[2]}" not in self.shards:
+        scales, offsets = f"{name}.{self.scales}", f"{name}.{self.parts[2]}"
+        if self.shards.dtype(f"{name}.weight") != torch.uint32 or offsets not in self.shards:
+            raise self.misshapen(name)
+        if self.shards.shape(offsets) != self.shards.shape(scales):
             raise self.misshapen(name)
         bits = int(self.own(name).get("bits") or self.quantization.get("bits") or _BITS)
         out_features, words = self.shards.shape(f"{name}.weight")

@@ -67,7 +67,7 @@ def open_reader(source: str | os.PathLike[str]) -> Reader:
     method = str(quantization.get("quant_method", "")).lower()
     if method in _AUTO_ROUND:
         packing = quantization.get("packing_format", quantization.get("backend"))  # its name before 0.5
-        method = "awq" if "awq" in str(packing) else "gptq"
+        method = next((known for known in ("awq", "mlx") if known in str(packing)), "gptq")
         if packing not in (None, "auto"):
             quantization = quantization | {"packing_format": packing}
     if method == QUANT_METHOD:

@@ -16,6 +16,7 @@ from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import Affine, group_count
 from qbl_trl.quant.linear import GroupQuantLinear
 
+_LARGEST_OF_A_ROW = 128
 _DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
@@ -83,6 +84,8 @@ def stored_group_size(name: str, in_features: int, groups: int, stated: int) -> 
     Raises:
         CheckpointError: if it does not follow from the number of groups, or no size we store divides it.
     """
+    if min(groups, in_features) < 1:
+        raise CheckpointError(f"{name}: {groups} groups of {in_features} inputs; the file is damaged")
     own = stated if stated > 0 and group_count(in_features, stated) == groups else -(-in_features // groups)
     if group_count(in_features, own) != groups:
         raise CheckpointError(f"{name}: {groups} groups do not cover {in_features} inputs; the file is damaged")
@@ -93,8 +96,7 @@ def stored_group_size(name: str, in_features: int, groups: int, stated: int) -> 
             "and may be of several sizes; state that of this layer"
         )
     if groups == 1:
-        whole = [size for size in ALLOWED_GROUP_SIZES if size <= in_features]
-        return own, own if own in ALLOWED_GROUP_SIZES else max(whole, default=min(ALLOWED_GROUP_SIZES))
+        return own, own if own in ALLOWED_GROUP_SIZES else size_within_a_row(in_features)
     fitting = [size for size in ALLOWED_GROUP_SIZES if own % size == 0]
     if not fitting:
         allowed = ", ".join(map(str, ALLOWED_GROUP_SIZES))
@@ -103,6 +105,16 @@ def stored_group_size(name: str, in_features: int, groups: int, stated: int) -> 
             "requantize the model from its float weights"
         )
     return own, max(fitting)
+
+
+def size_within_a_row(in_features: int) -> int:
+    """The groups that one scale of a whole row is repeated for: whole ones, where there are any, for adapters to fit.
+
+    The larger, the fewer scales; and the fewer inputs an adapter sees, which pools whole groups.
+    """
+    sizes = [size for size in ALLOWED_GROUP_SIZES if size <= min(in_features, _LARGEST_OF_A_ROW)]
+    whole = [size for size in sizes if in_features % size == 0]
+    return max(whole or sizes, default=min(ALLOWED_GROUP_SIZES))
 
 
 def build(

@@ -20,10 +20,8 @@ from torch import Tensor, nn
 from qbl_trl.allowed import ALLOWED_BITS, ALLOWED_GROUP_SIZES
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import Affine
-from qbl_trl.quant.importers.reader import build, stored_group_size
+from qbl_trl.quant.importers.reader import build, size_within_a_row
 from qbl_trl.quant.linear import GroupQuantLinear
-
-_LARGEST_OF_A_ROW = 128
 
 
 class Sizes(NamedTuple):
@@ -61,11 +59,10 @@ def sizes(layer: nn.Module) -> Sizes | None:
         bits, own = 8, columns
     else:
         return None
-    limit = _LARGEST_OF_A_ROW if own == columns else own
-    fitting = [size for size in ALLOWED_GROUP_SIZES if own % size == 0 and size <= limit]
+    fitting = [size for size in ALLOWED_GROUP_SIZES if own % size == 0]
     if not fitting and own != columns:
         return None
-    stored = max(fitting) if fitting else stored_group_size("", columns, 1, own)[1]
+    stored = size_within_a_row(columns) if own == columns else max(fitting)
     return Sizes(min(width for width in ALLOWED_BITS if width >= bits), own, stored)
 
 
