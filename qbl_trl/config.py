@@ -270,6 +270,9 @@ class GroupQuantConfig(QuantizationConfigMixin):
         self.noted_dtype: str | None = None  # no field: how precise the weights were that this very base was made of
         if self.zeros is None:
             self.zeros = "none" if self.symmetric else "packed"
+        for name in ("bits", "group_size", "in_factor", "out_factor"):
+            if isinstance(value := getattr(self, name), Integral) and not isinstance(value, bool):
+                setattr(self, name, int(value))  # of Python, as files take it, also where NumPy's was given
         _one_of("GroupQuantConfig", "algorithm", self.algorithm, ALGORITHMS)
         _one_of("GroupQuantConfig", "scale_dtype", self.scale_dtype, tuple(SCALE_DTYPES))
         _one_of("GroupQuantConfig", "weights_dtype", self.weights_dtype, (None, *SCALE_DTYPES))

@@ -229,11 +229,12 @@ def _config_of_base(named: str, folder: Path, where: dict[str, str]) -> Any:
     try:
         return AutoConfig.from_pretrained(named, **where)
     except (OSError, ValueError) as error:
-        there = Path(named).exists()
-        what = "is no folder of a model" if there else "is no folder here, nor could it be fetched from the hub"
+        what = f"is no folder of a model ({first_line(error)})"
+        if not Path(named).exists():
+            at_the_hub = f", nor could it be fetched from the hub ({first_line(error)})"
+            what = "is no folder here" + at_the_hub * (not named.startswith(("/", ".", "~")))
         raise ConfigError(
-            f"{folder} needs its base, and {named} {what} ({first_line(error)}). Name another: `qbl-trl merge {folder} "
-            "OUTPUT --base MODEL`"
+            f"{folder} needs its base, and {named} {what}. Name another: `qbl-trl merge {folder} OUTPUT --base MODEL`"
         ) from error
 
 

@@ -117,3 +117,5 @@ def test_numbers_of_numpy_become_those_that_a_file_takes(tmp_path):
     again = PeftConfig.from_pretrained(tmp_path)
     assert (again.r, again.lora_alpha, again.lora_dropout) == (8, 8.0, 0.5)
     assert (again.rank_pattern, again.alpha_pattern) == ({"q_proj": 3}, {"q_proj": 2.0})
+    stored = GroupQuantConfig(bits=np.int64(4), group_size=np.int32(32))
+    assert (type(stored.bits), type(stored.group_size)) == (int, int)

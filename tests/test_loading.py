@@ -208,3 +208,22 @@ def test_an_adapter_over_a_merged_base_needs_that_base(tmp_path):
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=GroupQuantConfig())
     with pytest.warns(UserWarning, match=r"merged_adapter=True, and this one has group_quant merged_adapter=False"):
         PeftModel.from_pretrained(fresh, tmp_path / "second")
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ("/moved/base", r"is no folder here\."),
+        ("moved/base", r"is no folder here, nor could it be fetched from the hub \(.*\)\."),
+        ("adapter", r"is no folder of a model \(.*\)\."),
+    ],
+)
+def test_a_base_that_is_not_there_is_named_with_the_way_to_name_another(tmp_path, monkeypatch, base, said):
+    monkeypatch.chdir(tmp_path)
+    get_peft_model(tiny_llama(), QBLoRAConfig(r=1, task_type="CAUSAL_LM")).save_pretrained("adapter")
+    config = json.loads(Path("adapter/adapter_config.json").read_text())
+    Path("adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    with pytest.raises(
+        ConfigError, match=rf"adapter needs its base, and {base} {said} Name another: .* OUTPUT --base MODEL"
+    ):
+        load_adapter("adapter")

@@ -12,10 +12,12 @@ from peft.tuners import mixed
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.mixed import model as mixed_model
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 
 from qbl_trl.adapter.layer import BalancedLinear, record_placed_, two_kinds
 from qbl_trl.adapter.merged import describe_merged_, holds_merged_adapters, prepare_merge_
+from qbl_trl.adapter.targets import resolve_all_linear
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.peft_type import QBLORA
 
@@ -41,6 +43,11 @@ def register() -> None:
     inject = cls.inject_adapter
 
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        if isinstance(config, QBLoRAConfig) and config.target_modules == "all-linear":
+            # PEFT would look at the wrapper around the model, which has no output head to leave out.
+            chosen: Any = resolve_all_linear(config, self.model)
+            config.target_modules = chosen or _maybe_include_all_linear_layers(config, self.model).target_modules
         inject(self, model, adapter_name, *args, **kwargs)
         if isinstance(self.peft_config[adapter_name], QBLoRAConfig):
             record_placed_(model, adapter_name, self.peft_config[adapter_name])

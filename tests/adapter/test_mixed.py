@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftMixedModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
 from qbl_trl.adapter.factors import recorded_factors
-from qbl_trl.adapter.layer import BalancedLinear
+from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
 from qbl_trl.errors import ConfigError, MergeError
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from tests.onnx.models import quantize
@@ -111,3 +111,12 @@ def test_layers_whose_other_adapters_were_deleted_are_their_base(tmp_path):
     merge(model).save_pretrained(tmp_path)
     for merged in (AutoModelForCausalLM.from_pretrained(tmp_path), model.merge_and_unload()):
         torch.testing.assert_close(logits(merged, IDS), expected, rtol=0, atol=1e-5)  # float32 rounding
+
+
+def test_a_further_adapter_on_all_linear_layers_leaves_the_head_out_as_the_first_does():
+    config = QBLoRAConfig(r=1, quantization_aware=True)
+    model = PeftMixedModel(quantize_model_(tiny_llama(), GroupQuantConfig()), config, "first")
+    model.add_adapter("second", QBLoRAConfig(r=1, quantization_aware=True))
+    layers = adapter_layers(model)
+    assert not any("lm_head" in name for name in layers)
+    assert all(layer.rank.keys() == {"first", "second"} for layer in layers.values())

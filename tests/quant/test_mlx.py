@@ -142,3 +142,13 @@ def test_what_transformers_wrote_for_metal_comes_over_as_it_reads_it_itself(tmp_
         assert torch.equal(model.get_submodule(name).affine().codes, affine.codes)
     widened = AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.float32, device_map="cpu")
     torch.testing.assert_close(logits(model, tokens()), logits(widened, tokens()), rtol=0, atol=1e-5)  # float32 sums
+
+
+def test_what_auto_round_wrote_for_mlx_is_read_as_mlx(tmp_path):
+    write(tmp_path / "in")
+    settings = tmp_path / "in" / "config.json"
+    stated = {"quant_method": "auto-round", "packing_format": "auto_round:mlx", "bits": 4, "group_size": 32}
+    config = json.loads(settings.read_text()) | {"quantization_config": stated}
+    plain = describe_checkpoint(tmp_path / "in")
+    settings.write_text(json.dumps(config))
+    assert describe_checkpoint(tmp_path / "in") == plain

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 Shapes = Mapping[str, tuple[int, ...]]
 _SHOWN = 8
+_STRANGERS = "the two do not belong together"
 
 
 def check_places(source: Path, config: dict[str, Any], packed: Shapes, others: Shapes) -> None:
@@ -74,15 +75,16 @@ def check_places(source: Path, config: dict[str, Any], packed: Shapes, others: S
     shapes = {name: tuple(tensor.shape) for name, tensor in compared.items()}
     turned = {f"{name}.weight" for name, layer in linear.items() if isinstance(layer, Conv1D)}
     wrong = [
-        f"{name} is {shape}, not {expected}"
+        (name, shape, expected)
         for name, shape in stored.items()
         if (place := places.get(name)) in shapes
         and shape != (expected := shapes[place][:: -1 if name in packed and place in turned else 1])
     ]
     if wrong:
-        raise CheckpointError(
-            f"{source}: {_listed(wrong, '; ')}, as {kind} with this config.json has it; the two do not belong together"
-        )
+        moved = all(len(shape) > 2 and sorted(shape) == sorted(expected) for _, shape, expected in wrong)
+        why = "MLX moves the axes of convolutions, and models with some are not read" if moved else _STRANGERS
+        listed = _listed([f"{name} is {shape}, not {expected}" for name, shape, expected in wrong], "; ")
+        raise CheckpointError(f"{source}: {listed}, as {kind} with this config.json has it; {why}")
     unasked = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     filled = {id(state[place]) for place in places.values() if place in state}  # tied weights are one tensor
     missing = [
