@@ -78,4 +78,5 @@ def remove(holder: Path) -> None:
         for entry in holder.iterdir():
             if entry.name != _LOCK:
                 shutil.rmtree(entry, ignore_errors=True)
-    shutil.rmtree(holder, ignore_errors=True)
+        if all(entry.name == _LOCK for entry in holder.iterdir()):
+            shutil.rmtree(holder, ignore_errors=True)

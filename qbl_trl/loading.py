@@ -224,11 +224,15 @@ def _config_of_base(named: str, folder: Path, where: dict[str, str]) -> Any:
     Raises:
         ConfigError: if there is none.
     """
+    from huggingface_hub.errors import HFValidationError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(named, **where)
     except (OSError, ValueError) as error:
+        reached = isinstance(error, ValueError) and not isinstance(error, HFValidationError)
+        if Path(named, "config.json").is_file() or (reached and not Path(named).exists()):
+            raise  # of a model that this transformers does not know
         what = f"is no folder of a model ({first_line(error)})"
         if not Path(named).exists():
             at_the_hub = f", nor could it be fetched from the hub ({first_line(error)})"
@@ -294,10 +298,14 @@ def _widen_(model: Any) -> None:
     """Compute in float32 from here on, with the values that were loaded; bitsandbytes' codes are not touched."""
     import torch
 
+    loaded = model.dtype
     for tensor in [*model.parameters(), *model.buffers()]:
         state = getattr(tensor, "quant_state", None)
         if state is not None:
+            state.made_from = state.dtype
             state.dtype = torch.float32  # of what its codes become
+        elif hasattr(tensor, "SCB"):
+            tensor.made_from = loaded
         elif tensor.is_floating_point():
             tensor.data = tensor.data.float()
     model.config.dtype = torch.float32

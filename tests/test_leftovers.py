@@ -145,3 +145,16 @@ def test_ctrl_c_while_the_replaced_folder_is_removed_leaves_what_the_next_write_
     out.rmdir()  # parts of a folder are never given back
     check_free(out)
     assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root removes whatever it likes")
+def test_a_leftover_that_cannot_be_removed_yet_is_removed_later(tmp_path):
+    process = writing(tmp_path / "out", "(draft / 'kept').mkdir(); (draft / 'kept' / 'file').touch(); "
+                      "(draft / 'kept').chmod(0o555); print('writing', flush=True); time.sleep(600)")  # fmt: skip
+    kill(process)
+    (holder,) = tmp_path.iterdir()
+    check_free(tmp_path / "out")
+    assert (holder / "lock").exists()
+    (holder / "new" / "kept").chmod(0o755)
+    check_free(tmp_path / "out")
+    assert names(tmp_path) == []

@@ -4,7 +4,15 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel, T5Config, T5EncoderModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge, to_lora, verify
 from qbl_trl.errors import MergeError
@@ -15,6 +23,7 @@ from qbl_trl.quant.linear import GroupQuantLinear
 from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
 
 IDS = tokens()
+SIDE = {"layers": 1, "attention_heads": 4, "ffn_dim": 96}
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -150,13 +159,44 @@ def test_a_tied_head_of_a_model_of_torch_alone_leaves_its_embedding_as_it_is():
     torch.testing.assert_close(model.merge_and_unload()(ids), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("merging", [merge, lambda m: m.merge_and_unload(), lambda m: m.merge_adapter()])
-def test_a_weight_that_another_layer_computes_with_too_takes_no_change(merging):
+def sharing():
     base = tiny_llama()
     first, second = (layer.self_attn.q_proj for layer in base.model.layers)
     second.weight = first.weight
-    model = get_peft_model(base, QBLoRAConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    before = first.weight.clone()
+    return base, QBLoRAConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+
+
+@pytest.mark.parametrize("merging", [merge, lambda m: m.merge_and_unload(), lambda m: m.merge_adapter()])
+def test_a_weight_that_another_layer_computes_with_too_takes_no_change(merging):
+    base, config = sharing()
+    model = get_peft_model(base, config)
+    weight = base.model.layers[0].self_attn.q_proj.weight
+    before = weight.clone()
     with pytest.raises(MergeError, match=r"layers\.0\.\S+q_proj computes with the weight of \S*layers\.1\.\S+q_proj,"):
         merging(model)
-    assert torch.equal(first.weight, before)
+    assert torch.equal(weight, before)
+
+
+def test_what_shares_a_weight_and_is_not_merged_is_no_matter():
+    base, config = sharing()
+    model = get_peft_model(base, config)
+    model.add_adapter("apart", QBLoRAConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    model.merge_adapter(["apart"])
+    model.unmerge_adapter()
+    model.set_adapter("apart")
+    with pytest.raises(MergeError, match="computes with the weight of"):
+        model.merge_adapter(["default"])
+
+
+@pytest.mark.parametrize("kind", ["bart", "mbart", "t5"])
+def test_a_head_that_is_tied_to_several_embeddings_is_merged_in_place_by_itself(kind):
+    widths = {"d_model": 64, "vocab_size": 100, "max_position_embeddings": 64}
+    sides = {f"{side}_{name}": number for side in ("encoder", "decoder") for name, number in SIDE.items()}
+    own = {"d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4} if kind == "t5" else sides
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, **widths, **own))
+    model = get_peft_model(model, QBLoRAConfig(r=2, target_modules=["lm_head", "k_proj", "k"], init_lora_weights=False))
+    read = {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]}
+    with torch.no_grad():
+        expected = model.eval()(**read).logits
+        model.merge_adapter()
+        torch.testing.assert_close(model(**read).logits, expected, rtol=1e-4, atol=1e-4)

@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from peft.utils.other import get_pattern_key
@@ -47,7 +48,8 @@ def choose_factors(base: Base, config: QBLoRAConfig, name: str) -> tuple[int, in
             )
         unit = base.group_size
     usual = (config.base_quantization or {}).get("group_size") or unit
-    wanted = config.in_factor or (usual if usual % unit == 0 == base.in_features % usual else unit)
+    fits = usual % unit == 0 and (config.on_misfit == "reduce" or base.in_features % usual == 0)
+    wanted = config.in_factor or (usual if fits else unit)
     p = _of_side("in_factor", wanted, config.in_factor_pattern, base.in_features, unit, config.on_misfit, name)
     shared = _shared_outputs(base, config, p, name) if config.out_factor is None else config.out_factor
     e = _of_side("out_factor", shared, config.out_factor_pattern, base.out_features, 1, config.on_misfit, name)
@@ -99,6 +101,19 @@ def recorded_factors(config: QBLoRAConfig, name: str) -> tuple[int | None, int |
 def by_pattern(pattern: dict[str, int], name: str, common: int | None) -> int | None:
     """The setting of a layer, by PEFT's rules for patterns."""
     return pattern.get(get_pattern_key(list(pattern), name), common)
+
+
+def warn_of_unmatched(config: QBLoRAConfig, layers: Iterable[str]) -> None:
+    """Warn of factors for layers that do not exist, as PEFT does of ranks."""
+    for field in ("in_factor_pattern", "out_factor_pattern"):
+        keys = getattr(config, field)
+        unmatched = sorted(key for key in keys if not any(re.match(rf"(.*\.)?({key})$", name) for name in layers))
+        if unmatched:
+            warnings.warn(
+                f"The following {field} keys did not match any targeted module and were ignored: {unmatched}.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def _kinds(chosen: dict[str, tuple[int, int]], at: int) -> dict[str, set[int]]:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.adapter.balance import matched_rank, pool_scale
 from qbl_trl.adapter.bases import Base, describe
-from qbl_trl.adapter.factors import choose_factors, record_factors_
+from qbl_trl.adapter.factors import choose_factors, record_factors_, warn_of_unmatched
 from qbl_trl.adapter.mergeable import MergesIntoBase
 from qbl_trl.adapter.products import add_expanded, pool
 from qbl_trl.adapter.projections import ExpandedLinear, PooledLinear, compute_dtype
@@ -305,6 +305,7 @@ def record_placed_(model: nn.Module, adapter_name: str, config: QBLoRAConfig) ->
         if isinstance(module, BalancedLinear) and adapter_name in module.rank
     }
     if layers:
+        warn_of_unmatched(config, layers)
         record_factors_(config, {n: (m.in_factor[adapter_name], m.out_factor[adapter_name]) for n, m in layers.items()})
     return layers
 

@@ -27,7 +27,8 @@ def prepare_merge_(model: nn.Module, adapter_names: list[str] | None, safe_merge
                 layer.check_merge([name for name in names if name not in layer.merged_adapters], safe_merge)
             except MergeError as error:
                 raise MergeError(f"{layer_name}: {error}") from error
-    check_weights_of_their_own(model)
+    if not any(getattr(config, "layer_replication", None) for config in getattr(model, "peft_config", {}).values()):
+        check_weights_of_their_own(model, adapter_names)  # PEFT refuses replicated layers in words of their own
     for layer in model.modules():
         if isinstance(layer, MergesIntoBase):
             table = set_apart_(model, layer.get_base_layer())  # type: ignore[no-untyped-call]
@@ -35,10 +36,13 @@ def prepare_merge_(model: nn.Module, adapter_names: list[str] | None, safe_merge
                 layer.apart_from = (table,)
 
 
-def check_weights_of_their_own(model: nn.Module) -> None:
-    """Refuse to merge into a float weight that other layers compute with, too (Zamba's blocks): theirs would change.
+def check_weights_of_their_own(model: nn.Module, adapter_names: list[str] | None = None) -> None:
+    """Refuse to merge into a float weight that other layers compute with, too: theirs would change.
 
-    A head that is tied to the embedding is no such layer, it can come apart.
+    Zamba's blocks with transformers 5 are such layers. A head that is tied to an embedding is none, it can come apart.
+
+    Args:
+        adapter_names: what would be merged, the active adapters by default.
 
     Raises:
         MergeError: naming two layers of one weight.
@@ -46,12 +50,14 @@ def check_weights_of_their_own(model: nn.Module) -> None:
     table = input_table(model)
     if table is None:  # no model of transformers that ties by its configuration; what is shared comes apart
         return
-    holders, tables = dict[int, list[tuple[str, nn.Module]]](), set(table.modules())
+    holders = dict[int, list[tuple[str, nn.Module]]]()
     for name, module in model.named_modules():
-        if module not in tables and (weight := module._parameters.get("weight")) is not None:
+        if (weight := module._parameters.get("weight")) is not None and weight is not table.weight:
             holders.setdefault(id(weight), []).append((name, module))
     for name, layer in model.named_modules():
-        if not isinstance(layer, MergesIntoBase) or not any(active in layer.rank for active in layer.active_adapters):
+        if not isinstance(layer, MergesIntoBase):
+            continue
+        if layer.rank.keys().isdisjoint(layer.active_adapters if adapter_names is None else adapter_names):
             continue
         base = layer.get_base_layer()  # type: ignore[no-untyped-call]
         if isinstance(base, GroupQuantLinear):

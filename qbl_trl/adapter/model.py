@@ -5,14 +5,13 @@ which layer is built and how adapters of compressed shape are combined.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import register_peft_method
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from torch import Tensor, nn
@@ -130,7 +129,6 @@ class QBLoRAModel(CombiningModel):
         if is_checkpointing(model):
             let_inputs_require_grad(model)  # also where no PeftModel is put around it
         layers = record_placed_(model, adapter_name, self.peft_config[adapter_name])
-        _warn_of_unmatched(self.peft_config[adapter_name], layers)
         if layers and not self.peft_config[adapter_name].inference_mode:
             _warn_of_surplus_rank(adapter_name, layers)
 
@@ -225,19 +223,6 @@ def _refuse_packed(config: QBLoRAConfig, model: nn.Module) -> None:
             f"{option}: {layer} holds packed codes, which have no gradient; leave it out, or keep it in float with "
             "GroupQuantConfig(modules_to_not_convert=[...]) or quantize_embeddings=False"
         )
-
-
-def _warn_of_unmatched(config: QBLoRAConfig, layers: Iterable[str]) -> None:
-    """What PEFT says of patterns of its own that no adapted layer has, a misspelled name."""
-    for field in ("in_factor_pattern", "out_factor_pattern"):
-        pattern = getattr(config, field)
-        unmatched = pattern.keys() - {get_pattern_key(list(pattern), name) for name in layers}
-        if unmatched:
-            warnings.warn(
-                f"The following {field} keys did not match any targeted module and were ignored: {sorted(unmatched)}.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
 
 
 def _warn_of_surplus_rank(adapter_name: str, layers: dict[str, BalancedLinear]) -> None:

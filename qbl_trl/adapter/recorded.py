@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -32,8 +33,8 @@ def _recordable(stored: Any, model: nn.Module | None = None) -> dict[str, Any] |
     """The configuration of a base that can be made again from its float checkpoint, as a dictionary.
 
     Args:
-        model: the base; bitsandbytes notes in each layer which type it had when it was quantized, not how precise its
-            weights were: another type need not be another base, so it is recorded and not compared.
+        model: the base; of one of bitsandbytes it is known which type it was loaded in, not how precise its weights
+            were: another type need not be another base, so it is recorded and not compared.
     """
     method = getattr(stored, "quant_method", None)
     name = str(getattr(method, "value", method))
@@ -41,10 +42,16 @@ def _recordable(stored: Any, model: nn.Module | None = None) -> dict[str, Any] |
         return None
     precise = getattr(stored, "noted_dtype", None)
     if name == "bitsandbytes" and model is not None:
-        states = (getattr(weight, "quant_state", None) for weight in model.parameters())
-        precise = next((str(state.dtype).removeprefix("torch.") for state in states if state is not None), None)
+        loaded = next(filter(None, map(_loaded_in, model.parameters())), getattr(model.config, "dtype", None))
+        precise = None if loaded is None else str(loaded).removeprefix("torch.")
     found = {key: value for key, value in stored.to_dict().items() if key[0] != "_"} | {"quant_method": name}
     return found | ({} if precise is None else {_DTYPE: precise})
+
+
+def _loaded_in(weight: Any) -> torch.dtype | None:
+    """The type that codes of bitsandbytes were made from, as 4-bit ones and `loading` note it."""
+    state = getattr(weight, "quant_state", None)
+    return getattr(weight if state is None else state, "made_from", getattr(state, "dtype", None))
 
 
 def record_base_(config: QBLoRAConfig, model: nn.Module) -> None:

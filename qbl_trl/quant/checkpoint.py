@@ -63,7 +63,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
             found[name] = stored
         return found
     named = _index(index)
-    return {name: stored for name, stored in _held(_shards(folder, named)) if named.get(name) == stored.file.name}
+    return {name: stored for name, stored in _held(_shards(folder, named)) if name in named}  # the last of several
 
 
 def read_files(files: Iterable[Path]) -> dict[str, Stored]:

@@ -27,6 +27,7 @@ _OTHERS: dict[str, type[Experts]] = {
 }
 # transformers 5 computes those of one module as one grouped product, which no tracer writes.
 _UNTRACEABLE = (ParallelExperts, AttentionExperts) if BEFORE_5 else (Experts,)
+_DRAWS_ITS_STACK = "Qwen3OmniMoeThinkerTextSparseMoeBlock"
 
 
 def stacks_of(model: nn.Module) -> list[str]:
@@ -61,9 +62,10 @@ def set_apart(model: nn.Module, untraceable: bool = False) -> dict[str, nn.Modul
 
 
 def _put(model: nn.Module, path: str, experts: Experts) -> None:
+    """Put experts into the place of a stack; a block that would draw the stacked tensors anew does not."""
     replace(model, path, experts)
     holder = model.get_submodule(path.rpartition(".")[0])
-    if not holder._parameters and not holder._buffers:  # Qwen3-Omni's would draw the stacked tensors of its experts
+    if type(holder).__name__ == _DRAWS_ITS_STACK:
         holder._is_hf_initialized = True  # type: ignore[assignment]
 
 

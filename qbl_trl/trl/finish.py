@@ -22,7 +22,7 @@ from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.targets import is_mixture
 from qbl_trl.tokenizers import save_tokenizer
 from qbl_trl.trl.layers import active_layers
-from qbl_trl.trl.refusals import not_merged
+from qbl_trl.trl.refusals import why_not_merged
 from qbl_trl.trl.rounding import round_deltas_, rounded
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def merge_and_verify(
             "in_factor is no multiple of its group. The adapter deploys beside its base, exactly: export_onnx(adapter)"
         )
         return None, {"exact": False, "reason": reason}
-    if (why := not_merged(model)) is not None:
+    if (why := why_not_merged(model)) is not None:
         return None, {"exact": False, "reason": why}
     start = time.perf_counter()
     merged = merge(model)

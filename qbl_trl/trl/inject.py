@@ -88,7 +88,8 @@ def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> n
     _check_trainer(trainer)
     config = copy.deepcopy(config)
     if any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__):
-        model.add_adapter(config)  # type: ignore[operator]  # it saves more than a PeftModel around it would
+        with same_random_state():
+            model.add_adapter(config)  # type: ignore[operator]  # it saves more than a PeftModel around it would
         return model
     task = getattr(config.task_type, "value", config.task_type)
     if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(unwrap(model), "prepare_inputs_for_generation"):
@@ -97,7 +98,7 @@ def place_(trainer: Trainer | None, model: nn.Module, config: QBLoRAConfig) -> n
             'leave it out, or set the task of its head ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"), which then trains, too'
         )
     _train_added_tokens_(config, model, trainer)
-    with same_random_state():  # the trainer has set its seed by now: adapters placed before it take none of that either
+    with same_random_state():  # the trainer has set its seed; adapters placed before that draw nothing from it either
         peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     if trainer.args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
         peft_model.enable_input_require_grads()

@@ -102,7 +102,7 @@ class Outputs:
         """
         try:
             layers = active_layers(model).values()
-            if all(layer.merges_exactly() for layer in layers) and refusals.not_merged(model) is None:
+            if all(layer.merges_exactly() for layer in layers) and refusals.why_not_merged(model) is None:
                 say(f"Merging {record.adapter['layers']} layers, and comparing the model with the trained one")
             merged, record.merge = finish.merge_and_verify(model, input_ids, self.stored_delta)
             record.sizes = finish.sizes(model, merged)

@@ -191,17 +191,17 @@ def check_saves(model: nn.Module, wanted: list[str]) -> None:
         )
     if wanted:
         check_generation(generation_settings(inner))
-        reason = not_merged(model)
+        reason = why_not_merged(model)
         if reason is not None:
             raise ConfigError(f"QBLoRACallback: {' and '.join(wanted)}: {reason}")
 
 
-def not_merged(model: nn.Module) -> str | None:
+def why_not_merged(model: nn.Module) -> str | None:
     """Why no merged model is made of a model whose layers all merge; None if one is."""
     inner = unwrap(model)
     replicated = getattr(inner, "peft_config", {}).values()
     if any(getattr(config, "layer_replication", None) for config in replicated):
-        return "layer_replication: replicated layers share their weights, so each adapter of them would need its own"
+        return "layer_replication: replicated layers share weights and do not merge"
     try:
         check_weights_of_their_own(inner)
     except MergeError as error:

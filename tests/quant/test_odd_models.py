@@ -18,7 +18,11 @@ newer = pytest.mark.skipif(BEFORE_5, reason="transformers 4.57 has no such model
 
 
 def quantized(config, make, folder):
-    make.from_config(config).save_pretrained(folder)
+    model = make.from_config(config)
+    for name, bias in model.named_parameters():
+        if name.endswith(".bias"):  # they begin as zeros, of which any order is right
+            torch.nn.init.normal_(bias)
+    model.save_pretrained(folder)
     return make.from_pretrained(folder, quantization_config=GroupQuantConfig()).eval()
 
 
@@ -94,3 +98,14 @@ def test_a_projection_that_attention_reads_without_calling_it_gets_no_adapter(tm
     model = get_peft_model(base, QBLoRAConfig(r=1, quantization_aware=aware))
     assert not any("head.attention" in name for name in adapter_layers(model))
     assert any("vision_tower" in name for name in adapter_layers(model))
+
+
+@newer
+def test_routers_that_the_files_lack_are_drawn_as_transformers_draws_them(tmp_path):
+    text = {**TEXT, "layer_types": ["full_attention"], "num_experts": 4, "num_experts_per_tok": 2}
+    widths = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_next", **text, **widths))
+    held = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("mlp.gate.weight")}
+    model.save_pretrained(tmp_path, state_dict=held)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=GroupQuantConfig())
+    assert 0.01 < again.model.layers[0].mlp.gate.weight.std() < 0.03

@@ -127,20 +127,24 @@ def test_an_unknown_type_is_refused():
         GroupQuantConfig(weights_dtype="float8")
 
 
-@pytest.mark.parametrize("dtype", [BRAIN, HALF, FLOAT])
-def test_a_bitsandbytes_base_is_made_again_from_the_type_it_was_loaded_in_and_computes_in_float32(
-    folder, tmp_path, dtype
-):
+def bitsandbytes(folder, dtype, **settings):
+    settings = BitsAndBytesConfig(**(settings or {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}))
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=dtype)
+
+
+@pytest.mark.parametrize("settings", [{}, {"load_in_8bit": True}], ids=["4 bits", "8 bits"])
+@pytest.mark.parametrize("dtype", [BRAIN, HALF])
+def test_a_bitsandbytes_base_is_made_again_from_the_type_it_was_loaded_in(folder, tmp_path, dtype, settings):
     pytest.importorskip("bitsandbytes")
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=dtype)
     config = QBLoRAConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False)
-    model = get_peft_model(base, config).eval()
-    model.save_pretrained(tmp_path / "adapter")
-    opened, ids = load_adapter(tmp_path / "adapter"), torch.arange(8)[None]
-    assert torch.equal(codes(opened), codes(model))
-    embeddings = [m.get_base_model().get_input_embeddings().weight for m in (opened, model)]
-    assert torch.equal(embeddings[0], embeddings[1].float())
-    computed, trained = opened(ids).logits, model(ids).logits
-    assert computed.dtype == FLOAT
-    assert (computed - trained.float()).abs().mean() <= 4 * torch.finfo(dtype).eps  # what training rounds
+    model = get_peft_model(bitsandbytes(folder, dtype, **settings), config)
+    for number in ("first", "second"):  # what was opened takes a further adapter, which knows it as well
+        model.save_pretrained(tmp_path / number)
+        opened = load_adapter(tmp_path / number)
+        own, again = ([p for p in m.parameters() if p.dtype in (torch.uint8, torch.int8)] for m in (model, opened))
+        assert len(own) == len(again) == 14
+        assert all(torch.equal(*pair) for pair in zip(own, again, strict=True))
+        embeddings = [m.get_base_model().get_input_embeddings().weight for m in (opened, model)]
+        assert torch.equal(embeddings[0], embeddings[1].float())
+        assert opened(torch.arange(8)[None]).logits.dtype == FLOAT
+        model = get_peft_model(opened.unload(), QBLoRAConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False))

@@ -258,7 +258,7 @@ def test_replicated_layers_are_said_before_the_first_step_where_a_merge_is_wante
     monkeypatch.chdir(tmp_path)
     callback = QBLoRACallback(adapter(layer_replication=[[0, 2], [1, 2]]), **wanted)
     if wanted:
-        with pytest.raises(ConfigError, match="replicated layers share their weights"):
+        with pytest.raises(ConfigError, match="layer_replication: replicated layers share weights"):
             sft(tmp_path / "run", callback)
         return
     sft(tmp_path / "run", callback, max_steps=1).train()

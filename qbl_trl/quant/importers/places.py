@@ -82,7 +82,7 @@ def check_places(source: Path, config: dict[str, Any], packed: Shapes, others: S
     ]
     if wrong:
         moved = all(len(shape) > 2 and sorted(shape) == sorted(expected) for _, shape, expected in wrong)
-        why = "MLX moves the axes of convolutions, and models with some are not read" if moved else _STRANGERS
+        why = "the order of axes is another, which is not read (MLX stores convolutions so)" if moved else _STRANGERS
         listed = _listed([f"{name} is {shape}, not {expected}" for name, shape, expected in wrong], "; ")
         raise CheckpointError(f"{source}: {listed}, as {kind} with this config.json has it; {why}")
     unasked = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
