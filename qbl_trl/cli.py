@@ -148,7 +148,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, or 1 after an error that was explained."""
+    """Run one command; the exit status is 0, 1 after an error that was explained, or 130 after Ctrl-C."""
     args = make_parser().parse_args([_dashed(argument) for argument in (sys.argv[1:] if argv is None else argv)])
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as it is imported it warns of a kernel not installed
     try:
@@ -157,6 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         qbl_trl.register()
         run = getattr(importlib.import_module("qbl_trl.commands"), args.command.replace("-", "_"))
         return int(run(args) or 0)
+    except KeyboardInterrupt:
+        print(f"qbl-trl {args.command}: interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
         if os.environ.get(SHOWN):
             raise

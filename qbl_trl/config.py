@@ -266,7 +266,7 @@ class GroupQuantConfig(QuantizationConfigMixin):
     quant_method: str = QUANT_METHOD
 
     def __post_init__(self) -> None:
-        self.quant_method = QUANT_METHOD
+        _one_of("GroupQuantConfig", "quant_method", self.quant_method, (QUANT_METHOD,))
         self.noted_dtype: str | None = None  # no field: how precise the weights were that this very base was made of
         if self.zeros is None:
             self.zeros = "none" if self.symmetric else "packed"

@@ -96,6 +96,15 @@ def test_an_error_of_another_library_is_one_line_and_its_traceback_one_variable_
     assert not (tmp_path / "out").exists()
 
 
+def test_ctrl_c_is_one_line_and_the_exit_status_of_shells(float_folder, tmp_path, capsys, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qbl_trl.commands.quantize", interrupted)
+    assert main(["quantize", str(float_folder), str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "qbl-trl quantize: interrupted\n"
+
+
 def test_an_adapter_of_another_method_is_sent_to_what_works(float_folder, tmp_path, capsys):
     lora = LoraConfig(r=2, target_modules=["q_proj"])
     get_peft_model(AutoModelForCausalLM.from_pretrained(float_folder), lora).save_pretrained(tmp_path / "lora")

@@ -86,6 +86,7 @@ def test_it_is_a_lora_configuration_of_its_own_type_and_reads_back_equal(tmp_pat
         ("quantize_embeddings", "false"),
         ("bits", 4.0),
         ("group_size", 32.0),
+        ("quant_method", "gptq"),
         ("layers", None),
         ("layers", {"q_proj": 8}),
     ],

@@ -90,6 +90,13 @@ class QBLoRACallback(TrainerCallback):
         for name, given in (("merged_output_dir", merged_output_dir), ("onnx_output_dir", onnx_output_dir)):
             if not isinstance(given, str | os.PathLike | None):
                 raise ConfigError(f"QBLoRACallback: {name}={given!r} must be a path, or None")
+        for name, chosen in (
+            ("save_merged", save_merged),
+            ("eval_merged_loss", eval_merged_loss),
+            ("overwrite", overwrite),
+        ):
+            if not isinstance(chosen, bool):
+                raise ConfigError(f"QBLoRACallback: {name}={chosen!r} must be True or False")
         if not isinstance(onnx_options, Mapping | None):
             raise ConfigError(
                 f"QBLoRACallback: onnx_options={onnx_options!r} must be arguments of export_onnx, by name"
@@ -290,6 +297,8 @@ class QBLoRACallback(TrainerCallback):
         if trainer is not None:
             check_before_loading_(trainer)
             callbacks = trainer.callback_handler.callbacks
+            if sum(isinstance(callback, QBLoRACallback) for callback in callbacks) > 1:
+                raise ConfigError("the trainer has two QBLoRACallbacks: both would write its report and its outputs")
             callbacks.insert(0, callbacks.pop(callbacks.index(self)))
 
     def _meet_late(self, model: Any, anew: bool = False) -> None:

@@ -211,6 +211,15 @@ def test_a_callback_without_config_may_be_added_later(tmp_path):
     assert {"qbl/merged_max_logit_difference", "train_loss"} <= trainer.state.log_history[-1].keys()
 
 
+def test_a_second_callback_is_refused_wherever_it_was_added(tmp_path):
+    with pytest.raises(ConfigError, match="two QBLoRACallbacks"):
+        sft(tmp_path, None, peft_config=adapter(), callbacks=[QBLoRACallback(), QBLoRACallback()])
+    trainer = sft(tmp_path, QBLoRACallback(), peft_config=adapter())
+    trainer.add_callback(QBLoRACallback())
+    with pytest.raises(ConfigError, match="two QBLoRACallbacks"):
+        trainer.train()
+
+
 def test_model_init_is_refused(tmp_path):
     args = TrainingArguments(**settings(tmp_path))
     with pytest.raises(ConfigError, match="model_init makes another one"):
@@ -227,6 +236,9 @@ def test_arguments_that_make_no_sense_are_refused():
     for name in ("merged_output_dir", "onnx_output_dir", "onnx_options"):
         with pytest.raises(ConfigError, match=rf"QBLoRACallback: {name}=3 must be"):
             QBLoRACallback(**{name: 3})
+    for name in ("save_merged", "eval_merged_loss", "overwrite"):
+        with pytest.raises(ConfigError, match=rf"QBLoRACallback: {name}='no' must be True or False"):
+            QBLoRACallback(**{name: "no"})
     with pytest.raises(ConfigError, match="must be a QBLoRAConfig"):
         QBLoRACallback(peft.LoraConfig())
     with pytest.raises(ConfigError, match="set merged_output_dir as well"):
