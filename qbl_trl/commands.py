@@ -1,7 +1,6 @@
 """What each command of `qbl-trl` does with its arguments; a package is loaded by the command that needs it."""
 
 import argparse
-import json
 import sys
 import time
 import warnings
@@ -63,9 +62,9 @@ def quantize(args: argparse.Namespace) -> None:
 def _check_replaces_no_source(output: Path) -> None:
     """Whoever writes OUTPUT --from CHECKPOINT loses no checkpoint, --overwrite or not."""
     from qbl_trl.config import QUANT_METHOD
+    from qbl_trl.json_files import json_if_there
 
-    file = output / "config.json"
-    stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    stored = json_if_there(output / "config.json")
     if stored and stored.get("quantization_config", {}).get("quant_method") != QUANT_METHOD:
         raise ConfigError(
             f"{output} holds a model that --from did not write, and stays as it is. The order is: qbl-trl quantize "

@@ -207,7 +207,7 @@ class QBLoRAConfig(LoraConfig):
                 raise ConfigError(f"QBLoRAConfig: {name}={given!r} must be a list of module names{instead}")
 
     def _check_start(self) -> None:
-        if self.init_lora_weights not in (True, False, "gaussian"):
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
             raise ConfigError(
                 f"QBLoRAConfig: init_lora_weights={self.init_lora_weights!r} is made for factors of the whole weight, "
                 "and most such starts rewrite the base, which a quantized base does not allow; use True, False or "
@@ -338,7 +338,7 @@ class GroupQuantConfig(QuantizationConfigMixin):
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Everything: a checkpoint states its format in full."""
+        """The same as to_dict: a checkpoint states its defaults, too."""
         return self.to_dict()
 
 

@@ -90,7 +90,7 @@ def _raised_in(error: BaseException) -> str:
 def one_line() -> Iterator[None]:
     """For scripts: an error of this package is its message on standard error and exit status 1, not a traceback.
 
-    So is that of a file, a model or a dataset which is not there, of a split it lacks, and of a flag nobody knows.
+    The same for a file, a model, a dataset or a split that is not there, and for an unknown flag.
     """
     try:
         yield

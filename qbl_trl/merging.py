@@ -23,7 +23,6 @@ from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
 from qbl_trl.adapter.merged import check_weights_of_their_own
 from qbl_trl.adapter.others import holds_other_adapters
 from qbl_trl.adapter.recorded import quantization
-from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.arithmetic import plain_arithmetic, plain_defaults
 from qbl_trl.config import SCALE_DTYPES, GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError, MergeError
@@ -34,6 +33,7 @@ from qbl_trl.quant.importers.modules import take_over
 from qbl_trl.quant.intact import is_offloaded
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import is_sharded, plain_forward_, replace
+from qbl_trl.wrapped import unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +82,15 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
     if any(holds_other_adapters(module) and not isinstance(module, rows) for module in source.modules()):
         raise MergeError(
             "merge: the model also holds adapters of other PEFT methods; merge it with PEFT's merge_and_unload, or "
-            "delete them"
+            "take them out first (delete_adapter(NAME))"
         )
     if any(layer.disable_adapters for layer in layers.values()):
         raise MergeError("merge: the adapters are disabled; enable them first (PeftModel.enable_adapter_layers)")
-    if any(config.layer_replication for config in getattr(source, "peft_config", {}).values()):
-        raise MergeError("merge: the adapter replicates layers; replicated layers share weights and do not merge")
+    if any(getattr(config, "layer_replication", None) for config in getattr(source, "peft_config", {}).values()):
+        raise MergeError(
+            "merge: the adapter replicates layers, which share weights and do not merge; save it, and load it over its "
+            "base"
+        )
     if is_sharded(source):
         raise MergeError(
             "merge: the weights are spread over processes (FSDP or DeepSpeed ZeRO-3); give QBLoRACallback a "

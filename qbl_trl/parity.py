@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qbl_trl.arithmetic import plain_arithmetic, plain_defaults
 from qbl_trl.errors import ConfigError, explain_missing
 from qbl_trl.loading import load_adapter, open_whole
+from qbl_trl.wrapped import unwrap
 
 Logits = Callable[[Tensor, Tensor], Tensor]
 
@@ -232,8 +233,7 @@ def _step_by_step(model: Any, with_positions: bool) -> Logits:
 
 
 def _torch_logits(model: nn.Module) -> Logits:
-    unwrap: Any = getattr(model, "get_base_model", lambda: model)
-    inner = unwrap()
+    inner: Any = unwrap(model)
     if not hasattr(inner, "config") or getattr(inner, "main_input_name", "input_ids") != "input_ids":
         raise ConfigError(
             f"verify: a {type(inner).__name__} reads no token ids; pass a callable (input_ids, attention_mask) -> "

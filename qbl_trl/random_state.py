@@ -1,4 +1,4 @@
-"""What is done in passing takes no random numbers from what comes after it."""
+"""Code that runs without advancing the caller's random state."""
 
 import random
 from collections.abc import Iterator

@@ -81,16 +81,13 @@ def _text(line: str, where: str) -> Text:
     parts = [fields.get("prompt"), fields.get("completion")]
     if all(isinstance(part, str) for part in parts):
         return "".join(map(str, parts))
-    messages = fields.get("messages") or [*_list(parts[0]), *_list(parts[1])]
-    if isinstance(messages, list) and messages:
-        return messages
+    if all(isinstance(part, list | None) for part in parts):
+        messages = fields.get("messages") or [message for part in parts for message in part or ()]
+        if isinstance(messages, list) and messages:
+            return messages
     raise ConfigError(
         f'{where}: no text; a line is a JSON string, or an object with "text", "prompt" and "completion", or "messages"'
     )
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 __all__ = ["Text", "read_texts", "token_ids"]

@@ -8,6 +8,7 @@ sound is one file in 5 and one for each kind in 4.57; both read the latter.
 import json
 import logging
 import shutil
+from collections.abc import Container, Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,20 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from qbl_trl.generation import BEFORE_5
+from qbl_trl.json_files import json_if_there
 
 logger = logging.getLogger(__name__)
 
 _NEWER, _KNOWN = "TokenizersBackend", "PreTrainedTokenizerFast"
 _CONFIG = "tokenizer_config.json"
-_TOKENIZERS = (_CONFIG, "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
-_FILES = (
-    *_TOKENIZERS,
-    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "merges.txt", "chat_template.json"),
+# Vocabularies of all kinds that transformers has classes for, and those of models with code of their own.
+_TOKENIZERS = (
+    *(_CONFIG, "tokenizer.json", "tekken.json", "vocab*", "*_vocab.json", "dict.txt"),
+    *("*.model", "*.spm", "*.tiktoken", "*.tokenizer"),
+)
+_BESIDE = (
+    *("special_tokens_map.json", "added_tokens.json", "merges.txt", "bpe.codes", "emoji.json", "byte_maps.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
 )
 _PROCESSOR = "processor_config.json"
 _PARTS = {  # of a processor, and the files that they have of their own; an image processor's settings come last
@@ -34,6 +40,7 @@ _PARTS = {  # of a processor, and the files that they have of their own; an imag
 }
 _NAMED = ("processor_class",)  # repeated in each of these files
 _PROCESSOR_FILES = (_PROCESSOR, *dict.fromkeys(_PARTS.values()))
+TOKENIZER_FILES = (*_TOKENIZERS, *_BESIDE, *_PROCESSOR_FILES)
 
 
 def open_tokenizer(source: str | PathLike[str]) -> Any:
@@ -42,7 +49,7 @@ def open_tokenizer(source: str | PathLike[str]) -> Any:
     Raises:
         ValueError, OSError: as `AutoTokenizer` does, if there is none.
     """
-    stored = _settings(Path(source, _CONFIG))
+    stored = json_if_there(Path(source, _CONFIG))
     settings = _known_to_both(stored)
     changed = {name: value for name, value in settings.items() if stored.get(name) != value} if BEFORE_5 else {}
     newer = changed.pop("tokenizer_class", None)
@@ -51,7 +58,7 @@ def open_tokenizer(source: str | PathLike[str]) -> Any:
 
 def holds_tokenizer(folder: str | PathLike[str]) -> bool:
     """Whether a tokenizer lies in a folder, and not only what belongs to one."""
-    return any(Path(folder, name).is_file() for name in _TOKENIZERS)
+    return any(file.is_file() for pattern in _TOKENIZERS for file in Path(folder).glob(pattern))
 
 
 def tokenizer_source(source: str | PathLike[str], base: str | PathLike[str] | None = None) -> str | PathLike[str]:
@@ -62,7 +69,7 @@ def tokenizer_source(source: str | PathLike[str], base: str | PathLike[str] | No
     """
     if not Path(source).is_dir() or holds_tokenizer(source):
         return source
-    return base or _settings(Path(source, "adapter_config.json")).get("base_model_name_or_path") or source
+    return base or json_if_there(Path(source, "adapter_config.json")).get("base_model_name_or_path") or source
 
 
 def save_tokenizer(source: Any, folder: Path) -> None:
@@ -83,16 +90,15 @@ def save_tokenizer(source: Any, folder: Path) -> None:
     elif Path(source).is_dir():
         if not holds_tokenizer(source):
             logger.warning("the folder is written without a tokenizer: %s holds none", source)
-        for name in (*_FILES, *_PROCESSOR_FILES):
-            if Path(source, name).is_file():
-                shutil.copyfile(Path(source, name), folder / name)
+        own_code = "auto_map" in json_if_there(Path(source, _CONFIG))
+        copy_files(Path(source), folder, TOKENIZER_FILES + ("*.py",) * own_code)
     else:
         open_tokenizer(source).save_pretrained(folder)
         for name in (*_PROCESSOR_FILES, "chat_template.json", "chat_template.jinja"):
             found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
             if found is not None:
                 shutil.copyfile(found, folder / name)
-    stored = _settings(folder / _CONFIG)
+    stored = json_if_there(folder / _CONFIG)
     settings = _known_to_both(stored)
     if settings.get("extra_special_tokens") == {}:
         del settings["extra_special_tokens"]
@@ -101,9 +107,18 @@ def save_tokenizer(source: Any, folder: Path) -> None:
     _set_parts_apart(folder)
 
 
-def _settings(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found
+def copy_files(source: Path, folder: Path, patterns: Iterable[str], apart_from: Container[str] = ()) -> None:
+    """Copy the files of a folder that fit a pattern, those of a folder inside it into one of the same name.
+
+    Args:
+        patterns: as `Path.glob` takes them.
+        apart_from: names of files that stay.
+    """
+    for file in (file for pattern in patterns for file in source.glob(pattern)):
+        if file.is_file() and file.name not in apart_from:
+            copy = folder / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 def _write(file: Path, settings: dict[str, Any]) -> None:
@@ -112,7 +127,7 @@ def _write(file: Path, settings: dict[str, Any]) -> None:
 
 def _set_parts_apart(folder: Path) -> None:
     """Give the parts of a processor files of their own."""
-    stored = _settings(folder / _PROCESSOR)
+    stored = json_if_there(folder / _PROCESSOR)
     whole = {name: value for name, value in stored.items() if name not in _PARTS or not isinstance(value, dict)}
     if whole == stored:
         return
@@ -144,4 +159,4 @@ def _named_tokens(settings: dict[str, Any]) -> dict[str, str]:
     return {name: settings[name] for name in names if name not in PreTrainedTokenizerFast.SPECIAL_TOKENS_ATTRIBUTES}
 
 
-__all__ = ["holds_tokenizer", "open_tokenizer", "save_tokenizer", "tokenizer_source"]
+__all__ = ["TOKENIZER_FILES", "copy_files", "holds_tokenizer", "open_tokenizer", "save_tokenizer", "tokenizer_source"]

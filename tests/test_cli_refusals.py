@@ -132,7 +132,7 @@ def test_a_float_file_cut_short_is_named(float_folder, tmp_path, capsys):
     file = float_folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:200])
     assert main(["quantize", str(float_folder), str(tmp_path / "out")]) == 1
-    assert f"{file}: not a whole safetensors file" in capsys.readouterr().err
+    assert f"{file}: cut short or damaged, not a whole safetensors file" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

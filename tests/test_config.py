@@ -30,6 +30,7 @@ def test_defaults_are_those_of_the_documentation():
         ({"lora_alpha": None}, r"lora_alpha=None must be a number"),
         ({"alpha_pattern": {"q_proj": float("nan")}}, r"alpha_pattern\['q_proj'\]=nan must be a number"),
         ({"lora_dropout": 1.0}, r"lora_dropout=1.0 must be at least 0 and less than 1"),
+        ({"init_lora_weights": 0}, r"init_lora_weights=0 is made for"),
         ({"bias": "some"}, r"bias='some' is not known; allowed: none, all, lora_only"),
         ({"pooling": "max"}, r"pooling='max' is not known; allowed: mean, rms, sum"),
         ({"adapter": "full"}, r"adapter='full' is not known; allowed: low_rank, block"),

@@ -15,9 +15,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "qbl_trl"
 ROWS = [
     {"generation"},
     {"allowed", "errors", "leftovers", "peft_type", "progress", "random_state"},
+    {"json_files"},
     {"older_names", "module_names", "tokenizers"},
     {"arithmetic", "folders", "model_files", "texts"},
-    {"config"},
+    {"config", "wrapped"},
     {"loading"},
     {"parity"},
     {"quant", "adapter"},
@@ -39,7 +40,7 @@ ONLY_IN = {
     "onnx": {"onnx"},
     "onnxruntime": {"onnx"},
     "onnx_ir": {"onnx"},
-    "peft": {"peft_type", "config", "adapter", "merging", "trl", "onnx", "loading"},
+    "peft": {"peft_type", "config", "wrapped", "adapter", "merging", "trl", "onnx", "loading"},
 }
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -15,7 +16,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from qbl_trl import verify
+from qbl_trl import QBLoRAConfig, verify
 from qbl_trl.errors import ConfigError
 from qbl_trl.parity import ParityReport, compare, logits_of, positions
 from tests.tiny import tiny_llama, tokens
@@ -30,6 +31,12 @@ def test_a_model_agrees_with_itself_and_its_folder(tmp_path):
     assert report.max_abs_difference == 0
     assert report.top1_agreement == 1
     assert report.tokens == 18
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile, lambda model: model.base_model])
+def test_a_wrapped_model_is_the_one_inside(wrap):
+    model = get_peft_model(tiny_llama(), QBLoRAConfig(r=4, init_lora_weights=False)).eval()
+    assert verify(model, wrap(model), tokens()).max_abs_difference < 1e-5  # a compiled sum has another order
 
 
 def test_comparisons_of_several_texts_are_joined_as_one_of_all_their_positions():

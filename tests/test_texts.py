@@ -47,6 +47,8 @@ def test_a_line_of_jsonl_is_a_text_as_datasets_hold_them(tmp_path):
         ("a.jsonl", '"one"\n{', "a.jsonl, line 2: Expecting property name"),
         ("a.jsonl", '"one"\n\n{"tokens": [1]}', "a.jsonl, line 3: no text; a line is"),
         ("a.jsonl", "[1]", "a.jsonl, line 1: no text; a line is"),
+        ("a.jsonl", '{"prompt": "Q", "completion": [{"role": "assistant", "content": "A"}]}', "line 1: no text"),
+        ("a.jsonl", '{"prompt": [{"role": "user", "content": "Q"}], "completion": "A"}', "line 1: no text"),
     ],
 )
 def test_a_file_without_texts_is_refused_by_its_line(tmp_path, name, content, message):

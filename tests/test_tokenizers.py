@@ -57,6 +57,24 @@ def test_tokens_that_a_model_names_keep_their_names(tmp_path):
         assert tokenizer.image_token_id == tokenizer.convert_tokens_to_ids("<user>")
 
 
+def test_every_template_and_vocabulary_is_copied(tmp_path):
+    source, copy = written_by(4, tmp_path / "source"), tmp_path / "copy"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = {"default": "D", "rag": "R"}
+    tokenizer.save_pretrained(source)
+    files = ("sentencepiece.bpe.model", "source.spm", "qwen.tiktoken", "entity_vocab.json", "README.txt", "own.py")
+    for name in files:
+        (source / name).write_text("{}")
+    copy.mkdir()
+    save_tokenizer(source, copy)
+    assert AutoTokenizer.from_pretrained(copy).chat_template == {"default": "D", "rag": "R"}
+    assert {name for name in files if (copy / name).is_file()} == set(files[:4])
+    file = source / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": {"AutoTokenizer": ["own.Own", None]}}))
+    save_tokenizer(source, copy)
+    assert (copy / "own.py").is_file()
+
+
 HEARING = WhisperFeatureExtractor(feature_size=16, chunk_length=2)
 SEEING = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 28, "width": 28}}
 WATCHING = {"video_processor_type": "Qwen2VLVideoProcessor", "patch_size": 14}

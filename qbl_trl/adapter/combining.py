@@ -41,7 +41,7 @@ class CombiningModel(LoraModel):
         finally:
             vars(first).update(own)
             self._summed = ()
-        self._record_ranks_(adapter_name)
+        self._record_ranks_(adapter_name, adapters)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's; the matrices of a sum are as wide as those of its parts, not as the model under them."""
@@ -50,14 +50,14 @@ class CombiningModel(LoraModel):
         if any(part[name].weight.dtype == torch.float32 for part in parts for name in self._summed if name in part):
             self._cast_adapter_dtype(adapter_name)
 
-    def _record_ranks_(self, adapter_name: str) -> None:
+    def _record_ranks_(self, adapter_name: str, adapters: Sequence[str]) -> None:
         """Say what rank each layer of a sum has, where matrices of other ranks (`rank_pattern`) were summed."""
         config, ranks = self.peft_config[adapter_name], {}
         for layer_name, layer in self.model.named_modules():
             if isinstance(layer, BalancedLinear) and adapter_name in layer.lora_A:
                 held = layer.lora_A[adapter_name].weight.shape[0]
                 if held != layer.rank[adapter_name]:
-                    r = next(r for name, r in layer.r.items() if name != adapter_name and layer.rank[name] == held)
+                    r = next(layer.r[name] for name in adapters if layer.rank.get(name) == held)
                     layer.rank[adapter_name], layer.r[adapter_name] = held, r
                     layer.lora_alpha[adapter_name] = r
                     layer.set_scale(adapter_name, 1.0)
@@ -92,7 +92,10 @@ class CombiningModel(LoraModel):
                         f'combination_type="{checked[0]}" sums matrices of one shape; "cat" and "svd" take any ranks'
                     )
         if any(self.peft_config[name].adapter == "block" for name in adapters):
-            raise ConfigError("add_weighted_adapter combines low-rank factors; an adapter='block' has none")
+            raise ConfigError(
+                "add_weighted_adapter combines low-rank factors, and an adapter='block' has none; activate several at "
+                "once instead, or merge one after another"
+            )
         apart = {name: factors for name, factors in others.items() if recorded_factors(first, name) != factors}
         for at, field in enumerate(("in_factor_pattern", "out_factor_pattern")):  # new ones, for the copy alone
             known = {f"^{re.escape(name)}": factors[at] for name, factors in apart.items()}

@@ -80,7 +80,8 @@ def _check_factors(model: nn.Module, state: Mapping[str, Tensor], adapter: str, 
         held, given = (layer.in_factor[adapter], layer.out_factor[adapter]), recorded_factors(config, name)
         if held != given:
             raise ConfigError(
-                f"{name}: an adapter with (in_factor, out_factor) = {given} cannot take the place of one with {held}"
+                f"{name}: an adapter with (in_factor, out_factor) = {given} cannot take the place of one with {held}; "
+                "load it beside that one (load_adapter), or train it with the same factors"
             )
 
 

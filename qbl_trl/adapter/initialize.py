@@ -20,9 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.adapter.bases import float_weight
 from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
-from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.float_weights import FloatWeights
+from qbl_trl.wrapped import unwrap
 
 
 def initialize_from_error_(

@@ -191,10 +191,6 @@ class BalancedLinear(nn.Module, MergesIntoBase):
             else:
                 self.scaling[name] /= scale
 
-    def adapters(self) -> list[str]:
-        """Names of the adapters this layer holds."""
-        return [*self.lora_A, *self.lora_block]
-
     def block_delta(self, adapter_name: str) -> Tensor:
         """D = gain * B A, (N / e, K / p) float32, rounded once: the product is formed in float64 where there is one."""
         factors = [

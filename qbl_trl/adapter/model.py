@@ -175,7 +175,7 @@ class QBLoRAModel(CombiningModel):
         """Whether a merge is exact depends on each layer and is checked there; replicated layers never are."""
         BaseTuner._check_merge_allowed(self)
         for name, config in self.peft_config.items():
-            if config.layer_replication:
+            if getattr(config, "layer_replication", None):
                 raise ConfigError(f"adapter {name!r} replicates layers; replicated layers share weights, do not merge")
 
     def _unload_and_optionally_merge(

@@ -20,12 +20,12 @@ from qbl_trl.adapter.balance import pool_scale
 from qbl_trl.adapter.factors import by_pattern, recorded_factors
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.adapter.misplaced import without_codes
-from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.arithmetic import plain_defaults
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.folders import check_apart, check_free, new_folder
 from qbl_trl.loading import adapter_weights, saved_adapter
+from qbl_trl.wrapped import unwrap
 
 PREFIX = "base_model.model."
 _MATRICES = ("lora_A", "lora_B", "lora_block")
@@ -161,8 +161,6 @@ def _from_model(model: nn.Module, adapter_name: str | None) -> tuple[QBLoRAConfi
 
 
 def _from_folder(folder: Path) -> tuple[QBLoRAConfig, dict[str, Tensor]]:
-    if not (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"{folder} holds no adapter_config.json; give the folder an adapter was saved to")
     config = saved_adapter(folder)
     if not isinstance(config, QBLoRAConfig):
         raise ConfigError(f"{folder} holds an adapter of type {config.peft_type}; to_lora converts type QBLORA only")

@@ -14,8 +14,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from qbl_trl.adapter.wrapped import base_folder, is_decoder
-from qbl_trl.errors import ExportError
+from qbl_trl.errors import ExportError, first_line
 from qbl_trl.folders import FULL, refuse_graph
 from qbl_trl.loading import load_adapter, open_whole, saved_adapter
 from qbl_trl.model_files import valid_generation
@@ -25,6 +24,7 @@ from qbl_trl.onnx.rotary import is_rotary
 from qbl_trl.onnx.sources import Taken, linear_sources
 from qbl_trl.onnx.tables import Tables, with_tables
 from qbl_trl.tokenizers import open_tokenizer, save_tokenizer
+from qbl_trl.wrapped import base_folder, is_decoder, unwrap, without_launch
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def load_model(model_or_path: Any) -> torch.nn.Module:
         ExportError: if the folder holds none.
     """
     if isinstance(model_or_path, torch.nn.Module):
-        return model_or_path
+        return without_launch(model_or_path)
     if not isinstance(model_or_path, (str, PathLike)):
         raise ExportError(f"export_onnx takes a model or a folder, not a {type(model_or_path).__name__}")
     folder = Path(model_or_path)
@@ -125,15 +125,17 @@ def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     Raises:
         ExportError: if there is none.
     """
-    unwrap = getattr(model, "get_base_model", None)
-    inner = unwrap() if unwrap is not None else model
+    inner = unwrap(model)
     if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
         raise ExportError(
             "export_onnx: prompt and prefix tuning put trained vectors before a text's tokens, and a graph reads "
             "tokens alone; export the base (get_base_model()), or train adapters on its layers"
         )
     if not is_decoder(inner):
-        raise ExportError(f"export_onnx: a {type(inner).__name__} is no decoder of transformers that generates text")
+        raise ExportError(
+            f"export_onnx: a {type(inner).__name__} is no decoder of transformers that generates text; a graph is made "
+            "of a ...ForCausalLM"
+        )
     return inner
 
 
@@ -161,7 +163,7 @@ def check_tokenizer(given: Any) -> Any:
             return given
         return open_tokenizer(given)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error) or type(error).__name__
         what = "holds files that cannot be read" if Path(given).is_dir() else "is no folder, nor a model id"
         raise ExportError(f"export_onnx: tokenizer={str(given)!r} {what}: {reason}") from error
 
@@ -212,7 +214,7 @@ def write(held: Held, source: Any, tokenizer: Any, folder: Path, dtype: torch.dt
                 raise
             if tokenizer is not None:
                 raise ExportError(f"export_onnx: the tokenizer that was given is not saved: {error}") from error
-            logger.warning("the folder is written without a tokenizer: %s", next(iter(str(error).splitlines()), error))
+            logger.warning("the folder is written without a tokenizer: %s", first_line(error) or type(error).__name__)
             return
         for file in Path(draft).iterdir():
             file.rename(folder / file.name)

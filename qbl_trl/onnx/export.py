@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qbl_trl.arithmetic import plain_arithmetic, plain_defaults
-from qbl_trl.errors import ConfigError, ExportError, QblError
+from qbl_trl.errors import ConfigError, ExportError, QblError, first_line
 from qbl_trl.folders import check_apart, check_free, folder_bytes, new_folder
 from qbl_trl.model_files import check_generation
 from qbl_trl.onnx import companions
@@ -219,7 +219,7 @@ def export_onnx(
                     raise
                 raise ExportError(
                     f"embedding_bits={embedding_bits}: a {type(held.decoder()).__name__} does not run over a packed "
-                    f"embedding, whose weight it reads itself ({str(error).splitlines()[0]}); leave it out"
+                    f"embedding, whose weight it reads itself ({first_line(error)}); leave it out"
                 ) from error
             tables_cost = compare(floats, gate.reference, gate.mask)
         step(bar, "tracing, writing and checking the graph")

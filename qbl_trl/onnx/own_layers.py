@@ -1,4 +1,4 @@
-"""Attention layers that neither transformers' attention interface nor torch's attention computes, said again.
+"""Attention layers that neither transformers' attention interface nor torch's attention computes, for tracing.
 
 One function for each class of layers, which does the same by the placeholder: (layer, what its `forward` is given) ->
 what that returns. Masks are not read: beside the future, padding and the window named here they hide nothing.

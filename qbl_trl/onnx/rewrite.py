@@ -139,7 +139,9 @@ def _finish(model: ir.Model) -> None:
         }
     )
     if left:
-        raise ExportError(f"placeholders were left in the graph: {', '.join(left)}; this is a defect of qbl_trl")
+        raise ExportError(
+            f'placeholders were left in the graph: {", ".join(left)}, a defect of qbl_trl; try attention="standard"'
+        )
     join_reshapes(model.graph)
     model.graph.opset_imports[""] = RMS_NORM_OPSET
     model.graph.opset_imports[MS_DOMAIN] = 1

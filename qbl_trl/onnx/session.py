@@ -1,4 +1,4 @@
-"""Run an exported folder with a bare ONNX Runtime session: logits for parity, greedy tokens for tests."""
+"""Logits of an exported folder, by a bare ONNX Runtime session."""
 
 import os
 from collections.abc import Iterator
@@ -20,7 +20,6 @@ from qbl_trl.onnx.files import MODEL_FILE, graph_files
 from qbl_trl.onnx.layer_caches import STATES
 from qbl_trl.parity import Logits, positions
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 
@@ -98,21 +97,18 @@ def _in_words(what: str) -> Iterator[None]:
 
 
 class OnnxLogits:
-    """Callable (input_ids, attention_mask) -> logits (B, S, V) float32 over one session.
+    """Callable (input_ids, attention_mask) -> logits (B, S, V) float32 over one session, on the CPU.
 
     Args:
         folder: an exported folder, or its .onnx file.
-        provider: "cpu" or "cuda".
-        threads: intra-op threads, 0 for ONNX Runtime's choice.
     """
 
-    def __init__(self, folder: str | PathLike[str], provider: str = "cpu", threads: int = 0) -> None:
+    def __init__(self, folder: str | PathLike[str]) -> None:
         path = graph_file(Path(folder))
         check_external_data(path)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
         options.log_severity_level = 4  # what goes wrong is raised; printed, it would look like the end of an export
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDERS[provider]])
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = {value.name: value for value in self.session.get_outputs()}
 

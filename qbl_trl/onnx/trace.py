@@ -15,7 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from qbl_trl.errors import ExportError
+from qbl_trl.errors import ExportError, first_line
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.onnx.alibi import bias_rounded
 from qbl_trl.onnx.complex_rotary import rotated_in_real_numbers
@@ -76,7 +76,7 @@ def trace(skeleton: Skeleton, dtype: torch.dtype) -> ir.Model:
             if isinstance(error, OSError) and error.errno is not None:
                 where = tempfile.gettempdir()
                 raise ExportError(f"{where} (TMPDIR), where the graph is traced: {error.strerror}") from error
-            reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+            reason = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
             raise Untraceable(
                 f"a {type(skeleton.model).__name__} could not be traced: {reason}{_of_adapters(skeleton.model)}"
             ) from error

@@ -2,9 +2,10 @@
 
     w[n, k] = scales[n, j] * (codes[n, k] - zeros[n, j])        with      j = k // group_size
 
-Codes are integers in [0, 2**bits); scales are positive weight units per code; zeros are in code units, integer for a
-fresh base and fractional after an adapter was folded in. The last group of a row may be ragged (K not a multiple of
-the group size). How scales and zeros are *chosen* beyond min-max lives in `algorithms.py`.
+Codes are integers in [0, 2**bits); scales are weight units per code, negative where the largest weight of a symmetric
+group is positive; zeros are in code units, integer for a fresh base and fractional after an adapter was folded in. The
+last group of a row may be ragged (K not a multiple of the group size). How scales and zeros are *chosen* beyond min-max
+lives in `algorithms.py`.
 
 Source: QLoRA, arXiv:2305.14314, section 2 (block-wise quantization); QA-LoRA, arXiv:2309.14717, section 3.1.
 """

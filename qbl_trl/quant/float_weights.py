@@ -1,7 +1,6 @@
 """The float weights of a folder by the names that a model has for their layers."""
 
 import functools
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qbl_trl.json_files import json_if_there
 from qbl_trl.quant.checkpoint import read_headers
 from qbl_trl.quant.experts import Experts
 from qbl_trl.quant.modules import empty_model, same_module_name
@@ -65,8 +65,8 @@ class FloatWeights:
     def _whole(self) -> dict[str, nn.Module]:
         """The linear layers of the float model by their names; none if the files are of another one, or not whole."""
         kind: Any = self._kind
-        file = self.folder / "config.json"
-        if not file.is_file() or "quantization_config" in json.loads(file.read_text(encoding="utf-8")):
+        stored = json_if_there(self.folder / "config.json")
+        if not stored or "quantization_config" in stored:
             return {}
         try:
             model, found = kind.from_pretrained(self.folder, dtype="auto", output_loading_info=True)

@@ -8,7 +8,6 @@ same values, and written as float32 where it does not (trained norms or embeddin
 Experts of a mixture, which are layers of their own here, are stacked as the template stacks them.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qbl_trl.errors import ConfigError
+from qbl_trl.folders import new_file
 from qbl_trl.module_names import name_here
 from qbl_trl.quant.gguf_template import HEAD, check_template
 from qbl_trl.quant.importers.gguf import GGUFReader
@@ -75,13 +75,9 @@ def write_gguf(model: nn.Module, path: Path, template: Path) -> tuple[int, float
     head = check_template(model, state, layers, source, places)
     held = _held(source, places)
     _check_stacks(layers, held)
-    partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with new_file(path) as partial:
         largest = _write(state, layers, source, held, head, gguf.GGUFWriter(partial, source.architecture))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return len(layers), largest
 
 

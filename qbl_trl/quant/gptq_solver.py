@@ -128,4 +128,6 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
             upper: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
             return upper
         damp *= 10
-    raise ConfigError("gptq: the hessian is not positive definite under any damping; check the calibration data")
+    raise ConfigError(
+        "gptq: the hessian is not positive definite under any damping; give more, and more varied, calibration texts"
+    )

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from qbl_trl.config import SCALE_DTYPES
-from qbl_trl.errors import ConfigError, QblError
+from qbl_trl.errors import ConfigError
 from qbl_trl.quant.packed import PackedWeight
 
 
@@ -12,15 +12,15 @@ def is_offloaded(layer: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)))
 
 
-def check_present(model: nn.Module, what: str, error: type[QblError] = ConfigError) -> None:
+def check_present(model: nn.Module, what: str) -> None:
     """Refuse a model of which a packed layer is offloaded; one that is nowhere as a whole has no weights to lose.
 
     Raises:
-        ConfigError (or the `error` given): naming the layer.
+        ConfigError: naming the layer.
     """
     absent = next((name for name, m in model.named_modules() if isinstance(m, PackedWeight) and is_offloaded(m)), None)
     if absent is not None and not all(parameter.is_meta for parameter in model.parameters()):
-        raise error(f"{what}: {absent} is on no device (meta); load the model whole, without offloading")
+        raise ConfigError(f"{what}: {absent} is on no device (meta); load the model whole, without offloading")
 
 
 def check_types(model: nn.Module) -> None:

@@ -3,8 +3,8 @@ machine's C compiler.
 
 Plain torch takes seven passes over the same memory, and a generating model pays them for every token. The library is
 built on first use (under a second), kept in the user's cache, and used only after it gave the plain path's bits on a
-sample. Without a compiler, or on a processor the
-source has no path for, everything works as before, slower. QBL_TRL_NATIVE=0 turns it off.
+sample. Without a compiler, or on a processor that the source has no path for, everything works as before, slower.
+QBL_TRL_NATIVE=0 turns it off.
 """
 
 import atexit

@@ -43,5 +43,7 @@ def as_precise(weight: Tensor, config: GroupQuantConfig) -> Tensor:
         return weight
     rounded = weight.to(SCALE_DTYPES[wanted])
     if wanted == "float16" and not rounded.isfinite().all() and weight.isfinite().all():
-        raise ConfigError('GroupQuantConfig: weights_dtype="float16" ends at 65504, and a weight is larger')
+        raise ConfigError(
+            'GroupQuantConfig: weights_dtype="float16" ends at 65504, and a weight is larger; use "bfloat16"'
+        )
     return rounded.to(weight.dtype)

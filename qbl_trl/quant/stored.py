@@ -1,6 +1,5 @@
 """What a packed folder says of itself, before its tensors are loaded into packed layers."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.config import GroupQuantConfig, LayerFormat
 from qbl_trl.errors import CheckpointError
+from qbl_trl.json_files import json_if_there, read_json
 from qbl_trl.quant.checkpoint import Stored, read_files, read_headers
 from qbl_trl.quant.experts import Experts
 from qbl_trl.quant.head import output_head
@@ -32,7 +32,7 @@ def folder_of(config: Any) -> Path | None:
     folder = Path(getattr(config, "_name_or_path", ""))
     if not (folder / "config.json").is_file():
         return None
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stored = read_json(folder / "config.json")
     own = config.to_dict()
     same = all(stored[key] == own.get(key) for key in ("model_type", "architectures", *_SIZES) if key in stored)
     return folder if same else None
@@ -77,7 +77,7 @@ def stored_layers(
     experts = {name: f"{name.partition('.experts.')[0]}.experts" for name in packed if ".experts." in name}
     lost = min((name for name, around in experts.items() if around in modules and name not in modules), default=None)
     if lost is not None:
-        made_with = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_version")
+        made_with = read_json(folder / "config.json").get("transformers_version")
         raise CheckpointError(
             f"{folder}: {lost!r} is packed by itself, and transformers {transformers_version} holds the experts of a "
             f"layer in one tensor; open this folder with the version it was written with ({made_with or 'before 5'})"
@@ -93,8 +93,7 @@ def _of_another_head(model: PreTrainedModel, folder: Path, lacking: set[str]) ->
 
     None where that class is not known, or this one does all that it does: then the folder is damaged.
     """
-    file = folder / "config.json"
-    written_by = (json.loads(file.read_text(encoding="utf-8")).get("architectures") or []) if file.is_file() else []
+    written_by = json_if_there(folder / "config.json").get("architectures") or []
     stored = getattr(transformers, next(iter(written_by), ""), None)
     if not lacking or stored is None or isinstance(model, stored) or not isinstance(model.config, stored.config_class):
         return set()

@@ -22,7 +22,6 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qbl_trl.adapter.layer import BalancedLinear
-from qbl_trl.adapter.wrapped import base_folder
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.merging import unwrap
@@ -37,6 +36,7 @@ from qbl_trl.trl.probe import probe
 from qbl_trl.trl.resume import check_before_loading_, check_resumed
 from qbl_trl.trl.rounding import DeltaRounding, check_rounding, forget_rounding
 from qbl_trl.trl.tokens import FirstTokens, random_tokens
+from qbl_trl.wrapped import base_folder
 
 logger = logging.getLogger(__name__)
 

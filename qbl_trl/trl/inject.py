@@ -19,11 +19,12 @@ from torch import nn
 from transformers import Trainer
 
 from qbl_trl.adapter.checkpointing import let_towers_require_grad
-from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
+from qbl_trl.quant.head import output_head
 from qbl_trl.quant.modules import replace, same_module_name
 from qbl_trl.random_state import same_random_state
+from qbl_trl.wrapped import unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +142,8 @@ class Unadapted:
 def _train_added_tokens_(config: QBLoRAConfig, model: nn.Module, trainer: Trainer) -> None:
     """What a trainer does to a peft_config when a chat template brings new tokens: their rows and the head train, too.
 
-    SFTTrainer keeps the new ids in a variable of its constructor, which is running now. It calls the two layers
-    "embed_tokens" and "lm_head"; here they have the names that the model gives them.
+    SFTTrainer and RewardTrainer keep the new ids in a variable of their constructor, which is running now. They call
+    the two layers "embed_tokens" and "lm_head"; here they have the names that the model gives them.
     """
     named = (variables.get("added_tokens") for variables in variables_of(trainer))
     added = next((found for found in named if isinstance(found, list) and found), None)
@@ -151,14 +152,14 @@ def _train_added_tokens_(config: QBLoRAConfig, model: nn.Module, trainer: Traine
     rows = config.trainable_token_indices
     inner: Any = unwrap(model)
     table, head = (
-        same_module_name(inner, layer).rpartition(".")[2]
-        for layer in (inner.get_input_embeddings(), inner.get_output_embeddings())
+        None if layer is None else same_module_name(inner, layer).rpartition(".")[2]
+        for layer in (inner.get_input_embeddings(), output_head(inner))
     )
     if rows is None or isinstance(rows, list):
         config.trainable_token_indices = {table: [*(rows or []), *added]}
     else:
         config.trainable_token_indices = {**rows, table: [*rows.get(table, []), *added]}
-    if head not in (config.modules_to_save or ()):
+    if head is not None and head not in (config.modules_to_save or ()):
         config.modules_to_save = [*(config.modules_to_save or ()), head]
         logger.warning(
             "the chat template brought %d new tokens: their embeddings and the output head train beside the adapter",

@@ -66,16 +66,17 @@ def _difference(layer: BalancedLinear) -> tuple[float, float]:
     twin = shadow(layer)
     twin.requires_grad_(False)
     twin.train()  # in eval mode bitsandbytes may repack its codes for the processor, and they are the model's own
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for name, weight in twin.named_parameters():
         if name.startswith("lora_"):
-            weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5)
+            weight.copy_(torch.randn(weight.shape, generator=generator, device="cpu") / weight.shape[1] ** 0.5)
     for dropout in (m for m in twin.modules() if isinstance(m, nn.Dropout)):
         dropout.eval()
     base = base_of(twin)
     stored = base.weight
     dtype = stored.dtype if isinstance(stored, Tensor) and stored.is_floating_point() else torch.float32
-    x = torch.randn(_ROWS, layer.base.in_features, generator=generator).to(stored.device, dtype)  # type: ignore[arg-type]
+    x = torch.randn(_ROWS, layer.base.in_features, generator=generator, device="cpu")
+    x = x.to(stored.device, dtype)  # type: ignore[arg-type]
     with torch.no_grad(), plain_arithmetic(x.device.type):
         trained = twin(x).float()
         merged = _merged(twin, base, x)

@@ -12,12 +12,12 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.adapter.merged import check_weights_of_their_own
-from qbl_trl.adapter.wrapped import is_decoder, unwrap
 from qbl_trl.errors import ConfigError, ExportError, MergeError
 from qbl_trl.model_files import check_generation, generation_settings
 from qbl_trl.quant.head import check_parting, input_table, output_head
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.trl.layers import active, base_of
+from qbl_trl.wrapped import is_decoder, unwrap
 
 # Modules of trainers that multiply with the output head's weight instead of calling it import one of these.
 _READ_THE_HEAD = ("add_fused_lm_head", "_ForwardRedirection")

@@ -14,13 +14,13 @@ from transformers import Trainer
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.adapter.misplaced import layers_left_out, layers_with
 from qbl_trl.adapter.recorded import check_same_adapter, check_same_base, quantization
-from qbl_trl.adapter.wrapped import unwrap
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.loading import saved_adapter
 from qbl_trl.quant.checkpoint import read_files
 from qbl_trl.trl.inject import variables_of
 from qbl_trl.trl.layers import active
+from qbl_trl.wrapped import unwrap
 
 
 def check_resumed(trainer: Trainer | None, model: nn.Module, folder: Any = None) -> None:

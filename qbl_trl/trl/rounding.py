@@ -39,7 +39,7 @@ def round_delta(delta: Tensor, stored: str) -> Tensor:
         ConfigError: if `stored` is none of these.
     """
     if stored == "int8":
-        scale = delta.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        scale = (delta.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)  # no denormal
         return (delta / scale).round() * scale
     if stored not in STORED:
         raise ConfigError(f"stored_delta={stored!r} is not known; allowed: {', '.join(STORED)}")

@@ -248,6 +248,18 @@ def test_a_sum_of_adapters_with_ranks_of_their_own_says_them(tmp_path):
     assert torch.equal(logits(again, IDS), logits(model, IDS))
 
 
+def test_the_rank_of_a_sum_is_that_of_its_parts_whatever_else_lies_on_the_layer(tmp_path):
+    parts = {"r": 4, "in_factor": 1, "out_factor": 1, "rank_pattern": {"v_proj": 16}}
+    model = get_peft_model(tiny_llama(), config(r=2, in_factor=2, out_factor=2), adapter_name="other").eval()
+    for name in ("first", "second"):
+        model.add_adapter(name, config(**parts))
+    model.add_weighted_adapter(["first", "second"], [0.5, 0.5], "sum", combination_type="linear")
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "sum").eval()
+    assert torch.equal(logits(again, IDS), logits(model, IDS))
+
+
 def test_a_sum_over_a_model_in_half_precision_is_as_wide_as_its_parts():
     model = get_peft_model(tiny_llama().to(torch.bfloat16), config())
     model.add_adapter("second", config())

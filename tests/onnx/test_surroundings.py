@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 import transformers
-from peft import PromptTuningConfig, get_peft_model
+from peft import PeftMixedModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -50,6 +50,18 @@ def adapter_without_tokenizer(tmp_path):
     model = get_peft_model(base, QBLoRAConfig(r=4, quantization_aware=True, init_lora_weights=False))
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile, PeftMixedModel])
+def test_a_wrapped_model_is_exported_as_the_one_inside(wrap, tmp_path):
+    if wrap is PeftMixedModel:
+        model = PeftMixedModel(merged_llama(), QBLoRAConfig(r=4, init_lora_weights=False), "default").eval()
+        expected = logits_of(model)(tokens(), torch.ones_like(tokens()))
+    else:
+        expected, model = logits_of(merged_llama())(tokens(), torch.ones_like(tokens())), wrap(merged_llama())
+    export_onnx(model, tmp_path / "graph")
+    found = OnnxLogits(tmp_path / "graph")(tokens(), torch.ones_like(tokens()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # sums in another order
 
 
 def test_the_tokenizer_of_an_adapter_is_that_of_its_base(adapter_without_tokenizer, tmp_path, capsys):

@@ -5,11 +5,14 @@ import json
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from peft import get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5Config,
@@ -18,6 +21,7 @@ from transformers import (
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
 )
+from trl import RewardConfig, RewardTrainer
 
 from qbl_trl import GroupQuantConfig, merge
 from qbl_trl.adapter.layer import adapter_layers
@@ -183,6 +187,23 @@ def test_such_tokens_train_whatever_a_model_calls_its_embedding(tmp_path):
     trained = " ".join(n for n, p in trainer.model.named_parameters() if p.requires_grad)
     assert "embed_in.token_adapter.trainable_tokens_delta" in trained
     assert ("embed_out" if BEFORE_5 else "lm_head") + ".modules_to_save" in trained
+
+
+def test_such_tokens_train_in_a_model_without_output_embeddings(tmp_path):
+    tokenizer = data.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
+    tokenizer.save_pretrained(tmp_path / "template")
+    turns = {name: [{"role": "assistant", "content": word}] for name, word in (("chosen", "dog"), ("rejected", "cat"))}
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "who"}], **turns}] * 4)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = LlamaForSequenceClassification(LlamaConfig(vocab_size=32, num_labels=1, pad_token_id=1, **sizes))
+    args = RewardConfig(chat_template_path=str(tmp_path / "template"), **settings(tmp_path))
+    callback = QBLoRACallback(adapter(task_type="SEQ_CLS", quantization_aware=False))
+    made = {"train_dataset": rows, "processing_class": data.tokenizer(), "callbacks": [callback]}
+    trainer = RewardTrainer(model, args, **made)
+    trainer.train()
+    trained = " ".join(n for n, p in trainer.model.named_parameters() if p.requires_grad)
+    assert "embed_tokens.token_adapter.trainable_tokens_delta" in trained
 
 
 def test_a_merge_that_disagrees_names_where_the_adapter_is(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from qbl_trl.errors import MergeError
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.trl.probe import probe
 from qbl_trl.trl.shadow import computing_merged, merged_base
+from qbl_trl.trl.tokens import random_tokens
 from tests.tiny import tiny_gpt2, tiny_llama, tokens
 from tests.trl.runs import adapter, base
 
@@ -68,6 +69,15 @@ def test_a_merge_that_computes_something_else_is_found_before_training(monkeypat
 )
 def test_every_base_and_adapter_is_probed(model, changes):
     assert probe(adapter_layers(adapted(model(), **changes)))
+
+
+def test_the_probe_is_drawn_on_the_cpu_whatever_the_default_device():
+    model = adapted()
+    with torch.device("meta"):
+        errors = probe(adapter_layers(model))
+        tokens = random_tokens(32)
+    assert errors
+    assert tokens.device.type == "cpu"
 
 
 def test_layers_that_are_elsewhere_are_passed_over():

@@ -7,8 +7,7 @@ it is complete.
 import json
 import logging
 import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,12 +21,12 @@ from qbl_trl.quant.importers.open import describe, open_reader
 from qbl_trl.quant.importers.places import check_places
 from qbl_trl.quant.importers.reader import Reader
 from qbl_trl.quant.stored import with_dtype
-from qbl_trl.tokenizers import holds_tokenizer
+from qbl_trl.tokenizers import TOKENIZER_FILES, copy_files, holds_tokenizer
 
 logger = logging.getLogger(__name__)
 
 _SHARD_BYTES = 1 << 29
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+_COPIED = (*TOKENIZER_FILES, "*.json", "*.jinja", "*.txt")
 _NOT_COPIED = ("config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 
 
@@ -68,7 +67,8 @@ def convert_checkpoint(
         config |= {"quantization_config": GroupQuantConfig(**describe(reader)).to_dict()}
         (built / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         beside = Path(tokenizer) if tokenizer else path if path.is_dir() else path.parent
-        _copy_files(beside, built, (*_COPIED, "*.py") if "auto_map" in config else _COPIED)
+        indices = [file.name for file in beside.glob("*.index.json")]
+        copy_files(beside, built, _COPIED + ("*.py",) * ("auto_map" in config), (*_NOT_COPIED, *indices))
         if not holds_tokenizer(built):
             logger.warning("%s has no tokenizer beside it; copy that of the original model into %s", beside, output_dir)
     return Path(output_dir)
@@ -121,12 +121,3 @@ def _shown(names: list[str]) -> Iterator[str]:
         for name in names:
             yield name
             bar.update()
-
-
-def _copy_files(source: Path, folder: Path, patterns: Iterable[str]) -> None:
-    """Tokenizer, generation settings, templates, a model's own code; never weights, indices or a foreign quantization
-    file."""
-    for pattern in patterns:
-        for file in source.glob(pattern):
-            if file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, folder / file.name)

@@ -18,8 +18,9 @@ from torch import Tensor
 from qbl_trl.allowed import ALLOWED_BITS
 from qbl_trl.config import LayerFormat
 from qbl_trl.errors import CheckpointError, ConfigError
+from qbl_trl.json_files import read_json
 from qbl_trl.quant.importers.reader import Reader, dtype_name, stored_group_size
-from qbl_trl.quant.importers.shards import Shards, read_json
+from qbl_trl.quant.importers.shards import Shards
 from qbl_trl.quant.linear import GroupQuantLinear
 
 _HEADS = ("lm_head", "embed_out")

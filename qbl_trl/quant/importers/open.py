@@ -9,13 +9,14 @@ from torch import Tensor
 
 from qbl_trl.config import QUANT_METHOD
 from qbl_trl.errors import CheckpointError
+from qbl_trl.json_files import read_json
 from qbl_trl.quant.importers.awq import AWQReader
 from qbl_trl.quant.importers.compressed import CompressedReader
 from qbl_trl.quant.importers.gptq import GPTQReader
 from qbl_trl.quant.importers.hqq import HQQReader
 from qbl_trl.quant.importers.mlx import MetalReader, MLXReader
 from qbl_trl.quant.importers.reader import Reader
-from qbl_trl.quant.importers.shards import Shards, read_json
+from qbl_trl.quant.importers.shards import Shards
 from qbl_trl.quant.importers.spelling import Respelled
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.stored import summarized

@@ -1,6 +1,5 @@
 """Named tensors of a foreign checkpoint: of a safetensors folder, opened one at a time, or of a loaded module."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,18 +79,3 @@ class LoadedTensors(Shards):
         """One tensor, on the CPU, not copied where it is there already."""
         self._find(name)
         return self._tensors[name].detach().cpu()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: if the file is missing or is no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found a {type(content).__name__}")
-    return content

@@ -11,13 +11,21 @@ from transformers import PreTrainedModel
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside a PeftModel and wrappers of distributed training or compilation."""
     while True:
+        model = without_launch(model)
         if isinstance(model, PeftModel):
             model = model.get_base_model()
         elif isinstance(model, PeftMixedModel):
             model = model.base_model
         elif isinstance(model, BaseTuner):
             model = model.model
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        else:
+            return model
+
+
+def without_launch(model: nn.Module) -> nn.Module:
+    """A model, with its adapters, inside wrappers of distributed training or compilation."""
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]
         elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
