@@ -149,4 +149,6 @@ def _read_header(file: Path) -> dict[str, Stored]:
                 for name, part in parts.items()
             }
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: cut short or damaged, not a whole safetensors file ({error}); copy it again") from error
+        raise CheckpointError(
+            f"{file}: cut short or damaged, not a whole safetensors file ({error}); copy it again"
+        ) from error
