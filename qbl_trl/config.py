@@ -70,6 +70,10 @@ class LayerFormat:
         for name in ("scale_dtype", "delta_dtype"):
             if getattr(self, name) not in SCALE_DTYPES:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not known; allowed: {', '.join(SCALE_DTYPES)}")
+        for name in ("in_factor", "out_factor"):
+            factor = getattr(self, name)
+            if factor is not None and (not isinstance(factor, int) or isinstance(factor, bool) or factor < 1):
+                raise ConfigError(f"{name}={factor!r} of a merged delta must be a whole number of at least 1, or None")
         if (self.in_factor is None) != (self.out_factor is None):
             raise ConfigError("in_factor and out_factor of a merged delta are given together or not at all")
 

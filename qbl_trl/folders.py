@@ -43,7 +43,9 @@ def check_free(folder: str | os.PathLike[str], overwrite: bool = False, error: t
     if filled and not overwrite:
         raise error(f"{path} is not empty; choose another folder, or set overwrite to replace all of it")
     if filled and stays:
-        raise error(f"{path} is in use and cannot be replaced (a mount, or the current folder); name a folder in it")
+        raise error(
+            f"{path} cannot be replaced (a mount, the current folder, or in a folder that is not yours); name one in it"
+        )
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=above):
             pass
@@ -75,7 +77,7 @@ def new_folder(
     An old folder is replaced only then; after an error nothing is left behind. A killed process leaves the hidden
     sibling, never a half-written folder under the wanted name; whoever writes there next removes it. What lies behind a
     link is filled. An empty folder that cannot be replaced (a mount, the current folder) is filled from a hidden folder
-    in it.
+    in it, and so is one whose parent is another user's.
 
     Raises:
         ConfigError (or the `error` given): before anything is written, as `check_free`; or if the disk is full.
@@ -84,8 +86,9 @@ def new_folder(
     path.parent.mkdir(parents=True, exist_ok=True)
     inside = _stays(path)
     holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path if inside else path.parent))
-    draft, old, lock = holder / "new", holder / OLD, mark(holder)
+    draft, old, lock = holder / "new", holder / OLD, None
     try:
+        lock = mark(holder)
         draft.mkdir()  # with the permissions that folders have here; those of `holder` are its own
         yield draft
         if inside and not overwrite and any(other != holder for other in path.iterdir()):
@@ -113,19 +116,31 @@ def new_folder(
 
 @contextmanager
 def new_file(file: Path) -> Iterator[Path]:
-    """Write into a hidden sibling, which takes the file's name when the block ends without an error."""
+    """Write into a hidden sibling, which takes the file's name when the block ends without an error.
+
+    Raises:
+        ConfigError: if the disk is full.
+    """
     draft = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
         yield draft
         os.replace(draft, file)
+    except OSError as reason:
+        if (number := _number(reason)) not in FULL:
+            raise
+        raise ConfigError(f"{file}: {os.strerror(number)}; it was not written") from reason
     finally:
         draft.unlink(missing_ok=True)
 
 
 def _number(reason: Exception) -> int | None:
-    """What the operating system says went wrong; safetensors has it in its words alone."""
+    """What the operating system says went wrong; safetensors has it in its words alone, and NumPy counts."""
+    if isinstance(reason, OSError) and reason.errno is not None:
+        return reason.errno
+    if re.fullmatch(r"\d+ requested and \d+ written", str(reason)):
+        return errno.ENOSPC
     said = re.search(r"\(os error (\d+)\)", str(reason))
-    return reason.errno if isinstance(reason, OSError) else int(said[1]) if said else None
+    return int(said[1]) if said else None
 
 
 def _put(draft: Path, path: Path, old: Path, overwrite: bool) -> None:
@@ -171,4 +186,5 @@ def _stays(path: Path) -> bool:
     except FileNotFoundError:  # it was removed
         here = Path("/")
     real = path.resolve()
-    return real.is_dir() and (real.is_mount() or real == here or real in here.parents)
+    held = real.is_mount() or real == here or real in here.parents
+    return real.is_dir() and (held or not os.access(real.parent, os.W_OK | os.X_OK))

@@ -5,7 +5,6 @@ embeddings, norms) and owns only what changed, the block deltas. Each merged lay
 from before the model is handed out.
 """
 
-import copy
 import logging
 from collections import OrderedDict
 from typing import Any
@@ -32,7 +31,8 @@ from qbl_trl.quant.hf_quantizer import describe_stored_
 from qbl_trl.quant.importers.modules import take_over
 from qbl_trl.quant.intact import is_offloaded
 from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.quant.modules import is_sharded, plain_forward_, replace
+from qbl_trl.quant.modules import copied, frozen, is_sharded, plain_forward_, replace
+from qbl_trl.quant.renaming import forget_adapter_names_
 from qbl_trl.wrapped import unwrap
 
 logger = logging.getLogger(__name__)
@@ -147,14 +147,13 @@ def _copy_sharing_tensors(model: nn.Module) -> nn.Module:
     """
     own = {id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()}
     own |= {id(p) for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        if id(parameter) not in own:
-            plain = type(parameter) is nn.Parameter
-            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer
-    return copy.deepcopy(model, memo)
+
+    def kept(tensor: Tensor) -> Tensor | None:
+        if not isinstance(tensor, nn.Parameter):
+            return tensor
+        return None if id(tensor) in own else frozen(tensor)
+
+    return copied(model, kept)
 
 
 def _quantization_settings(model: nn.Module) -> GroupQuantConfig:
@@ -289,6 +288,7 @@ def _plain_(model: nn.Module) -> nn.Module:
     for part in model.modules():  # a model of sentence-transformers has that of transformers in it
         for name in ("peft_config", "_hf_peft_config_loaded"):
             vars(part).pop(name, None)
+        forget_adapter_names_(part)
     stop_checkpointing_(model)
     config: Any = getattr(model, "config", None)
     if hasattr(config, "use_cache") and getattr(model, "can_generate", lambda: False)():  # training leaves it off

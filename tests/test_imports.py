@@ -33,6 +33,7 @@ LATE = {
     ("parity", "qbl_trl.onnx.session"),
     ("trl", "qbl_trl.onnx.options"),
     ("trl", "qbl_trl.onnx.companions"),
+    ("trl", "qbl_trl.onnx.trace"),
 }
 ONLY_IN = {
     "trl": {"trl"},

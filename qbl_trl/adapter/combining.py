@@ -17,6 +17,7 @@ from qbl_trl.adapter.factors import recorded_factors
 from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.errors import ConfigError
 
+_CHANGED = ("use_rslora", "quantization_aware", "in_factor_pattern", "out_factor_pattern")  # for a sum's copy
 _SUMMED = ("linear", "ties", "dare_ties", "dare_linear", "magnitude_prune")
 
 
@@ -33,11 +34,18 @@ class CombiningModel(LoraModel):
         if first is None or adapter_name in self.peft_config:
             super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
             return
-        own = {name: getattr(first, name) for name in ("use_rslora", "in_factor_pattern", "out_factor_pattern")}
+        own = {name: getattr(first, name) for name in _CHANGED}
         first.use_rslora = False  # it is copied
+        first.quantization_aware = all(
+            getattr(self.peft_config.get(name), "quantization_aware", True) for name in adapters
+        )
         self._summed = adapters
         try:
             super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        except BaseException:
+            if adapter_name in self.peft_config:
+                self.delete_adapter(adapter_name)
+            raise
         finally:
             vars(first).update(own)
             self._summed = ()
@@ -69,15 +77,14 @@ class CombiningModel(LoraModel):
     ) -> tuple[str, int, Any]:
         checked = super()._check_add_weighted_adapter(adapters, combination_type, svd_rank)
         first = self.peft_config[adapters[0]]  # whose configuration the sum will have
-        others: dict[str, tuple[int, int]] = {}  # factors of layers that it is not on
+        placed: dict[str, tuple[int, int]] = {}  # factors of layers by name
         for layer_name, layer in self.model.named_modules():
             if isinstance(layer, BalancedLinear):
                 held = [name for name in adapters if name in layer.rank]
                 if not held:
                     continue
                 p, e = layer.in_factor[held[0]], layer.out_factor[held[0]]
-                if adapters[0] not in held:
-                    others[layer_name] = p, e
+                placed[layer_name] = p, e
                 shapes = {(p, e, first.pooling), *(self._block_shape(layer, name) for name in held)}
                 if len(shapes) > 1:
                     raise ConfigError(
@@ -96,7 +103,7 @@ class CombiningModel(LoraModel):
                 "add_weighted_adapter combines low-rank factors, and an adapter='block' has none; activate several at "
                 "once instead, or merge one after another"
             )
-        apart = {name: factors for name, factors in others.items() if recorded_factors(first, name) != factors}
+        apart = {name: factors for name, factors in placed.items() if recorded_factors(first, name) != factors}
         for at, field in enumerate(("in_factor_pattern", "out_factor_pattern")):  # new ones, for the copy alone
             known = {f"^{re.escape(name)}": factors[at] for name, factors in apart.items()}
             setattr(first, field, {**getattr(first, field), **known})

@@ -5,6 +5,7 @@ of PEFT's own layers up to one rank; here the same is done for balanced adapters
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from peft.utils import hotswap
 from torch import Tensor, nn
 
 from qbl_trl.adapter.balance import matched_rank
-from qbl_trl.adapter.factors import recorded_factors
+from qbl_trl.adapter.factors import by_pattern, recorded_factors
 from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
@@ -69,6 +70,8 @@ def _checked(swap: Callable[..., None]) -> Callable[..., None]:
         if isinstance(config, QBLoRAConfig):
             _check_factors(model, state_dict, adapter_name, config)
         swap(model, state_dict, adapter_name, config, *args, **kwargs)
+        if isinstance(config, QBLoRAConfig):
+            _scale_by_pattern(model, adapter_name, config)
 
     return swap_checked
 
@@ -83,6 +86,15 @@ def _check_factors(model: nn.Module, state: Mapping[str, Tensor], adapter: str, 
                 f"{name}: an adapter with (in_factor, out_factor) = {given} cannot take the place of one with {held}; "
                 "load it beside that one (load_adapter), or train it with the same factors"
             )
+
+
+def _scale_by_pattern(model: nn.Module, adapter: str, config: QBLoRAConfig) -> None:
+    """PEFT looks for patterns of rank and alpha in names of parameters, which end behind those of layers."""
+    for name, layer in adapter_layers(model).items():
+        if adapter in layer.rank:
+            r: Any = by_pattern(config.rank_pattern, name, config.r)
+            alpha: Any = by_pattern(config.alpha_pattern, name, config.lora_alpha)
+            hotswap._update_scaling(layer, adapter, alpha / (math.sqrt(r) if config.use_rslora else r))
 
 
 def _pad_(linear: nn.Linear, padding: tuple[int, ...]) -> None:

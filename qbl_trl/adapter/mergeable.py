@@ -54,7 +54,7 @@ class MergesIntoBase(LoraLayer):
             MergeError: if the base cannot take the change exactly, or the result is not finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.rank]
-        self._rest_on(self.check_merge(names, safe_merge))
+        self.rest_on(self.check_merge(names, safe_merge))
         for name in names:
             layer = self.get_base_layer()
             if isinstance(layer, GroupQuantLinear):
@@ -107,11 +107,14 @@ class MergesIntoBase(LoraLayer):
         Raises:
             MergeError: if its codes cannot be read.
         """
-        self._rest_on(self._taken_over())
+        self.rest_on(self._taken_over())
 
-    def _rest_on(self, layer: nn.Module) -> None:
+    def rest_on(self, layer: nn.Module) -> None:
+        """Take a layer of the same function for the base."""
         if layer is not self.get_base_layer():
-            self.base_layer, self.base = layer, describe(layer)
+            self.base_layer = layer
+        self.base = describe(layer)
+        self.fan_in_fan_out = self.base.transposed
 
     def _taken_over(self) -> nn.Module:
         """The base as it will be merged into; this layer stays as it is."""

@@ -30,7 +30,7 @@ def prepare_merge_(model: nn.Module, adapter_names: list[str] | None, safe_merge
     if not any(getattr(config, "layer_replication", None) for config in getattr(model, "peft_config", {}).values()):
         check_weights_of_their_own(model, adapter_names)  # PEFT refuses replicated layers in words of their own
     for layer in model.modules():
-        if isinstance(layer, MergesIntoBase):
+        if isinstance(layer, MergesIntoBase) and _is_merged(layer, adapter_names):
             table = set_apart_(model, layer.get_base_layer())  # type: ignore[no-untyped-call]
             if table is not None:
                 layer.apart_from = (table,)
@@ -55,9 +55,7 @@ def check_weights_of_their_own(model: nn.Module, adapter_names: list[str] | None
         if (weight := module._parameters.get("weight")) is not None and weight is not table.weight:
             holders.setdefault(id(weight), []).append((name, module))
     for name, layer in model.named_modules():
-        if not isinstance(layer, MergesIntoBase):
-            continue
-        if layer.rank.keys().isdisjoint(layer.active_adapters if adapter_names is None else adapter_names):
+        if not isinstance(layer, MergesIntoBase) or not _is_merged(layer, adapter_names):
             continue
         base = layer.get_base_layer()  # type: ignore[no-untyped-call]
         if isinstance(base, GroupQuantLinear):
@@ -70,6 +68,11 @@ def check_weights_of_their_own(model: nn.Module, adapter_names: list[str] | None
                 "in both. Leave layers that share weights out with exclude_modules, or deploy the adapter beside its "
                 "base: export_onnx(model)"
             )
+
+
+def _is_merged(layer: MergesIntoBase, adapter_names: list[str] | None) -> bool:
+    """Whether a merge of these adapters (by default the active ones) changes a layer."""
+    return not layer.rank.keys().isdisjoint(layer.active_adapters if adapter_names is None else adapter_names)
 
 
 def holds_merged_adapters(model: nn.Module) -> bool:

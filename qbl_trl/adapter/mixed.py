@@ -15,9 +15,9 @@ from peft.tuners.mixed import model as mixed_model
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 
-from qbl_trl.adapter.layer import BalancedLinear, record_placed_, two_kinds
+from qbl_trl.adapter import placing
+from qbl_trl.adapter.layer import BalancedLinear, two_kinds
 from qbl_trl.adapter.merged import describe_merged_, holds_merged_adapters, prepare_merge_
-from qbl_trl.adapter.targets import resolve_all_linear
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.peft_type import QBLORA
 
@@ -40,17 +40,39 @@ def register() -> None:
         check_one_kind(config, target, args[0] if args else "")
         place(self, config, adapter_name, target, *args, **kw)
 
-    inject = cls.inject_adapter
+    inject, prepare = cls.inject_adapter, cls._prepare_adapter_config
+    tie, check_target = cls._add_targets_to_tie, cls._check_target_module_compatiblity
 
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = self.peft_config[adapter_name]
-        if isinstance(config, QBLoRAConfig) and config.target_modules == "all-linear":
-            # PEFT would look at the wrapper around the model, which has no output head to leave out.
-            chosen: Any = resolve_all_linear(config, self.model)
-            config.target_modules = chosen or _maybe_include_all_linear_layers(config, self.model).target_modules
-        inject(self, model, adapter_name, *args, **kwargs)
-        if isinstance(self.peft_config[adapter_name], QBLoRAConfig):
-            record_placed_(model, adapter_name, self.peft_config[adapter_name])
+        if not isinstance(self.peft_config[adapter_name], QBLoRAConfig):
+            inject(self, model, adapter_name, *args, **kwargs)
+            return
+        with placing.whole_or_not_at_all(self, model, adapter_name):
+            inject(self, model, adapter_name, *args, **kwargs)
+            placing.finish_(model, adapter_name, self.peft_config[adapter_name])
+
+    def prepare_adapter_config(self: Any, config: Any, model_config: Any) -> Any:
+        prepared = prepare(config, model_config)
+        if isinstance(prepared, QBLoRAConfig):
+            placing.prepare_(self, prepared)
+            if prepared.target_modules == "all-linear":
+                # PEFT would look at the wrapper around the model, which has no output head to leave out.
+                prepared = _maybe_include_all_linear_layers(prepared, self.model)
+        return prepared
+
+    def add_targets_to_tie(self: Any, config: Any, tied: list[str]) -> None:
+        if isinstance(config, QBLoRAConfig):
+            raise placing.not_tied(tied)
+        tie(self, config, tied)
+
+    def check_target_module(self: Any, config: Any, model: nn.Module, target_name: str) -> None:
+        ours = isinstance(config, QBLoRAConfig)
+        try:
+            check_target(self, LoraConfig() if ours else config, model, target_name)
+        except ValueError as error:
+            if not ours:
+                raise
+            raise placing.never_called(model, target_name) from error
 
     merge_in_place, unload = cls.merge_adapter, cls._unload_and_optionally_merge
 
@@ -74,7 +96,8 @@ def register() -> None:
         return plain
 
     cls.merge_adapter, cls._unload_and_optionally_merge = merge_adapter, unload_and_optionally_merge
-    cls.inject_adapter = inject_adapter
+    cls.inject_adapter, cls._prepare_adapter_config = inject_adapter, prepare_adapter_config
+    cls._add_targets_to_tie, cls._check_target_module_compatiblity = add_targets_to_tie, check_target_module
     cls._create_new_module = staticmethod(create_new_module)
     cls._create_and_replace = create_and_replace
 

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qbl_trl.adapter.balance import pool_scale
+from qbl_trl.adapter.balance import matched_rank, pool_scale
 from qbl_trl.adapter.factors import by_pattern, recorded_factors
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.adapter.misplaced import without_codes
@@ -76,9 +76,13 @@ def to_lora(
         if matrix:
             layers.setdefault(layer, {})[matrix] = tensor.detach().cpu().float()
         else:
-            others[key] = tensor.detach().cpu().contiguous()
+            others[key] = (
+                tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            )  # what trains may be shared
     if not layers:
         raise ConfigError(f"to_lora: {peft_model_or_dir} holds no tensor of a balanced adapter")
+    if not gains:
+        _check_all_here(config, [layer.removeprefix(PREFIX) for layer in layers])
     factors = {}
     for layer, held in layers.items():
         name = layer.removeprefix(PREFIX)
@@ -120,6 +124,7 @@ def plain_factors(
             f"{layer}: adapter_config.json does not say in_factor or out_factor; set them to the factors the adapter "
             "was trained with (in_factor: the quantization group of its base)"
         )
+    whole = gain is not None  # of a loaded model; what a file holds is compared with its configuration
     if gain is None:
         gain = alpha / (math.sqrt(r) if config.use_rslora else r) * pool_scale(config.pooling, p)
     if "lora_block" in matrices:
@@ -133,9 +138,33 @@ def plain_factors(
         if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]:
             shapes = f"lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}"
             raise ConfigError(f"{layer}: {shapes} are no two factors of one rank; the adapter file is damaged")
+        rank = matched_rank(r, down.shape[1] * p, up.shape[0] * e, p, e)
+        if not whole and down.shape[0] != rank:
+            raise ConfigError(
+                f"{layer}: the adapter file holds a rank of {down.shape[0]}, and r={r} with in_factor={p} and "
+                f"out_factor={e} is {rank} here; adapter_config.json is not that of this file"
+            )
     if not (down.isfinite().all() and up.isfinite().all()):
         raise ConfigError(f"{layer}: the adapter holds NaN or infinite values; take a checkpoint from before they came")
     return down.repeat_interleave(p, dim=1), up.repeat_interleave(e, dim=0) * gain
+
+
+def _check_all_here(config: QBLoRAConfig, layers: list[str]) -> None:
+    """Refuse a file that lacks a layer which its configuration names.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    targets = config.target_modules
+    names = sorted(targets) if isinstance(targets, set | list) else []
+    lacking = [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
+    if lacking:
+        raise ConfigError(f"{lacking[0]}: the adapter file holds no tensor of it; it is damaged, or of another adapter")
+    unnamed = [layer for layer in layers if names and not any(f".{layer}".endswith(f".{name}") for name in names)]
+    if unnamed:
+        raise ConfigError(
+            f"{unnamed[0]}: adapter_config.json does not name it in target_modules; it is of another adapter"
+        )
 
 
 def _split(key: str) -> tuple[str, str | None]:

@@ -40,8 +40,8 @@ def write_genai_config(config: Any, generation: Any, folder: Path, provider: str
         own.unlink(missing_ok=True)
     if not alike or states is None or not (len({*sizes}) == 1 or own.is_file()):
         # ORTModelForCausalLM knows keys and values of any size, but no states.
-        told, by = (logger.info, "") if states == "" else (logger.warning, ", nor does ORTModelForCausalLM")
-        told("no genai_config.json: ONNX Runtime GenAI does not know a cache such as this graph's%s", by)
+        by = "" if states == "" else ", nor does ORTModelForCausalLM"
+        logger.warning("no genai_config.json: ONNX Runtime GenAI does not know a cache such as this graph's%s", by)
         return
     heads, width = sizes[0]
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in names}

@@ -88,7 +88,10 @@ def layer_caches(model: Any) -> LayerCaches:
     with torch.no_grad():
         cache = cache_of(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True))
     cache = getattr(cache, "self_attention_cache", cache)
-    found = [_read(model, layer) for layer in getattr(cache, "layers", ())]
+    layers = list(getattr(cache, "layers", ()))
+    while layers and getattr(layers[-1], "keys", layers) is None and not hasattr(layers[-1], "recurrent_states"):
+        layers.pop()  # nobody filled it: a decoder's cache has as many as its configuration says of the encoder
+    found = [_read(model, layer) for layer in layers]
     if not any(layer.keys or layer.states for layer in found):
         encodes = getattr(model.config, "is_decoder", None) is False
         hint = ". As a decoder, with is_decoder=True in its configuration, it may give one" if encodes else ""

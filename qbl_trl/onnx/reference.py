@@ -1,15 +1,12 @@
 """The torch model an exported graph is held against, in float32, without touching the caller's model."""
 
-import copy
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from qbl_trl.onnx.layers import Bnb4Base
 from qbl_trl.onnx.sources import is_bnb4, linear_source
 from qbl_trl.quant.embedding import GroupQuantEmbedding
-from qbl_trl.quant.modules import plain_forward_
+from qbl_trl.quant.modules import copied, plain_forward_
 from qbl_trl.quant.packed import PackedWeight
 
 
@@ -27,13 +24,9 @@ def float32_reference(model: nn.Module) -> nn.Module:
     whole = not foreign and all(p.dtype == torch.float32 or id(p) in packed for p in floats)
     if whole and not elsewhere:
         return model
-    memo: dict[int, Any] = {id(module): _Shared(module) for module in _packed(model)}
-    if whole:
-        memo |= {id(tensor): tensor for tensor in floats}
-    for name, module in model.named_modules():
-        if is_bnb4(module):
-            memo[id(module)] = _Dequantized(name, module)
-    made = plain_forward_(copy.deepcopy(model, memo))
+    others: dict[nn.Module, nn.Module] = {module: _Shared(module) for module in _packed(model)}
+    others |= {module: _Dequantized(name, module) for name, module in model.named_modules() if is_bnb4(module)}
+    made = plain_forward_(copied(model, lambda tensor: tensor if whole else None, others))
     if elsewhere:
         made.config._attn_implementation = "eager"  # type: ignore[union-attr]
     # Not `made.float()`: transformers forbids it on a quantized model, whose packed layers are left alone here.

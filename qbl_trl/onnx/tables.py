@@ -14,12 +14,10 @@ Tokens without meaning are text enough. SmolLM2 at 4 bits, KL per token on news:
 of an embedding that is no head are looked up one by one, and keep groups of 32.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +30,7 @@ from qbl_trl.quant.embedding import GroupQuantEmbedding, embedding_scale
 from qbl_trl.quant.gptq import head_hessian
 from qbl_trl.quant.head import input_table, packed_head, packed_table
 from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.quant.modules import plain_forward_, replace, same_module_name
+from qbl_trl.quant.modules import copied, itself, plain_forward_, replace, same_module_name
 
 _HEAD, _ROWS_ALONE, _SMALLEST = 64, 32, 16  # groups: unless layers have larger ones, and what the operators take
 _TEXTS, _LENGTH = 4, 64  # without meaning
@@ -128,8 +126,7 @@ def with_tables(model: nn.Module, decoder: nn.Module, tables: Tables) -> nn.Modu
         )
         if old is not None and new is not None
     }
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    twin = plain_forward_(copy.deepcopy(model, memo))
+    twin = plain_forward_(copied(model, itself))
     for name, new in places.items():
         replace(twin, name, new)
     return twin

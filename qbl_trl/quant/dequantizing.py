@@ -1,5 +1,7 @@
 """A packed model made float again, in place: what `model.dequantize()` of transformers does here."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -9,7 +11,7 @@ from qbl_trl.quant.embedding import GroupQuantEmbedding
 from qbl_trl.quant.intact import check_present
 from qbl_trl.quant.modules import empty_model, replace
 from qbl_trl.quant.packed import PackedWeight
-from qbl_trl.quant.stacks import together_
+from qbl_trl.quant.stacks import check_stackable, together_
 
 
 def dequantize_model_(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -19,9 +21,10 @@ def dequantize_model_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     table holds for a tied pair stays one, and experts that the class stacks are stacked again.
 
     Raises:
-        ConfigError: if a packed layer is offloaded.
+        ConfigError: if a packed layer is offloaded, or experts that would be stacked have adapters.
     """
     check_present(model, "dequantize")
+    check_stackable(model)
     own = dict(empty_model(type(model), model.config).named_modules())
     _make_float_(model, own, dtype)
     together_(model)
@@ -31,6 +34,7 @@ def dequantize_model_(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _make_float_(model: PreTrainedModel, own: dict[str, nn.Module], dtype: torch.dtype) -> None:
     """Layer by layer; nothing but the model holds what was made once this has returned."""
     made: dict[tuple[int, int], Tensor] = {}
+    instead: dict[int, nn.Module] = {}
     packed = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, PackedWeight)]
     for name, layer in packed:
         one_table = id(layer.weight), id(layer.delta)
@@ -38,6 +42,11 @@ def _make_float_(model: PreTrainedModel, own: dict[str, nn.Module], dtype: torch
             made[one_table] = nn.Parameter(layer.dequantize().to(dtype), requires_grad=False)
         dense = _like(own.get(name.replace(".base_layer", "")), layer, made[one_table])
         replace(model, name, dense.train(layer.training))
+        instead[id(layer)] = dense
+    adapted: list[Any] = [module for module in model.modules() if hasattr(module, "rest_on")]
+    for module in adapted:
+        module.rest_on(module.get_base_layer())
+        module.apart_from = tuple(instead.get(id(table), table) for table in module.apart_from)  # of a merged head
 
 
 def _like(own: nn.Module | None, layer: PackedWeight, weight: Tensor) -> nn.Module:

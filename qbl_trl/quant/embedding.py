@@ -59,7 +59,10 @@ class GroupQuantEmbedding(PackedWeight):
         """Make an output head a view of this table: one set of tensors, saved once."""
         head.weight, head.format = self.weight, self.format
         for name in BESIDE_CODES:
-            head.register_buffer(name, getattr(self, name), persistent=False)
+            found = getattr(self, name)
+            head.register_buffer(
+                name, found, persistent=found is None
+            )  # accelerate moves those that are not persistent
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, group_size={self.group_size}"

@@ -76,7 +76,7 @@ def write_gguf(model: nn.Module, path: Path, template: Path) -> tuple[int, float
     held = _held(source, places)
     _check_stacks(layers, held)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as partial:
+    with new_file(path.resolve()) as partial:  # what lies behind a link is written
         largest = _write(state, layers, source, held, head, gguf.GGUFWriter(partial, source.architecture))
     return len(layers), largest
 

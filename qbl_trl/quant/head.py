@@ -133,6 +133,7 @@ def empty_embeddings_(model: nn.Module, config: GroupQuantConfig, packed: Contai
     )
     if empty is not None and _is_tied(model):
         empty.as_head_(packed_head)
+        packed_head.embedding = (empty,)
     replace(model, name, packed_head)
 
 
@@ -142,6 +143,7 @@ def tie_again_(model: nn.Module) -> None:
     head = None if table is None else model.get_output_embeddings()  # type: ignore[operator]
     if isinstance(table, GroupQuantEmbedding) and isinstance(head, GroupQuantLinear) and _is_tied(model):
         table.as_head_(head)
+        head.embedding = ()
 
 
 def set_apart_(model: nn.Module, layer: nn.Module) -> nn.Module | None:

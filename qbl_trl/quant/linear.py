@@ -24,7 +24,10 @@ class GroupQuantLinear(PackedWeight, nn.Linear):  # type: ignore[misc]
 
     Attributes:
         bias: (out_features,) float frozen parameter, or None.
+        embedding: of a head that is tied to one and being loaded, that one; empty otherwise.
     """
+
+    embedding: "tuple[PackedWeight, ...]" = ()
 
     def __init__(
         self,
@@ -52,6 +55,11 @@ class GroupQuantLinear(PackedWeight, nn.Linear):  # type: ignore[misc]
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return layer
+
+    def _tie_weights(self) -> None:
+        """Called by transformers 4.57 between loading and placing a model: a head gets what its embedding has got."""
+        for table in self.embedding:
+            table.as_head_(self)  # type: ignore[operator]
 
     def row_blocks(self, device: torch.device) -> list[tuple[int, int]]:
         """Row ranges whose float weight fits a processor's last cache; one range for all rows on an accelerator."""

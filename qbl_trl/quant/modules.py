@@ -1,12 +1,13 @@
 """Finding, replacing and cleaning modules of a transformers model."""
 
 import copy
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import add_hook_to_module
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qbl_trl.generation import BEFORE_5
@@ -40,6 +41,45 @@ def empty_model(kind: type[nn.Module], config: Any) -> nn.Module:
             model = kind(copy.deepcopy(config))
         model.tie_weights()  # type: ignore[operator]
         return model
+
+
+def copied(
+    model: Model, kept: Callable[[Tensor], Tensor | None], modules: Mapping[nn.Module, nn.Module] | None = None
+) -> Model:
+    """A second set of modules.
+
+    What a module remembers of its last batch (RecurrentGemma's states) is copied as a number, without its gradient.
+
+    Args:
+        kept: what stands there for a parameter or a buffer; None where it is copied.
+        modules: those that stand there for modules, whole.
+    """
+    memo: dict[int, Any] = {id(old): new for old, new in (modules or {}).items()}
+    for tensor in (*model.parameters(), *model.buffers()):
+        found = kept(tensor)
+        if found is not None:
+            memo[id(tensor)] = found
+    for value in (value for module in model.modules() for value in vars(module).values()):
+        if isinstance(value, Tensor) and not value.is_leaf:
+            memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+def itself(tensor: Tensor) -> Tensor:
+    """For `copied`: tensors are shared."""
+    return tensor
+
+
+def frozen(parameter: nn.Parameter) -> nn.Parameter:
+    """The same storage in a parameter that does not train; one of another library's class as it is."""
+    plain = type(parameter) is nn.Parameter
+    return nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
+
+
+def on_meta(tensor: Tensor) -> Tensor:
+    """A tensor of the same form that holds nothing, a parameter where it was one."""
+    empty = tensor.detach().to("meta")
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def same_module_name(model: nn.Module, wanted: nn.Module) -> str:

@@ -140,10 +140,13 @@ def _built() -> Path:
     Raises:
         OSError, SubprocessError: if there is no compiler, or it fails.
     """
-    name = hashlib.sha256(_SOURCE.read_bytes() + repr(_FLAGS).encode()).hexdigest()[:16] + ".so"
+    source = _digest(_SOURCE.read_bytes() + repr(_FLAGS).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qbl_trl" / "kernels"
-    if (cache / name).is_file():
-        return cache / name
+    for file in sorted(cache.glob(f"{source}-*.so")):
+        if (
+            file.is_file() and file.stem == f"{source}-{_digest(file.read_bytes())}"
+        ):  # a part of one would end the process
+            return file
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None:
         raise OSError("no C compiler was found")
@@ -154,10 +157,15 @@ def _built() -> Path:
         folder = Path(tempfile.mkdtemp(prefix="qbl_trl-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder) as draft:
-        built = Path(draft, name)
+        built = Path(draft, "built.so")
         _compile(compiler, built)
-        os.replace(built, folder / name)
-    return folder / name
+        library = folder / f"{source}-{_digest(built.read_bytes())}.so"
+        os.replace(built, library)
+    return library
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _compile(compiler: str, output: Path) -> None:

@@ -101,6 +101,16 @@ def keep_packed_names_(model: Any) -> None:
     model._weight_conversions = without_packed(used, model)
 
 
+def forget_adapter_names_(model: Any) -> None:
+    """Take off the renamings of an adapter's tensors, which transformers 5 leaves where it has loaded one: those that
+    `save_pretrained` turns round are the model's own again."""
+    used = getattr(model, "_weight_conversions", None) or ()
+    if any("base_model" in pattern for step in used for pattern in step.source_patterns):
+        del model._weight_conversions
+        if any(isinstance(module, PackedWeight) for module in model.modules()):
+            keep_packed_names_(model)
+
+
 def makes(target: str, name: str) -> bool:
     """Whether a conversion to this target makes the tensor of this name."""
     return re.search(re.escape(target.replace("\\", "")) + r"(?!\w)", name) is not None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbl_trl.errors import ConfigError
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.quant.experts import DenseWeightExperts, Experts, GptOssExperts, Llama4Experts, Parts
 from qbl_trl.quant.modules import replace
@@ -166,6 +167,22 @@ def float_parts(model: nn.Module) -> list[str]:
         for layer in experts.layers(name)
         if type(experts.get_submodule(layer)) is nn.Linear
     ]
+
+
+def check_stackable(model: nn.Module) -> None:
+    """Refuse to stack experts whose layers hold adapters: a stack has no place for them.
+
+    Raises:
+        ConfigError: naming the first layer.
+    """
+    for path, experts in model.named_modules():
+        if isinstance(experts, Experts):
+            adapted = next((name for name, part in experts.named_modules() if hasattr(part, "base_layer")), None)
+            if adapted is not None:
+                raise ConfigError(
+                    f"dequantize: {path}.{adapted} has an adapter, and the class of this model holds the experts of a "
+                    "layer in one tensor; merge the adapter first (qbl_trl.merge), or unload it"
+                )
 
 
 def together_(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from qbl_trl.allowed import ALLOWED_GROUP_SIZES
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.quant.experts import Experts
-from qbl_trl.quant.modules import same_module_name
+from qbl_trl.quant.modules import copied, on_meta, same_module_name
 from qbl_trl.quant.read_weights import read_by_others
 
 _READ_ELSEWHERE = {  # where no pattern of `read_weights.py` sees it
@@ -38,6 +38,7 @@ _READ_BY_KERNELS = {  # of state space models, fused; called where these are not
 def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
     """Full names of the linear layers to quantize."""
     skipped = {*HfQuantizer.get_modules_to_not_convert(_without_memory(model), None), *_kept_in_float(model)}
+    skipped -= _last_without_head(model)
     skipped |= {*(config.modules_to_not_convert or []), *routers(model)}
     prefix, exactly = _inner_prefix(model), task_head(model) | read_by_others(model)
 
@@ -50,6 +51,12 @@ def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
         if name.startswith(prefix) and name and is_linear(module) and _is_wide(module)
         if name not in exactly and not is_skipped(name)
     ]
+
+
+def _last_without_head(model: Any) -> set[str]:
+    """The last module of a model without output head, if it has a bias: transformers 4.57 keeps it, 5 does not."""
+    *_, (last, _) = model.named_parameters()
+    return {last.removesuffix(".bias")} if last.endswith(".bias") and model.get_output_embeddings() is None else set()
 
 
 def task_head(model: nn.Module) -> set[str]:
@@ -131,14 +138,7 @@ def _holds_experts(module: nn.Module) -> bool:
 
 def _without_memory(model: Any) -> Any:
     """A copy of a model whose tensors hold nothing: transformers 4.57 copies what it looks at, weights included."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        memo[id(tensor)] = (
-            tensor.to("meta")
-            if not isinstance(tensor, nn.Parameter)
-            else nn.Parameter(tensor.to("meta"), requires_grad=tensor.requires_grad)
-        )
-    return copy.deepcopy(model, memo)
+    return copied(model, on_meta)
 
 
 def _is_wide(module: Any) -> bool:

@@ -100,6 +100,8 @@ def check_request(
         raise ConfigError(f"write_checkpoint: {path} is a folder; name a new GGUF file")
     elif path.exists() and not overwrite:
         raise ConfigError(f"write_checkpoint: {path} exists already; choose another output, or set overwrite")
+    elif path.exists() and not _may_be_replaced(path):
+        raise ConfigError(f"write_checkpoint: {path} is no GGUF file, and stays as it is; name a new one")
     if format == "gguf" and importlib.util.find_spec("gguf") is None:
         raise PackageError('write_checkpoint: format="gguf" needs gguf: pip install "qbl-trl[gguf]"')
     if format == "gguf" and (template is None or not Path(template).is_file()):
@@ -110,6 +112,14 @@ def check_request(
     if format == "gguf" and path.exists() and path.samefile(template):  # type: ignore[arg-type]
         raise ConfigError(f"write_checkpoint: {path} is the template itself; choose another output")
     return path
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """A GGUF file, or one with nothing in it: no device, and no file of the model that is written."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) in (b"GGUF", b"")
 
 
 def folded(layer: PackedWeight) -> Affine:
@@ -132,7 +142,7 @@ def packed_layers(model: nn.Module) -> dict[str, GroupQuantLinear]:
     """Full name -> layer.
 
     Raises:
-        ConfigError: if there is none, or another packed module (an embedding) is present.
+        ConfigError: if there is none, another packed module (an embedding) is present, or one holds no numbers.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
     other = [name for name, module in found.items() if not isinstance(module, GroupQuantLinear)]
@@ -140,6 +150,10 @@ def packed_layers(model: nn.Module) -> dict[str, GroupQuantLinear]:
         raise ConfigError(f"write_checkpoint: {other[0]} is a packed embedding; only linear layers can be written")
     if not found:
         raise ConfigError("write_checkpoint: the model has no GroupQuantLinear layer")
+    for name, module in found.items():
+        floats = [t for t in (module.scales, module.zeros, module.delta) if t is not None and t.is_floating_point()]
+        if not all(bool(values.isfinite().all()) for values in floats):
+            raise ConfigError(f"write_checkpoint: {name} holds NaN or infinite values; the model is damaged")
     return {name: module for name, module in found.items() if isinstance(module, GroupQuantLinear)}
 
 

@@ -3,8 +3,8 @@
 A folder is whole if the note `qblora_complete.json` in it names files that are all there with the sizes it states, as
 far as a resumed run reads them (a README may be edited, a merged model moved away). The callback writes that note last,
 in one rename. Without a note (a folder written before the callback was used, or a kill just after the last file), the
-folder is whole if `trainer_state.json`, which the trainer writes last, can be read and every safetensors and torch file
-in it has its end.
+folder is whole if `trainer_state.json`, which the trainer writes last, is there. In both, that file can be read, and
+every safetensors and torch file has its end: sizes alone say nothing after a power failure.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any
 from qbl_trl.errors import CheckpointError
 from qbl_trl.folders import new_file
 from qbl_trl.leftovers import remove_leftovers
-from qbl_trl.quant.checkpoint import read_headers
+from qbl_trl.quant.checkpoint import read_files, read_headers
 
 logger = logging.getLogger(__name__)
 
@@ -63,18 +63,26 @@ def check_checkpoint(folder: str | os.PathLike[str]) -> None:
         for name, size in _noted(path / NOTE).items():
             _check_file(path, name, size)
         return
-    state = path / _STATE
-    try:
-        json.loads(state.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is no whole checkpoint: {_STATE}, which is written last, is missing or cut ({error}); "
-            "resume from an earlier one"
-        ) from error
+    _check_content(path / _STATE)
     read_headers(path)
     for file in [*path.glob("*.pt"), *path.glob("*.pth"), *path.glob("*.bin")]:
-        if not zipfile.is_zipfile(file):
-            raise CheckpointError(f"{file} is cut short; the checkpoint is not whole, resume from an earlier one")
+        _check_content(file)
+
+
+def _check_content(file: Path) -> None:
+    """As far as a file says by its form that it is whole."""
+    if file.name == _STATE:
+        try:
+            json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{file.parent} is no whole checkpoint: {_STATE}, which is written last, is missing or cut ({error}); "
+                "resume from an earlier one"
+            ) from error
+    elif file.suffix == ".safetensors":
+        read_files([file])
+    elif file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):
+        raise CheckpointError(f"{file} is cut short; the checkpoint is not whole, resume from an earlier one")
 
 
 def _check_file(folder: Path, name: str, size: int) -> None:
@@ -86,6 +94,7 @@ def _check_file(folder: Path, name: str, size: int) -> None:
         raise CheckpointError(f"{file} is missing although the checkpoint was complete once")
     if file.stat().st_size != size:
         raise CheckpointError(f"{file}: {file.stat().st_size} bytes, {size} were written; it was cut or replaced")
+    _check_content(file)
 
 
 def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
@@ -160,9 +169,10 @@ def _problem(folder: Path) -> str | None:
 
 def _noted(note: Path) -> dict[str, int]:
     try:
-        return {str(name): int(size) for name, size in json.loads(note.read_text())["files"].items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        files = {str(name): int(size) for name, size in json.loads(note.read_text())["files"].items() if name}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{note} cannot be read ({error})") from error
+    return files
 
 
 __all__ = ["check_checkpoint", "last_whole_checkpoint", "mark_whole", "set_aside_parts", "write_json"]

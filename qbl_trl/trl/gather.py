@@ -4,15 +4,12 @@ FSDP changes the class of every module it wraps and forbids copying it. So a twi
 wrapping; afterwards every process takes part in gathering, and the main process fills the twin.
 """
 
-import copy
-from typing import Any
-
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.errors import MergeError
-from qbl_trl.quant.modules import is_sharded
+from qbl_trl.quant.modules import copied, is_sharded, on_meta
 
 PARTITIONED = (
     "DeepSpeed ZeRO-3 keeps the weights partitioned; merge from the saved adapter: qbl-trl merge ADAPTER OUTPUT"
@@ -26,12 +23,7 @@ def is_partitioned(layers: dict[str, BalancedLinear]) -> bool:
 
 def without_weights(model: nn.Module) -> nn.Module:
     """The same modules with parameters on the meta device; buffers are shared. Costs no memory."""
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()
-    }
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer
-    return copy.deepcopy(model, memo)
+    return copied(model, lambda tensor: on_meta(tensor) if isinstance(tensor, nn.Parameter) else tensor)
 
 
 class Gatherer:

@@ -229,7 +229,7 @@ def check_decoder(model: nn.Module) -> None:
     """Refuse an export of a model that generates no text: a classifier, a reward model, an encoder.
 
     Raises:
-        ConfigError: naming the model's class.
+        ConfigError: naming the model's class, or why its architecture has no graph.
     """
     inner = unwrap(model)
     if not is_decoder(inner):
@@ -237,3 +237,7 @@ def check_decoder(model: nn.Module) -> None:
             f"QBLoRACallback: onnx_output_dir exports decoders that generate text, a {type(inner).__name__} is none; "
             "leave it out: merged_output_dir holds what was trained"
         )
+    try:
+        importlib.import_module("qbl_trl.onnx.trace").check_architecture(inner)
+    except ExportError as error:
+        raise ConfigError(f"QBLoRACallback: onnx_output_dir: {error}") from error

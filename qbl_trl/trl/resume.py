@@ -41,6 +41,10 @@ def check_resumed(trainer: Trainer | None, model: nn.Module, folder: Any = None)
     name = next(iter(trained)) if len(trained) == 1 else "default"
     own = folder if name == "default" else folder / name  # as PEFT saves it
     if not (own / "adapter_config.json").is_file():
+        if (own / "adapter_model.safetensors").is_file():
+            raise ConfigError(
+                f"{own} holds an adapter without adapter_config.json: nobody knows its settings; copy it back"
+            )
         return
     saved, present = saved_adapter(own), getattr(model, "peft_config", {}).get(name)
     if not isinstance(saved, QBLoRAConfig):

@@ -3,7 +3,6 @@
 Nothing here draws random numbers, and nothing touches the model that is asked about.
 """
 
-import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,20 +11,17 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
+from qbl_trl.quant.modules import copied, frozen
 from qbl_trl.trl.layers import active, base_of
 from qbl_trl.trl.rounding import round_deltas_
 
 
 def shadow(layer: BalancedLinear) -> BalancedLinear:
     """A second BalancedLinear over the same base tensors, with adapter weights of its own."""
-    memo: dict[int, Any] = {}
     base = base_of(layer)
-    for parameter in base.parameters():
-        plain = type(parameter) is nn.Parameter
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
-    for buffer in base.buffers():
-        memo[id(buffer)] = buffer
-    return copy.deepcopy(layer, memo)
+    shared = {id(buffer): buffer for buffer in base.buffers()}
+    shared |= {id(parameter): frozen(parameter) for parameter in base.parameters()}
+    return copied(layer, lambda tensor: shared.get(id(tensor)))
 
 
 def merged_base(layer: BalancedLinear) -> nn.Module:

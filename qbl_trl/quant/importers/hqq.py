@@ -66,8 +66,9 @@ class HQQReader(FolderReader):
                 f"{where}: groups of {size} weights go on from row to row of {columns}. {CODES_ARE_KEPT}"
             )
         packed = self.shards.dtype(f"{name}.W_q")
-        held = math.prod(self.shards.shape(f"{name}.W_q")) * (packed.itemsize if packed is not None else 0)
-        if held * 8 != rows * columns * bits:
+        shape, item = self.shards.shape(f"{name}.W_q"), packed.itemsize if packed is not None else 0
+        wide = size if size > 0 else columns
+        if math.prod(shape) * item * 8 != rows * columns * bits or shape[-1] * item != wide:
             raise self.misshapen(name)
         return bits, rows, columns, self.shards.shape(f"{name}.scale")[0] // rows
 
