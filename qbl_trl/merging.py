@@ -88,8 +88,8 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
         raise MergeError("merge: the adapters are disabled; enable them first (PeftModel.enable_adapter_layers)")
     if any(getattr(config, "layer_replication", None) for config in getattr(source, "peft_config", {}).values()):
         raise MergeError(
-            "merge: the adapter replicates layers, which share weights and do not merge; save it, and load it over its "
-            "base"
+            "merge: the adapter replicates layers, and replicated layers share weights and do not merge; save it, and "
+            "load it over its base"
         )
     if is_sharded(source):
         raise MergeError(

@@ -184,3 +184,32 @@ def test_files_that_come_while_the_block_runs_stay(tmp_path, monkeypatch, here):
 def test_a_name_that_no_file_system_takes_is_named():
     with pytest.raises(ConfigError, match="cannot be a folder"):
         check_free("n" * 5000)
+
+
+def test_a_folder_whose_parent_takes_nothing_is_filled_where_it_is(tmp_path, monkeypatch):
+    out = tmp_path / "theirs" / "out"
+    out.mkdir(parents=True)
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode, **kw: Path(path) != out.parent and allowed(path, mode, **kw))
+    _fill_from_inside(out)
+
+
+def _fill_from_inside(out):
+    node = out.stat().st_ino
+    with new_folder(out) as draft:
+        assert draft.is_relative_to(out)
+        (draft / "file").write_text("1")
+    assert out.stat().st_ino == node
+    assert [path.name for path in out.iterdir()] == ["file"]
+    with pytest.raises(ConfigError, match="cannot be replaced"):
+        check_free(out, overwrite=True)
+
+
+def test_ctrl_c_while_a_hidden_folder_is_marked_leaves_none(tmp_path, monkeypatch):
+    def stopped(holder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qbl_trl.folders.mark", stopped)
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge, to_lora
 from qbl_trl.adapter.layer import adapter_layers
@@ -383,3 +391,37 @@ def test_a_model_around_one_of_transformers_is_saved_whole_after_its_merge(tmp_p
     merge(nn.ModuleDict({"inner": inner}))["inner"].save_pretrained(tmp_path)
     found = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(found, tokens()), expected, rtol=0, atol=1e-5)  # float32 sums
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_adapter_that_transformers_loaded_leaves_the_names_of_the_merged_model_alone(packed, tmp_path):
+    given = {"quantization_config": GroupQuantConfig()} if packed else {}
+    tiny_llama().save_pretrained(tmp_path / "float")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", **given)
+    model.add_adapter(QBLoRAConfig(r=2, quantization_aware=packed, init_lora_weights=False), "mine")
+    model.save_pretrained(tmp_path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", **given)
+    model.load_adapter(tmp_path / "adapter", "mine")
+    merged = merge(model)
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(again, IDS), logits(merged, IDS))
+
+
+def test_a_head_whose_adapter_is_not_merged_stays_tied():
+    settings = {"r": 2, "init_lora_weights": False}
+    base = tiny_llama(tie_word_embeddings=True)
+    model = get_peft_model(base, QBLoRAConfig(target_modules=["q_proj"], **settings), "first")
+    model.add_adapter("second", QBLoRAConfig(target_modules=["lm_head"], **settings))
+    plain = model.merge_and_unload(adapter_names=["first"])
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+
+
+def test_what_a_model_remembers_of_its_last_batch_is_no_obstacle():
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
+    recurrent = RecurrentGemmaConfig(**sizes, num_key_value_heads=2, lru_width=64, vocab_size=100)
+    base = quantize_model_(RecurrentGemmaForCausalLM(recurrent), GroupQuantConfig())
+    model = get_peft_model(base, QBLoRAConfig(quantization_aware=True, r=2, init_lora_weights=False))
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    merged = merge(model)
+    torch.testing.assert_close(logits(merged, IDS), logits(model.eval(), IDS), **CLOSE)

@@ -41,7 +41,7 @@ def register() -> None:
         place(self, config, adapter_name, target, *args, **kw)
 
     inject, prepare = cls.inject_adapter, cls._prepare_adapter_config
-    tie, check_target = cls._add_targets_to_tie, cls._check_target_module_compatiblity
+    tie = cls._add_targets_to_tie
 
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if not isinstance(self.peft_config[adapter_name], QBLoRAConfig):
@@ -68,7 +68,7 @@ def register() -> None:
     def check_target_module(self: Any, config: Any, model: nn.Module, target_name: str) -> None:
         ours = isinstance(config, QBLoRAConfig)
         try:
-            check_target(self, LoraConfig() if ours else config, model, target_name)
+            super(cls, self)._check_target_module_compatiblity(LoraConfig() if ours else config, model, target_name)
         except ValueError as error:
             if not ours:
                 raise

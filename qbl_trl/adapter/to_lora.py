@@ -76,9 +76,7 @@ def to_lora(
         if matrix:
             layers.setdefault(layer, {})[matrix] = tensor.detach().cpu().float()
         else:
-            others[key] = (
-                tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            )  # what trains may be shared
+            others[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # may be shared
     if not layers:
         raise ConfigError(f"to_lora: {peft_model_or_dir} holds no tensor of a balanced adapter")
     if not gains:
@@ -156,7 +154,8 @@ def _check_all_here(config: QBLoRAConfig, layers: list[str]) -> None:
         ConfigError: naming it.
     """
     targets = config.target_modules
-    names = sorted(targets) if isinstance(targets, set | list) else []
+    by_part = config.layers_to_transform is None and config.exclude_modules is None
+    names = sorted(targets) if by_part and isinstance(targets, set | list) else []
     lacking = [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
     if lacking:
         raise ConfigError(f"{lacking[0]}: the adapter file holds no tensor of it; it is damaged, or of another adapter")

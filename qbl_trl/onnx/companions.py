@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError, first_line
-from qbl_trl.folders import refuse_graph
+from qbl_trl.folders import FULL, refuse_graph
 from qbl_trl.loading import load_adapter, open_whole, saved_adapter
 from qbl_trl.model_files import valid_generation
 from qbl_trl.onnx.caches import served
@@ -211,7 +211,7 @@ def write(held: Held, source: Any, tokenizer: Any, folder: Path, dtype: torch.dt
             if origin:
                 save_tokenizer(origin, Path(draft))
         except Exception as error:  # of the model id that a model was loaded from
-            if getattr(error, "errno", None) not in (None, errno.ENOENT):  # a disk's: what is not found has none
+            if getattr(error, "errno", None) in (*FULL, errno.EIO):  # of the disk itself
                 raise
             if tokenizer is not None:
                 raise ExportError(f"export_onnx: the tokenizer that was given is not saved: {error}") from error

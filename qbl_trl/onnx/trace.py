@@ -23,7 +23,6 @@ from qbl_trl.onnx.experts import every_expert_asked, traced_tokens
 from qbl_trl.onnx.layer_caches import LayerCaches, layer_caches, named_tensors
 from qbl_trl.onnx.recurrent import Calls, recurrences_traced
 from qbl_trl.onnx.skeleton import Skeleton, Unfusable
-from qbl_trl.quant.modules import empty_model
 from qbl_trl.random_state import same_random_state
 
 # Optimum pins transformers to 4.57.
@@ -115,22 +114,6 @@ def check_supported(model: PreTrainedModel) -> None:
             f"{stacked}: PEFT put a LoRA on a tensor that stacks experts (target_parameters), which no trace follows; "
             "export what merge_and_unload() gives"
         )
-
-
-def check_architecture(model: PreTrainedModel) -> None:
-    """What can be refused before a model is trained, by one of its class that holds nothing.
-
-    Raises:
-        ExportError: if models of this architecture cannot be traced, or keep what no graph takes and gives.
-    """
-    _tracer.check_supported(model)
-    try:
-        with torch.device("meta"):
-            layer_caches(empty_model(type(model), model.config))
-    except ExportError:
-        raise
-    except Exception as error:  # of a forward that reads numbers: it is found out when there are some
-        logger.debug("%s: its cache is not known before the export (%s)", type(model).__name__, error)
 
 
 def _count_booleans(model: ir.Model) -> None:

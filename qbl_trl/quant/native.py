@@ -143,9 +143,7 @@ def _built() -> Path:
     source = _digest(_SOURCE.read_bytes() + repr(_FLAGS).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qbl_trl" / "kernels"
     for file in sorted(cache.glob(f"{source}-*.so")):
-        if (
-            file.is_file() and file.stem == f"{source}-{_digest(file.read_bytes())}"
-        ):  # a part of one would end the process
+        if file.is_file() and file.stem == f"{source}-{_digest(file.read_bytes())}":  # a damaged one ends the process
             return file
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None:

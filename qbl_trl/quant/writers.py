@@ -31,6 +31,7 @@ from qbl_trl.quant.blocks import fold
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.packed import PackedWeight
 from qbl_trl.quant.stored import with_dtype
+from qbl_trl.wrapped import base_folder
 
 FORMATS = ("hqq", "gguf")
 _INTEGER_FORMATS = ("gptq", "awq", "auto-round", "compressed-tensors", "q4_0")
@@ -71,6 +72,9 @@ def write_checkpoint(
     path = check_request(output, format, template, overwrite)
     if template is None or format == "hqq":
         return _write_hqq(model, path, overwrite)
+    source = base_folder(model)
+    if path.exists() and source is not None and path.resolve().parent == source.resolve():
+        raise ConfigError(f"write_checkpoint: {path} is a file of the model itself; choose another output")
     from qbl_trl.quant.gguf_writer import write_gguf
 
     return WriteReport(path, *write_gguf(model, path, Path(template)))
@@ -100,8 +104,8 @@ def check_request(
         raise ConfigError(f"write_checkpoint: {path} is a folder; name a new GGUF file")
     elif path.exists() and not overwrite:
         raise ConfigError(f"write_checkpoint: {path} exists already; choose another output, or set overwrite")
-    elif path.exists() and not _may_be_replaced(path):
-        raise ConfigError(f"write_checkpoint: {path} is no GGUF file, and stays as it is; name a new one")
+    elif path.exists() and not path.is_file():
+        raise ConfigError(f"write_checkpoint: {path} is no file; name a new GGUF file")
     if format == "gguf" and importlib.util.find_spec("gguf") is None:
         raise PackageError('write_checkpoint: format="gguf" needs gguf: pip install "qbl-trl[gguf]"')
     if format == "gguf" and (template is None or not Path(template).is_file()):
@@ -112,14 +116,6 @@ def check_request(
     if format == "gguf" and path.exists() and path.samefile(template):  # type: ignore[arg-type]
         raise ConfigError(f"write_checkpoint: {path} is the template itself; choose another output")
     return path
-
-
-def _may_be_replaced(path: Path) -> bool:
-    """A GGUF file, or one with nothing in it: no device, and no file of the model that is written."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(4) in (b"GGUF", b"")
 
 
 def folded(layer: PackedWeight) -> Affine:

@@ -238,6 +238,6 @@ def check_decoder(model: nn.Module) -> None:
             "leave it out: merged_output_dir holds what was trained"
         )
     try:
-        importlib.import_module("qbl_trl.onnx.trace").check_architecture(inner)
+        importlib.import_module("qbl_trl.onnx.trace").check_supported(inner)
     except ExportError as error:
         raise ConfigError(f"QBLoRACallback: onnx_output_dir: {error}") from error

@@ -270,3 +270,50 @@ def test_a_sum_over_a_model_in_half_precision_is_as_wide_as_its_parts():
     for layer in adapter_layers(model).values():
         total = layer.block_delta("default") + layer.block_delta("second")
         torch.testing.assert_close(layer.block_delta("sum"), total, rtol=0, atol=float(total.abs().max()) * 1e-6)
+
+
+@pytest.mark.parametrize("order", [["first", "second"], ["second", "first"]])
+@pytest.mark.parametrize("combination", ["cat", "svd", "linear"])
+def test_a_sum_of_adapters_of_which_one_alone_is_quantization_aware(order, combination, tmp_path):
+    def base():
+        return quantize_model_(tiny_llama(), GroupQuantConfig(group_size=16))
+
+    parts = {
+        "first": config(quantization_aware=True, in_factor=16, out_factor=1, target_modules=["q_proj"]),
+        "second": config(in_factor=1, out_factor=1, target_modules=["v_proj"]),
+    }
+    model = get_peft_model(base(), parts["first"], "first").eval()
+    model.add_adapter("second", parts["second"])
+    model.base_model.set_adapter(list(parts))
+    expected = logits(model, IDS)
+    model.add_weighted_adapter(order, [1.0, 1.0], "sum", combination_type=combination)
+    model.set_adapter("sum")
+    torch.testing.assert_close(logits(model, IDS), expected, rtol=0, atol=1e-5)  # float32 rounding
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(base(), tmp_path / "sum").eval()
+    torch.testing.assert_close(logits(again, IDS), expected, rtol=0, atol=1e-5)
+    assert model.peft_config["first"].quantization_aware
+
+
+def test_a_sum_that_is_refused_leaves_nothing_under_its_name(monkeypatch):
+    model = get_peft_model(tiny_llama(), config())
+    model.add_adapter("second", config())
+
+    def refuse(*args, **kwargs):
+        raise ConfigError("refused")
+
+    for place in ("inject_adapter", "_generalized_task_arithmetic_weighted_adapter"):
+        with monkeypatch.context() as patched:
+            patched.setattr(type(model.base_model), place, refuse)
+            with pytest.raises(ConfigError, match="refused"):
+                model.add_weighted_adapter(["default", "second"], [1, 1], "sum", combination_type="linear")
+        assert list(model.peft_config) == ["default", "second"]
+        assert not any(".sum." in name for name, _ in model.named_parameters())
+
+
+def test_a_hot_swapped_adapter_has_the_scales_of_its_patterns(tmp_path):
+    first = get_peft_model(tiny_llama(), config(alpha_pattern={"q_proj": 3}, rank_pattern={"up_proj": 2})).eval()
+    second = get_peft_model(tiny_llama(), config(alpha_pattern={"q_proj": 3}, rank_pattern={"up_proj": 2})).eval()
+    second.save_pretrained(tmp_path)
+    hotswap_adapter(first, tmp_path, "default")
+    assert torch.equal(logits(first, IDS), logits(second, IDS))

@@ -203,3 +203,42 @@ def test_factors_of_two_ranks_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="are no two factors of one rank; the adapter file is damaged"):
         to_lora(tmp_path / "a", tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
+
+
+def test_what_trains_beside_the_adapter_may_share_memory(tmp_path):
+    model = adapted({"target_modules": ["c_attn"], "bias": "all", "modules_to_save": ["ln_f"]}, tiny_gpt2)
+    to_lora(model, tmp_path / "lora")
+    plain = PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(plain, IDS), logits(model, IDS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"r": None}, "holds a rank of"),
+        ({"r": 3}, "holds a rank of"),
+        ({"rank_pattern": {"q_proj": 9}}, "q_proj: the adapter file holds a rank of"),
+        ({"in_factor": 16}, "holds a rank of"),
+        ({"target_modules": ["q_proj"]}, "adapter_config.json does not name it in target_modules"),
+        (
+            {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "c_attn"]},
+            "c_attn: the adapter file holds no tensor of it",
+        ),
+    ],
+)
+def test_a_configuration_that_is_not_that_of_the_file_is_refused(tmp_path, changed, message):
+    adapted({}).save_pretrained(tmp_path / "ours")
+    file = tmp_path / "ours" / "adapter_config.json"
+    stored = {**json.loads(file.read_text()), **changed}
+    file.write_text(json.dumps({name: value for name, value in stored.items() if (name, value) != ("r", None)}))
+    with pytest.raises(ConfigError, match=message):
+        to_lora(tmp_path / "ours", tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_layer_that_the_file_lacks_is_named(tmp_path):
+    adapted({"target_modules": "all-linear"}).save_pretrained(tmp_path / "ours")
+    file = tmp_path / "ours" / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if ".0.self_attn.q_proj." not in name}, file)
+    with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.q_proj: the adapter file holds no tensor of it"):
+        to_lora(tmp_path / "ours", tmp_path / "lora")

@@ -364,3 +364,29 @@ def test_a_row_of_padding_alone_does_not_count_for_a_graph_of_last_logits(tmp_pa
     found = verify(model, tmp_path / "out", tokens(), mask)
     assert found.tokens == 1
     assert found.max_abs_difference < 2e-5
+
+
+def test_a_disk_that_fails_under_the_tokenizer_is_no_reason_to_do_without(tmp_path, monkeypatch):
+    quantize_model_(tiny_llama(), GroupQuantConfig()).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    copy = shutil.copyfile
+
+    def failing(source, target, **options):
+        if str(target).endswith("tokenizer.json"):
+            raise OSError(errno.EIO, "Input/output error", str(target))
+        return copy(source, target, **options)
+
+    monkeypatch.setattr(shutil, "copyfile", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        export_onnx(tmp_path / "model", tmp_path / "graph")
+    assert not (tmp_path / "graph").exists()
+
+
+def test_the_decoder_of_a_larger_encoder_is_exported(tmp_path):
+    sizes = {"d_model": 64, "encoder_layers": 3, "decoder_layers": 1, "vocab_size": 100, "max_position_embeddings": 64}
+    heads = {f"{part}_attention_heads": 4 for part in ("encoder", "decoder")}
+    widths = {f"{part}_ffn_dim": 96 for part in ("encoder", "decoder")}
+    config = transformers.BartConfig(**sizes, **heads, **widths, is_decoder=True, is_encoder_decoder=False)
+    model = quantize_model_(transformers.BartForCausalLM(config).eval(), GroupQuantConfig())
+    report = export_onnx(model, tmp_path)
+    assert report.parity.max_abs_difference < 1e-4

@@ -2,15 +2,20 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
-from qbl_trl import GroupQuantConfig
+from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge
+from qbl_trl.errors import ConfigError
+from qbl_trl.generation import BEFORE_5
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.packed import PackedWeight
 from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
@@ -60,3 +65,41 @@ def test_it_takes_the_dtype_of_a_model_that_was_loaded_cast_and_saved(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "again")
     assert {p.dtype for p in model.dequantize().parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("target", ["attn.c_proj", "c_attn"])
+def test_adapters_of_layers_that_are_stored_transposed_merge_afterwards(target):
+    model = quantize_model_(tiny_gpt2(), GroupQuantConfig(group_size=16))
+    settings = {"quantization_aware": True, "r": 2, "target_modules": [target], "init_lora_weights": False}
+    adapted = get_peft_model(model, QBLoRAConfig(**settings)).eval()
+    expected = logits(adapted, tokens())
+    model.dequantize()
+    for merged in (merge(adapted), adapted.merge_and_unload()):
+        torch.testing.assert_close(logits(merged, tokens()), expected, rtol=0, atol=1e-5)  # products in another order
+
+
+def test_a_merged_head_comes_back_to_the_embedding_that_is_there_by_then():
+    model = quantize_model_(tiny_llama(tie_word_embeddings=True), GroupQuantConfig(quantize_embeddings=True))
+    settings = {"quantization_aware": True, "r": 2, "target_modules": ["lm_head"], "init_lora_weights": False}
+    adapted = get_peft_model(model, QBLoRAConfig(**settings)).eval()
+    expected = logits(adapted, tokens())
+    adapted.merge_adapter()
+    model.dequantize()
+    adapted.unmerge_adapter()
+    assert model.lm_head.get_base_layer().weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(logits(adapted, tokens()), expected, rtol=0, atol=1e-5)
+
+
+def test_experts_with_adapters_are_not_stacked():
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "vocab_size": 100, "num_key_value_heads": 2}
+    model = quantize_model_(MixtralForCausalLM(MixtralConfig(**sizes, **experts)), GroupQuantConfig())
+    settings = {"quantization_aware": True, "r": 2, "target_modules": ["w1"], "init_lora_weights": False}
+    adapted = get_peft_model(model, QBLoRAConfig(**settings)).eval()
+    expected = logits(adapted, tokens())
+    if BEFORE_5:  # where experts are layers of their own
+        model.dequantize()
+    else:
+        with pytest.raises(ConfigError, match=r"experts\.0\.w1 has an adapter, .* merge the adapter first"):
+            model.dequantize()
+    torch.testing.assert_close(logits(adapted, tokens()), expected, rtol=0, atol=1e-5)

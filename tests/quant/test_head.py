@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -133,3 +134,18 @@ def test_resizing_a_packed_table_is_refused_before_anything_changes_with_what_wo
     larger = model.dequantize()
     larger.resize_token_embeddings(120)
     assert logits(quantize_model_(larger, settings), IDS).shape[-1] == 120
+
+
+def test_a_tied_packed_pair_loads_under_a_map_of_devices_and_is_offloaded_whole(tmp_path):
+    tied = tiny_llama(tie_word_embeddings=True)
+    quantize_model_(tied, GroupQuantConfig(quantize_embeddings=True)).save_pretrained(tmp_path)
+    expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path), tokens())
+    for places in ("auto", {"": "cpu"}):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places)
+        assert torch.equal(logits(model, tokens()), expected)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert model.lm_head.scales is model.model.embed_tokens.scales
+    model = cpu_offload(
+        AutoModelForCausalLM.from_pretrained(tmp_path), execution_device=torch.device("cpu"), offload_buffers=True
+    )
+    assert torch.equal(logits(model, tokens()), expected)

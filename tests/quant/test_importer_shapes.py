@@ -41,6 +41,7 @@ def with_change(part, change):
             ("W_q", lambda w: torch.cat([w, w])),
             "W_q",
         ),
+        (partial(foreign.hqq_tensors, bits=4), HQQ, affines(zeros="float"), ("W_q", lambda w: w.T.contiguous()), "W_q"),
         (partial(foreign.hqq_tensors, bits=4), HQQ, affines(zeros="float"), ("scale", lambda s: s[:1]), "damaged"),
         (
             partial(foreign.hqq_tensors, bits=4),
@@ -51,7 +52,7 @@ def with_change(part, change):
         ),
         (partial(foreign.gptq_tensors, bits=4), GPTQ, affines(), ("qweight", lambda w: w[:0]), "damaged|shapes"),
     ],
-    ids=["rows", "scales", "axis", "empty"],
+    ids=["rows", "turned", "scales", "axis", "empty"],
 )
 def test_a_layer_whose_parts_do_not_fit_each_other_is_refused(tmp_path, make, quantization, affine_of, damage, message):
     folder = damaged(tmp_path / "in", make, quantization, with_change(*damage), affine_of)

@@ -183,3 +183,14 @@ def test_it_works_in_a_process_that_forked_after_using_it():
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
     done = subprocess.run([sys.executable, "-c", code], timeout=120, env={**os.environ, **environment})
     assert done.returncode == 0
+
+
+@needs_library
+@pytest.mark.parametrize("left", [0, 8192])
+def test_a_library_that_was_cut_in_the_cache_is_built_again(left, tmp_path, fresh_library, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built = native._built()
+    whole = built.read_bytes()
+    built.write_bytes(whole[:left])  # loading a part may end the process
+    assert native._library() is not None
+    assert built.read_bytes() == whole

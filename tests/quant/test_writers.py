@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -267,3 +268,43 @@ def test_an_output_that_exists_is_left_alone_unless_it_may_be_replaced(tmp_path)
         write_checkpoint(packed_llama(), file, "gguf", template=file, overwrite=True)
     with pytest.raises(ConfigError, match="is a folder; name a new GGUF file"):
         write_checkpoint(packed_llama(), tmp_path / "out", "gguf", template=file, overwrite=True)
+
+
+@pytest.mark.parametrize("part", ["scales", "delta"])
+@pytest.mark.parametrize("format", ["hqq", "gguf"])
+def test_what_is_no_number_is_not_written(tmp_path, format, part):
+    model = packed_llama()
+    getattr(model.model.layers[0].self_attn.q_proj, part).data[0, 0] = float("nan")
+    given = {"template": template(tmp_path / "template.gguf")} if format == "gguf" else {}
+    with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.q_proj holds NaN or infinite values"):
+        write_checkpoint(model, tmp_path / "out", format, **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pipe_or_a_file_of_the_model_is_not_replaced_and_what_lies_behind_a_link_is_written(tmp_path):
+    file = template(tmp_path / "template.gguf")
+    options = {"template": file, "overwrite": True}
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="pipe is no file"):
+        write_checkpoint(packed_llama(), tmp_path / "pipe", "gguf", **options)
+    packed_llama().save_pretrained(tmp_path / "model")
+    model = packed_llama()
+    model.config._name_or_path = str(tmp_path / "model")
+    with pytest.raises(ConfigError, match="is a file of the model itself"):
+        write_checkpoint(model, tmp_path / "model" / "model.safetensors", "gguf", **options)
+    (tmp_path / "real.gguf").write_text("old")
+    (tmp_path / "link.gguf").symlink_to("real.gguf")
+    write_checkpoint(model, tmp_path / "link.gguf", "gguf", **options)
+    assert (tmp_path / "link.gguf").is_symlink()
+    assert (tmp_path / "real.gguf").read_bytes()[:4] == b"GGUF"
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError("6400 requested and 4320 written")  # as NumPy says it
+
+    file = template(tmp_path / "template.gguf")
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensors_to_file", full)
+    with pytest.raises(ConfigError, match=r"out\.gguf: No space left on device; it was not written"):
+        write_checkpoint(packed_llama(), tmp_path / "out.gguf", "gguf", template=file)
+    assert [path.name for path in tmp_path.iterdir()] == ["template.gguf"]

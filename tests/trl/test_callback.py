@@ -12,6 +12,8 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 import qbl_trl
@@ -370,3 +372,12 @@ def test_an_optimizer_from_before_the_adapters_is_refused(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(ConfigError, match="made before the adapters were there"):
         sft(tmp_path, QBLoRACallback(adapter()), model=model, optimizers=(optimizer, None))
+
+
+def test_an_architecture_without_a_graph_is_refused_before_the_training(tmp_path):
+    pytest.importorskip("onnxruntime")
+    sizes = {"d_model": 64, "n_layer": 1, "n_head": 4, "d_inner": 96}
+    model = quantize_model_(XLNetLMHeadModel(XLNetConfig(vocab_size=32, **sizes)), GroupQuantConfig())
+    outputs = {"merged_output_dir": tmp_path / "merged", "onnx_output_dir": tmp_path / "onnx"}
+    with pytest.raises(ConfigError, match="QBLoRACallback: onnx_output_dir: .* of type 'xlnet'"):
+        sft(tmp_path, QBLoRACallback(adapter(target_modules="all-linear"), **outputs), model)

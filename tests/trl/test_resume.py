@@ -248,15 +248,32 @@ def test_a_checkpoint_with_a_cut_or_missing_file_is_not_whole(run, file, damage,
     assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
 
 
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_of_the_right_size_that_holds_zeros_is_damaged(run, file):
+    lost = run / "checkpoint-4" / file
+    lost.write_bytes(bytes(lost.stat().st_size))  # what a power failure leaves
+    with pytest.raises(CheckpointError, match=file.split(".")[0]):
+        check_checkpoint(run / "checkpoint-4")
+    assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
+
+
+def test_a_checkpoint_whose_settings_are_gone_does_not_go_on(run):
+    (run / "checkpoint-2" / "adapter_config.json").unlink()
+    trainer = sft(run, QBLoRACallback(adapter(lora_alpha=64)), **SAVING)
+    with pytest.raises(ConfigError, match=r"checkpoint-2 holds an adapter .*adapter_config\.json"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+
+
 def test_a_checkpoint_of_a_run_without_the_callback_counts_as_whole(run):
     (run / "checkpoint-4" / NOTE).unlink()
     assert last_whole_checkpoint(run) == str(run / "checkpoint-4")
 
 
 def test_a_damaged_note_is_a_clear_error(run):
-    (run / "checkpoint-4" / NOTE).write_text("{")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        check_checkpoint(run / "checkpoint-4")
+    for content in ("{", '{"files": {"a": 1e400}}'):
+        (run / "checkpoint-4" / NOTE).write_text(content)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            check_checkpoint(run / "checkpoint-4")
 
 
 def test_no_checkpoint_at_all_is_none(tmp_path):
