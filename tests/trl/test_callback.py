@@ -379,5 +379,5 @@ def test_an_architecture_without_a_graph_is_refused_before_the_training(tmp_path
     sizes = {"d_model": 64, "n_layer": 1, "n_head": 4, "d_inner": 96}
     model = quantize_model_(XLNetLMHeadModel(XLNetConfig(vocab_size=32, **sizes)), GroupQuantConfig())
     outputs = {"merged_output_dir": tmp_path / "merged", "onnx_output_dir": tmp_path / "onnx"}
-    with pytest.raises(ConfigError, match="QBLoRACallback: onnx_output_dir: .* of type 'xlnet'"):
+    with pytest.raises(ConfigError, match=r"QBLoRACallback: onnx_output_dir: .* of type 'xlnet'"):
         sft(tmp_path, QBLoRACallback(adapter(target_modules="all-linear"), **outputs), model)
