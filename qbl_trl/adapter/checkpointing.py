@@ -65,7 +65,7 @@ def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
 
 
 def register() -> None:
-    """Have such models prepared as well (once): by PEFT, where they are checkpointing by then, and by transformers,
+    """Have such models prepared as well: by PEFT, where they are checkpointing by then, and by transformers,
     where a trainer turns it on later."""
     cls: Any = PeftModel
     prepare = cls._prepare_model_for_gradient_checkpointing

@@ -21,7 +21,7 @@ from qbl_trl.quant.renaming import without_packed
 
 
 def register() -> None:
-    """Have PEFT and transformers leave the configuration and the tensors of such an adapter as they are (once)."""
+    """Have PEFT and transformers leave the configuration and the tensors of such an adapter as they are."""
     if BEFORE_5:
         return
     from peft.utils import transformers_weight_conversion

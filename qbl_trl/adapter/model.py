@@ -158,6 +158,3 @@ def register() -> None:
         others.register()
         checkpointing.register()
         experts.register()
-
-
-register()

@@ -28,7 +28,7 @@ _READ_SHAPES = frozenset({"DEFT", "LOHA", "LOKR"})
 
 
 def register() -> None:
-    """Have PEFT ask before it places and merges (once): its checks, and its mixed model, which has none for merging."""
+    """Have PEFT ask before it places and merges: its checks, and its mixed model, which has none for merging."""
     tuner: Any = BaseTuner
     mixed: Any = MixedModel
     place, check = tuner._check_target_module_compatiblity, tuner._check_merge_allowed

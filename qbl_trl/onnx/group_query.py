@@ -4,6 +4,7 @@ import onnx_ir as ir
 import onnxruntime
 from packaging.version import Version
 
+from qbl_trl.onnx.gqa import Input
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute
 from qbl_trl.onnx.masks import Masks, unrepeated
 from qbl_trl.onnx.sites import Site
@@ -77,8 +78,8 @@ def group_query(
         attributes["softcap"] = site.softcap
     inputs = [site.query, site.key, site.value, site.past_key, site.past_value, *masks.lengths()]
     inputs += [*(tables or (None, None)), rows, masks.padding(site.bias), site.sink]
-    if query_lengths:  # the operator's last input, behind four that are not used
-        inputs += [None] * 4 + [masks.query_lengths()]
+    if query_lengths:
+        inputs += [None] * (Input.QUERY_LENGTHS - len(inputs)) + [masks.query_lengths()]
     while inputs[-1] is None:
         inputs.pop()
     return editor.add(

@@ -19,11 +19,9 @@ import onnx_ir as ir
 import torch
 
 from qbl_trl.onnx.choices import GROUPED, WHOLE
+from qbl_trl.onnx.gqa import Input
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute
 from qbl_trl.onnx.masks import BIASED, Masks
-
-_ROTARY = slice(7, 9)  # cos and sin among GroupQueryAttention's inputs
-_POSITIONS, _BIAS, _SINK = 9, 10, 11
 
 
 def add_grouped_steps(editor: Editor) -> int:
@@ -40,7 +38,7 @@ def add_grouped_steps(editor: Editor) -> int:
 
 def _past(node: ir.Node) -> tuple[ir.Value, ir.Value]:
     """Keys and values of the cache."""
-    key, value = node.inputs[3:5]
+    key, value = node.inputs[Input.PAST_KEY : Input.PAST_VALUE + 1]
     if key is None or value is None:
         raise TypeError(f"{node.name}: attention without a cache")
     return key, value
@@ -95,7 +93,7 @@ def _grouped(editor: Editor, node: ir.Node, masks: Masks) -> ir.Graph:
 
 def _masks(editor: Editor, body: _Body, masks: Masks, heads: tuple[int, int]) -> list[ir.Value]:
     """What is added to the scores of a single token."""
-    window, bias = int(_optional(body.node, "local_window_size")), body.node.inputs[_BIAS]
+    window, bias = int(_optional(body.node, "local_window_size")), body.node.inputs[Input.BIAS]
     if bias is None or not (bias.name or "").startswith(BIASED):
         return [masks.step(window)]
     biased = body.add("Reshape", [bias, editor.constant([0, *heads, -1])])[0]  # it holds padding too
@@ -104,7 +102,7 @@ def _masks(editor: Editor, body: _Body, masks: Masks, heads: tuple[int, int]) ->
 
 def _weights(editor: Editor, body: _Body, masks: Masks, scores: ir.Value, heads: tuple[int, int]) -> ir.Value:
     """Softmax of scores (B, KV, G, T); beside a sink, where there is one, whose own weight is dropped."""
-    sink = body.node.inputs[_SINK] if len(body.node.inputs) > _SINK else None
+    sink = body.node.inputs[Input.SINK] if len(body.node.inputs) > Input.SINK else None
     if sink is None:
         return body.add("Softmax", [scores], {"axis": -1})[0]
     column = body.add("Reshape", [sink, editor.constant([1, *heads, 1])])[0]
@@ -122,7 +120,7 @@ def _heads(
     query, key, value = node.inputs[:3]
     if key is None:  # packed
         query = body.add("Reshape", [query, constant([0, heads + 2 * kv_heads, 1, size])])[0]
-        if node.inputs[_ROTARY.start] is None:
+        if node.inputs[Input.COS] is None:
             parts = constant([heads, kv_heads, kv_heads])
             query, key, value = body.add("Split", [query, parts], {"axis": 1}, outputs=3)
             return query, key, value
@@ -137,10 +135,10 @@ def _heads(
 
 
 def _rotate(body: _Body, masks: Masks, value: ir.Value, size: int) -> ir.Value:
-    cos, sin = body.node.inputs[_ROTARY]
+    cos, sin = body.node.inputs[Input.COS : Input.SIN + 1]
     if cos is None or cos.shape is None:
         return value
-    told = body.node.inputs[_POSITIONS]
+    told = body.node.inputs[Input.POSITIONS]
     positions = masks.last_place() if told is None else told  # untold, the operator counts the cache
     width = 2 * int(cos.shape[-1])  # type: ignore[arg-type]
     partial = {} if width == size else {"rotary_embedding_dim": width}

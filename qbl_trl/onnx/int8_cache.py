@@ -23,10 +23,12 @@ from onnx import TensorProto, helper
 from onnx.onnx_pb import GraphProto, NodeProto
 
 from qbl_trl.onnx import protos
+from qbl_trl.onnx.gqa import Input
 from qbl_trl.onnx.prompts import STEPS
 from qbl_trl.onnx.ranges import Ranges
 
-_PAST, _SCALES = slice(3, 5), slice(12, 14)  # inputs of GroupQueryAttention
+_PAST = slice(Input.PAST_KEY, Input.PAST_VALUE + 1)
+_SCALES = slice(Input.KEY_SCALE, Input.VALUE_SCALE + 1)
 _HEADROOM = 1.1
 _SMALLEST = 1e-20  # of a range: a feature that is always zero
 

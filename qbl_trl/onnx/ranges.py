@@ -19,13 +19,13 @@ from torch import Tensor
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.files import MODEL_FILE
 from qbl_trl.onnx.gate import Gate
+from qbl_trl.onnx.gqa import Input
 from qbl_trl.onnx.layer_caches import STATES
 from qbl_trl.onnx.session import OnnxLogits
 
 Cache = Mapping[str, np.ndarray]  # keys and values (B, heads, T, features) by the same names
 Ranges = Mapping[str, np.ndarray]  # largest absolute values (heads, features) by the name of the cache's input
 
-KEY, COS = 3, 7  # among GroupQueryAttention's inputs
 _ROWS, _LENGTH = 48, 24  # of the text that a model writes for this: a step takes nearly as long for fewer rows
 _TEMPERATURE = 1.5
 _HELD_OUT = 2  # rows more, which the gate reads and no range has seen
@@ -134,8 +134,8 @@ def rotated_features(graph: GraphProto) -> dict[str, tuple[int, bool]]:
     sources = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Reshape"}
     found = {}
     for node in graph.node:
-        if node.op_type == "GroupQueryAttention" and node.input[COS]:
-            key = node.input[KEY]
+        if node.op_type == "GroupQueryAttention" and node.input[Input.COS]:
+            key = node.input[Input.PAST_KEY]
             neighbours = any(one.name == "rotary_interleaved" and one.i for one in node.attribute)
-            found[sources.get(key, key)] = 2 * sizes[node.input[COS]][-1], neighbours
+            found[sources.get(key, key)] = 2 * sizes[node.input[Input.COS]][-1], neighbours
     return found

@@ -20,10 +20,9 @@ from onnx.onnx_pb import GraphProto, NodeProto
 
 from qbl_trl.onnx import protos
 from qbl_trl.onnx.choices import WHOLE, needed, settled, values_read
+from qbl_trl.onnx.gqa import Input
 from qbl_trl.onnx.layer_caches import STATES
 from qbl_trl.onnx.masks import BIASED
-
-_SEQLENS, _BIAS, _QUERIES = 5, 10, 16  # inputs of GroupQueryAttention
 
 
 def write_right_padded(source: Path, target: Path) -> None:
@@ -32,12 +31,14 @@ def write_right_padded(source: Path, target: Path) -> None:
     graph = model.graph
     nodes = settled(graph, WHOLE)
     attentions = [node for node in nodes if node.op_type == "GroupQueryAttention"]
-    if not attentions or any(len(node.input) <= _QUERIES for node in attentions):
+    if not attentions or any(len(node.input) <= Input.QUERY_LENGTHS for node in attentions):
         return
-    biased = {name for node in attentions for name in node.input[_BIAS : _BIAS + 1] if name.startswith(BIASED)}
+    biases = {name for node in attentions for name in node.input[Input.BIAS : Input.BIAS + 1]}
+    biased = {name for name in biases if name.startswith(BIASED)}
     for node in attentions:
-        bias = f"right/{node.input[_BIAS]}" if node.input[_BIAS] in biased else ""
-        node.input[_SEQLENS], node.input[_BIAS], node.input[_QUERIES] = "right/seqlens", bias, "right/queries"
+        bias = node.input[Input.BIAS]
+        node.input[Input.BIAS] = f"right/{bias}" if bias in biased else ""
+        node.input[Input.SEQUENCE_LENGTHS], node.input[Input.QUERY_LENGTHS] = "right/seqlens", "right/queries"
     _state_sizes(graph)
     nodes = [*_counts(graph), *_without_padding(nodes, biased), *_placed_by_rows(nodes)]
     nodes = needed(nodes, (value.name for value in graph.output))

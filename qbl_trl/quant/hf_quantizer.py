@@ -369,6 +369,3 @@ def register() -> None:
         refuse_resizing()
     if BEFORE_5:
         keep_stored_dtypes()
-
-
-register()
