@@ -168,6 +168,10 @@ class QBLoRAConfig(LoraConfig):
                 _regular_expression(name, key)
         if not isinstance(self.quantization_aware, bool):
             raise ConfigError(f"QBLoRAConfig: quantization_aware={self.quantization_aware!r} must be true or false")
+        if not isinstance(self.base_quantization, dict | None):
+            raise ConfigError(
+                f"QBLoRAConfig: base_quantization={self.base_quantization!r} must be a dictionary, or None"
+            )
         everywhere = str(self.target_modules).lower() == "all-linear"
         if everywhere:  # PEFT takes it for a regular expression, which does not go with layers_to_transform
             self.target_modules = None
