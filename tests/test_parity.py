@@ -33,10 +33,14 @@ def test_a_model_agrees_with_itself_and_its_folder(tmp_path):
     assert report.tokens == 18
 
 
-@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile, lambda model: model.base_model])
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, compiled, lambda model: model.base_model])
 def test_a_wrapped_model_is_the_one_inside(wrap):
     model = get_peft_model(tiny_llama(), QBLoRAConfig(r=4, init_lora_weights=False)).eval()
-    assert verify(model, wrap(model), tokens()).max_abs_difference < 1e-5  # a compiled sum has another order
+    assert verify(model, wrap(model), tokens()).max_abs_difference < 1e-5  # float32 sums in another order
 
 
 def test_comparisons_of_several_texts_are_joined_as_one_of_all_their_positions():

@@ -38,7 +38,7 @@ _READ_BY_KERNELS = {  # of state space models, fused; called where these are not
 def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
     """Full names of the linear layers to quantize."""
     skipped = {*HfQuantizer.get_modules_to_not_convert(_without_memory(model), None), *_kept_in_float(model)}
-    skipped -= _last_without_head(model)
+    skipped |= _last_without_head(model)
     skipped |= {*(config.modules_to_not_convert or []), *routers(model)}
     prefix, exactly = _inner_prefix(model), task_head(model) | read_by_others(model)
 
@@ -54,7 +54,7 @@ def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
 
 
 def _last_without_head(model: Any) -> set[str]:
-    """The last module of a model without output head, if it has a bias: transformers 4.57 keeps it, 5 does not."""
+    """The last module of a model without output head, if it has a bias: a pooler, which 4.57 keeps and 5 does not."""
     *_, (last, _) = model.named_parameters()
     return {last.removesuffix(".bias")} if last.endswith(".bias") and model.get_output_embeddings() is None else set()
 

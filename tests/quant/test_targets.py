@@ -100,3 +100,11 @@ def test_no_weight_is_copied_while_layers_are_chosen(monkeypatch):
     assert not [name for name in target_layers(model, GroupQuantConfig()) if "lm_head" in name]
     assert set(copied) <= {"meta"}
     assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("kind", ["Bert", "ViT"])
+def test_a_pooler_stays_in_float_with_either_generation(kind):
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**BERT))
+    targets = target_layers(model, GroupQuantConfig())
+    assert len(targets) == 6
+    assert not any("pooler" in name for name in targets)
