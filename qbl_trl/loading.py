@@ -45,6 +45,10 @@ def open_model(
         made_for: the class to open it in, if it is another.
         num_labels: of a classifier whose configuration does not say.
         options: of `from_pretrained`.
+
+    Raises:
+        CheckpointError: if packed files are damaged, or not those that the configuration describes.
+        OSError, ValueError: as `from_pretrained`.
     """
     import transformers
 

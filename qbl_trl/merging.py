@@ -56,7 +56,8 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
         peft_model: a PeftModel, or a model with adapters injected, of transformers or of torch alone (also wrapped for
             distributed training); its active adapters are merged.
         lossy: None refuses whatever is not exact. "requantize" dequantizes such layers, adds the change and
-            quantizes again to affine groups; the loss is logged.
+            quantizes again to affine groups (a base that "gptq" made by "rtn": there are no calibration data); the loss
+            is logged.
 
     Returns:
         The merged model in eval mode, every parameter frozen.

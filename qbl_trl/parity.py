@@ -88,6 +88,9 @@ def verify(reference: Any, candidate: Any, input_ids: Tensor, attention_mask: Te
         input_ids: (B, S) or (S,) integers.
         attention_mask: (B, S), 1 on real tokens; None means all are real.
 
+    Returns:
+        The differences, over all positions that are no padding.
+
     Raises:
         ConfigError: if an argument is nothing that gives logits, no token ids or no mask of them, or the logits do not
             fit each other.

@@ -312,6 +312,9 @@ class GroupQuantizer(HfQuantizer):
 def quantize_model_(model: PreTrainedModel, config: GroupQuantConfig) -> PreTrainedModel:
     """Quantize a float model that is already in memory, in place, as loading it with `config` would have.
 
+    Returns:
+        The same model, its linear layers packed and frozen.
+
     Raises:
         ConfigError: if the model has no layer to quantize, or is none of transformers.
     """

@@ -1,7 +1,7 @@
 """Which layers of a model are quantized: those that multiply by their weight, and whose weight nobody else reads.
 
-Left in float: the output head, heads on top of the base model (a classifier is small and often trained whole), what
-the model itself wants in float32, and routers: they are small, a rounding error of theirs asks other experts, and some
+Left in float: the output head, heads on top of the base model (a classifier is small and often trained whole), a
+pooler, what the model itself wants in float32, and routers: they are small, a rounding error of theirs asks other experts, and some
 versions of transformers have them as layers of their own kind.
 """
 
