@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,8 @@ def check_free(folder: str | os.PathLike[str], overwrite: bool = False, error: t
         raise error(f"{path} is not empty; choose another folder, or set overwrite to replace all of it")
     if filled and stays:
         raise error(
-            f"{path} cannot be replaced (a mount, the current folder, or in a folder that is not yours); name one in it"
+            f"{path} cannot be replaced (it is a mount, the current folder, or its parent folder cannot be written "
+            "to); choose a folder inside it"
         )
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=above):
@@ -77,7 +79,7 @@ def new_folder(
     An old folder is replaced only then; after an error nothing is left behind. A killed process leaves the hidden
     sibling, never a half-written folder under the wanted name; whoever writes there next removes it. What lies behind a
     link is filled. An empty folder that cannot be replaced (a mount, the current folder) is filled from a hidden folder
-    in it, and so is one whose parent is another user's.
+    in it, and so is one whose parent cannot be written to.
 
     Raises:
         ConfigError (or the `error` given): before anything is written, as `check_free`; or if the disk is full.
@@ -187,4 +189,10 @@ def _stays(path: Path) -> bool:
         here = Path("/")
     real = path.resolve()
     held = real.is_mount() or real == here or real in here.parents
-    return real.is_dir() and (held or not os.access(real.parent, os.W_OK | os.X_OK))
+    return real.is_dir() and (held or not os.access(real.parent, os.W_OK | os.X_OK) or _is_anothers(real))
+
+
+def _is_anothers(folder: Path) -> bool:
+    """Whether a folder is another user's in one where all may write, but give no names to what is not theirs (/tmp)."""
+    above, user = folder.parent.stat(), getattr(os, "geteuid", lambda: 0)()
+    return bool(above.st_mode & stat.S_ISVTX) and user not in (0, above.st_uid, folder.stat().st_uid)

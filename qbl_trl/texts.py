@@ -81,10 +81,11 @@ def _text(line: str, where: str) -> Text:
     parts = [fields.get("prompt"), fields.get("completion")]
     if all(isinstance(part, str) for part in parts):
         return "".join(map(str, parts))
-    if all(isinstance(part, list | None) for part in parts):
-        messages = fields.get("messages") or [message for part in parts for message in part or ()]
-        if isinstance(messages, list) and messages:
-            return messages
+    messages = fields.get("messages")
+    if not messages and all(isinstance(part, list | None) for part in parts):
+        messages = [message for part in parts for message in part or ()]
+    if isinstance(messages, list) and messages:
+        return messages
     raise ConfigError(
         f'{where}: no text; a line is a JSON string, or an object with "text", "prompt" and "completion", or "messages"'
     )

@@ -5,6 +5,7 @@ stand for is the same file, `tokenizer.json`, and the older names are known to b
 sound is one file in 5 and one for each kind in 4.57; both read the latter.
 """
 
+import errno
 import json
 import logging
 import shutil
@@ -21,6 +22,7 @@ from qbl_trl.json_files import json_if_there
 
 logger = logging.getLogger(__name__)
 
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _NEWER, _KNOWN = "TokenizersBackend", "PreTrainedTokenizerFast"
 _CONFIG = "tokenizer_config.json"
 # Vocabularies of all kinds that transformers has classes for, and those of models with code of their own.
@@ -85,6 +87,8 @@ def save_tokenizer(source: Any, folder: Path) -> None:
         try:
             save_tokenizer(base, folder)
         except Exception as error:
+            if getattr(error, "errno", None) in OF_THE_DISK:
+                raise
             logger.warning("the folder is written without a tokenizer: that of %s does not open (%s)", base, error)
         return
     elif Path(source).is_dir():
@@ -159,4 +163,12 @@ def _named_tokens(settings: dict[str, Any]) -> dict[str, str]:
     return {name: settings[name] for name in names if name not in PreTrainedTokenizerFast.SPECIAL_TOKENS_ATTRIBUTES}
 
 
-__all__ = ["TOKENIZER_FILES", "copy_files", "holds_tokenizer", "open_tokenizer", "save_tokenizer", "tokenizer_source"]
+__all__ = [
+    "OF_THE_DISK",
+    "TOKENIZER_FILES",
+    "copy_files",
+    "holds_tokenizer",
+    "open_tokenizer",
+    "save_tokenizer",
+    "tokenizer_source",
+]

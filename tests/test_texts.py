@@ -32,7 +32,7 @@ def test_a_line_of_jsonl_is_a_text_as_datasets_hold_them(tmp_path):
         "one\ntwo",
         {"text": "three\u2028", "label": 1},
         {"prompt": "four ", "completion": "five"},
-        {"messages": turns},
+        {"prompt": "a", "prompt_id": "7", "messages": turns},
         {"prompt": turns[:1], "completion": turns[1:]},
     ]
     file = written(tmp_path, "a.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")

@@ -94,6 +94,7 @@ def _scale_by_pattern(model: nn.Module, adapter: str, config: QBLoRAConfig) -> N
         if adapter in layer.rank:
             r: Any = by_pattern(config.rank_pattern, name, config.r)
             alpha: Any = by_pattern(config.alpha_pattern, name, config.lora_alpha)
+            layer.r[adapter], layer.lora_alpha[adapter] = r, alpha
             hotswap._update_scaling(layer, adapter, alpha / (math.sqrt(r) if config.use_rslora else r))
 
 

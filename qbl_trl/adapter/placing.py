@@ -51,24 +51,28 @@ def prepare_(tuner: BaseTuner, config: QBLoRAConfig) -> None:
 
 def finish_(model: nn.Module, adapter_name: str, config: QBLoRAConfig) -> None:
     """After its layers are there: the factors they got are written into the configuration."""
-    keep_order_(model)
-    if is_checkpointing(model):
-        let_inputs_require_grad(model)  # also where no PeftModel is put around it
     layers = record_placed_(model, adapter_name, config)
     if layers and not config.inference_mode:
         _warn_of_surplus_rank(adapter_name, layers)
+    keep_order_(model)
+    if is_checkpointing(model):
+        let_inputs_require_grad(model)  # also where no PeftModel is put around it
 
 
 @contextmanager
 def whole_or_not_at_all(tuner: Any, model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Place an adapter in the block; whatever stops it, the layers that have it by then give it back."""
+    """Place an adapter in the block; whatever stops it, the layers that got it in the block give it back.
+
+    One of the same name that was there before, of another wrapper around the model, stays.
+    """
     trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    held = {id(layer) for layer in model.modules() if _has(layer, adapter_name)}
     active = getattr(tuner, "active_adapter", None)
     try:
         yield
     except BaseException:
         for name, layer in list(model.named_modules()):
-            if isinstance(layer, BaseTunerLayer) and adapter_name in layer._get_available_adapters():
+            if _has(layer, adapter_name) and id(layer) not in held:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # that another one is active now
                     layer.delete_adapter(adapter_name)  # type: ignore[no-untyped-call]
@@ -76,12 +80,17 @@ def whole_or_not_at_all(tuner: Any, model: nn.Module, adapter_name: str) -> Iter
                     replace(model, name, layer.base_layer)  # type: ignore[arg-type]
         for parameter, trained in trains:
             parameter.requires_grad_(trained)
-        tuner.peft_config.pop(adapter_name, None)
+        if not held:
+            tuner.peft_config.pop(adapter_name, None)
         if active is not None and active != adapter_name:
             tuner.active_adapter = active
         if not hasattr(model, "peft_config") and getattr(model, "_hf_peft_config_loaded", False):
             model._hf_peft_config_loaded = False  # type: ignore[assignment]  # add_adapter of transformers says so first
         raise
+
+
+def _has(layer: Any, adapter_name: str) -> bool:
+    return isinstance(layer, BaseTunerLayer) and adapter_name in layer._get_available_adapters()
 
 
 def not_tied(tied: list[str]) -> ConfigError:

@@ -137,7 +137,8 @@ def plain_factors(
             shapes = f"lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}"
             raise ConfigError(f"{layer}: {shapes} are no two factors of one rank; the adapter file is damaged")
         rank = matched_rank(r, down.shape[1] * p, up.shape[0] * e, p, e)
-        if not whole and down.shape[0] != rank:
+        padded = down.shape[0] > rank and not down[rank:].any()  # to be swapped
+        if not whole and down.shape[0] != rank and not padded:
             raise ConfigError(
                 f"{layer}: the adapter file holds a rank of {down.shape[0]}, and r={r} with in_factor={p} and "
                 f"out_factor={e} is {rank} here; adapter_config.json is not that of this file"
@@ -156,7 +157,8 @@ def _check_all_here(config: QBLoRAConfig, layers: list[str]) -> None:
     targets = config.target_modules
     by_part = config.layers_to_transform is None and config.exclude_modules is None
     names = sorted(targets) if by_part and isinstance(targets, set | list) else []
-    lacking = [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
+    # A part of a name may be meant for other models; whole ones were written down for the layers that were there.
+    lacking = [name for name in names if "." in name and not any(f".{layer}".endswith(f".{name}") for layer in layers)]
     if lacking:
         raise ConfigError(f"{lacking[0]}: the adapter file holds no tensor of it; it is damaged, or of another adapter")
     unnamed = [layer for layer in layers if names and not any(f".{layer}".endswith(f".{name}") for name in names)]

@@ -1,7 +1,6 @@
 """What surrounds the graph: the model that is read, and the files beside it (config, tokenizer)."""
 
 import copy
-import errno
 import gc
 import importlib
 import json
@@ -16,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError, first_line
-from qbl_trl.folders import FULL, refuse_graph
+from qbl_trl.folders import refuse_graph
 from qbl_trl.loading import load_adapter, open_whole, saved_adapter
 from qbl_trl.model_files import valid_generation
 from qbl_trl.onnx.caches import served
@@ -24,7 +23,7 @@ from qbl_trl.onnx.layers import LinearSource
 from qbl_trl.onnx.rotary import is_rotary
 from qbl_trl.onnx.sources import Taken, linear_sources
 from qbl_trl.onnx.tables import Tables, with_tables
-from qbl_trl.tokenizers import open_tokenizer, save_tokenizer
+from qbl_trl.tokenizers import OF_THE_DISK, open_tokenizer, save_tokenizer
 from qbl_trl.wrapped import base_folder, is_decoder, unwrap, without_launch
 
 logger = logging.getLogger(__name__)
@@ -211,7 +210,7 @@ def write(held: Held, source: Any, tokenizer: Any, folder: Path, dtype: torch.dt
             if origin:
                 save_tokenizer(origin, Path(draft))
         except Exception as error:  # of the model id that a model was loaded from
-            if getattr(error, "errno", None) in (*FULL, errno.EIO):  # of the disk itself
+            if getattr(error, "errno", None) in OF_THE_DISK:
                 raise
             if tokenizer is not None:
                 raise ExportError(f"export_onnx: the tokenizer that was given is not saved: {error}") from error

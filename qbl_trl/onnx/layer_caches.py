@@ -89,7 +89,7 @@ def layer_caches(model: Any) -> LayerCaches:
         cache = cache_of(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True))
     cache = getattr(cache, "self_attention_cache", cache)
     layers = list(getattr(cache, "layers", ()))
-    while layers and getattr(layers[-1], "keys", layers) is None and not hasattr(layers[-1], "recurrent_states"):
+    while layers and type(layers[-1]).__name__ in _ATTENTION and layers[-1].keys is None:
         layers.pop()  # nobody filled it: a decoder's cache has as many as its configuration says of the encoder
     found = [_read(model, layer) for layer in layers]
     if not any(layer.keys or layer.states for layer in found):

@@ -141,6 +141,8 @@ def _held(files: Iterable[Path]) -> Iterator[tuple[str, Stored]]:
 def _read_header(file: Path) -> dict[str, Stored]:
     if not file.is_file():
         raise CheckpointError(f"{file} is missing although the index beside it names it; copy the whole folder")
+    with file.open("rb"):  # may not be read: that is no damage
+        pass
     try:
         with safe_open(file, framework="pt") as opened:  # type: ignore[no-untyped-call]
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
@@ -148,7 +150,7 @@ def _read_header(file: Path) -> dict[str, Stored]:
                 name: Stored(file, _DTYPES.get(part.get_dtype()), tuple(part.get_shape()))
                 for name, part in parts.items()
             }
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise CheckpointError(
             f"{file}: cut short or damaged, not a whole safetensors file ({error}); copy it again"
         ) from error

@@ -59,10 +59,8 @@ class GroupQuantEmbedding(PackedWeight):
         """Make an output head a view of this table: one set of tensors, saved once."""
         head.weight, head.format = self.weight, self.format
         for name in BESIDE_CODES:
-            found = getattr(self, name)
-            head.register_buffer(
-                name, found, persistent=found is None
-            )  # accelerate moves those that are not persistent
+            found = getattr(self, name)  # one that is None counts as persistent: accelerate would move it otherwise
+            head.register_buffer(name, found, persistent=found is None)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, group_size={self.group_size}"

@@ -75,8 +75,9 @@ def write_gguf(model: nn.Module, path: Path, template: Path) -> tuple[int, float
     head = check_template(model, state, layers, source, places)
     held = _held(source, places)
     _check_stacks(layers, held)
+    path = path.resolve()  # what lies behind a link is written
     path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path.resolve()) as partial:  # what lies behind a link is written
+    with new_file(path) as partial:
         largest = _write(state, layers, source, held, head, gguf.GGUFWriter(partial, source.architecture))
     return len(layers), largest
 

@@ -24,7 +24,7 @@ class GroupQuantLinear(PackedWeight, nn.Linear):  # type: ignore[misc]
 
     Attributes:
         bias: (out_features,) float frozen parameter, or None.
-        embedding: of a head that is tied to one and being loaded, that one; empty otherwise.
+        embedding: while a tied head is being loaded, the embedding whose tensors it shares; else empty.
     """
 
     embedding: "tuple[PackedWeight, ...]" = ()

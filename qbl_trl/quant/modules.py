@@ -1,7 +1,7 @@
 """Finding, replacing and cleaning modules of a transformers model."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -44,25 +44,32 @@ def empty_model(kind: type[nn.Module], config: Any) -> nn.Module:
 
 
 def copied(
-    model: Model, kept: Callable[[Tensor], Tensor | None], modules: Mapping[nn.Module, nn.Module] | None = None
+    model: Model, given: Callable[[Tensor], Tensor | None], modules: Mapping[nn.Module, nn.Module] | None = None
 ) -> Model:
     """A second set of modules.
 
-    What a module remembers of its last batch (RecurrentGemma's states) is copied as a number, without its gradient.
+    What a module remembers of its last batch (RecurrentGemma's states) is copied by value, without its graph.
 
     Args:
-        kept: what stands there for a parameter or a buffer; None where it is copied.
+        given: what stands there for a parameter or a buffer; None where it is copied.
         modules: those that stand there for modules, whole.
     """
     memo: dict[int, Any] = {id(old): new for old, new in (modules or {}).items()}
     for tensor in (*model.parameters(), *model.buffers()):
-        found = kept(tensor)
+        found = given(tensor)
         if found is not None:
             memo[id(tensor)] = found
-    for value in (value for module in model.modules() for value in vars(module).values()):
+    for value in (value for module in model.modules() for kept in vars(module).values() for value in _items(kept)):
         if isinstance(value, Tensor) and not value.is_leaf:
             memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)
+
+
+def _items(value: Any) -> Iterable[Any]:
+    """What a list, a tuple or a dictionary holds, or a value itself."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple) else (value,)
 
 
 def itself(tensor: Tensor) -> Tensor:

@@ -159,6 +159,9 @@ def _built() -> Path:
         _compile(compiler, built)
         library = folder / f"{source}-{_digest(built.read_bytes())}.so"
         os.replace(built, library)
+    for old in (file for file in folder.glob(f"{source}-*.so") if file != library):
+        if _digest(old.read_bytes()) != old.stem.partition("-")[2]:
+            old.unlink(missing_ok=True)
     return library
 
 

@@ -102,8 +102,8 @@ def keep_packed_names_(model: Any) -> None:
 
 
 def forget_adapter_names_(model: Any) -> None:
-    """Take off the renamings of an adapter's tensors, which transformers 5 leaves where it has loaded one: those that
-    `save_pretrained` turns round are the model's own again."""
+    """Remove the renamings of keys that transformers 5 leaves after `load_adapter`, so that `save_pretrained` reverses
+    the model's own ones again."""
     used = getattr(model, "_weight_conversions", None) or ()
     if any("base_model" in pattern for step in used for pattern in step.source_patterns):
         del model._weight_conversions

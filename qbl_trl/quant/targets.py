@@ -1,8 +1,8 @@
 """Which layers of a model are quantized: those that multiply by their weight, and whose weight nobody else reads.
 
 Left in float: the output head, heads on top of the base model (a classifier is small and often trained whole), a
-pooler, what the model itself wants in float32, and routers: they are small, a rounding error of theirs asks other experts, and some
-versions of transformers have them as layers of their own kind.
+pooler, what the model itself wants in float32, and routers: they are small, a rounding error of theirs asks other
+experts, and some versions of transformers have them as layers of their own kind.
 """
 
 import copy
@@ -55,8 +55,10 @@ def target_layers(model: nn.Module, config: GroupQuantConfig) -> list[str]:
 
 def _last_without_head(model: Any) -> set[str]:
     """The last module of a model without output head, if it has a bias: a pooler, which 4.57 keeps and 5 does not."""
-    *_, (last, _) = model.named_parameters()
-    return {last.removesuffix(".bias")} if last.endswith(".bias") and model.get_output_embeddings() is None else set()
+    if model.get_output_embeddings() is not None:
+        return set()
+    last = [name for name, _ in model.named_parameters()][-1:]
+    return {name.removesuffix(".bias") for name in last if name.endswith(".bias")}
 
 
 def task_head(model: nn.Module) -> set[str]:

@@ -73,7 +73,7 @@ def write_checkpoint(
     if template is None or format == "hqq":
         return _write_hqq(model, path, overwrite)
     source = base_folder(model)
-    if path.exists() and source is not None and path.resolve().parent == source.resolve():
+    if path.exists() and source is not None and path.resolve().parent == source.resolve() and not _is_gguf(path):
         raise ConfigError(f"write_checkpoint: {path} is a file of the model itself; choose another output")
     from qbl_trl.quant.gguf_writer import write_gguf
 
@@ -118,6 +118,11 @@ def check_request(
     return path
 
 
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
 def folded(layer: PackedWeight) -> Affine:
     """Codes and scales as stored, zeros in float32 with the merged delta moved in: z - D / s.
 
@@ -138,7 +143,8 @@ def packed_layers(model: nn.Module) -> dict[str, GroupQuantLinear]:
     """Full name -> layer.
 
     Raises:
-        ConfigError: if there is none, another packed module (an embedding) is present, or one holds no numbers.
+        ConfigError: if there is none, another packed module (an embedding) is present, or one holds NaN or infinite
+            values.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
     other = [name for name, module in found.items() if not isinstance(module, GroupQuantLinear)]

@@ -4,7 +4,8 @@ A folder is whole if the note `qblora_complete.json` in it names files that are 
 far as a resumed run reads them (a README may be edited, a merged model moved away). The callback writes that note last,
 in one rename. Without a note (a folder written before the callback was used, or a kill just after the last file), the
 folder is whole if `trainer_state.json`, which the trainer writes last, is there. In both, that file can be read, and
-every safetensors and torch file has its end: sizes alone say nothing after a power failure.
+safetensors and torch files of a trainer have their end: sizes alone, which are all that is known of FSDP's shards, say
+nothing after a power failure.
 """
 
 import json
@@ -27,6 +28,17 @@ _STATE = "trainer_state.json"
 MERGED = "merged"  # a folder in a checkpoint, which no trainer reads
 _WEIGHTS = {".safetensors", ".bin", ".distcp"}
 _READ = _WEIGHTS | {".pt", ".pth"}  # by a trainer that resumes
+# Beginnings of the names of files that trainers write by torch.save; a callback may add others, of any form.
+_TORCH = (
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "rng_state",
+    "random_states",
+    "training_args",
+    "pytorch_model",
+    "adapter_model",
+)
 _NAME = re.compile(r"checkpoint-(\d+)$")
 _ASIDE = "incomplete-"
 
@@ -81,7 +93,7 @@ def _check_content(file: Path) -> None:
             ) from error
     elif file.suffix == ".safetensors":
         read_files([file])
-    elif file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):
+    elif file.suffix in (".pt", ".pth", ".bin") and file.stem.startswith(_TORCH) and not zipfile.is_zipfile(file):
         raise CheckpointError(f"{file} is cut short; the checkpoint is not whole, resume from an earlier one")
 
 

@@ -162,6 +162,7 @@ def _norms(delta: Tensor) -> tuple[Tensor, Tensor]:
         return total, total
     if gram.shape[0] <= _EXACT_UP_TO:
         return total, torch.linalg.eigvalsh(gram)[-1]
+    gram = gram.cpu() if gram.device.type == "mps" else gram  # which has no such decompositions
     vectors = [gram[:, gram.diagonal().argmax()]]
     for _ in range(_KRYLOV - 1):
         vectors.append(gram @ (vectors[-1] / vectors[-1].norm().clamp_min(1e-30)))

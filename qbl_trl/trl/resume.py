@@ -43,7 +43,8 @@ def check_resumed(trainer: Trainer | None, model: nn.Module, folder: Any = None)
     if not (own / "adapter_config.json").is_file():
         if (own / "adapter_model.safetensors").is_file():
             raise ConfigError(
-                f"{own} holds an adapter without adapter_config.json: nobody knows its settings; copy it back"
+                f"{own} holds an adapter without adapter_config.json, so its settings are unknown; put that file back, "
+                "or resume from another checkpoint"
             )
         return
     saved, present = saved_adapter(own), getattr(model, "peft_config", {}).get(name)

@@ -313,7 +313,14 @@ def test_a_sum_that_is_refused_leaves_nothing_under_its_name(monkeypatch):
 
 def test_a_hot_swapped_adapter_has_the_scales_of_its_patterns(tmp_path):
     first = get_peft_model(tiny_llama(), config(alpha_pattern={"q_proj": 3}, rank_pattern={"up_proj": 2})).eval()
-    second = get_peft_model(tiny_llama(), config(alpha_pattern={"q_proj": 3}, rank_pattern={"up_proj": 2})).eval()
+    second = get_peft_model(
+        tiny_llama(), config(lora_alpha=5, alpha_pattern={"q_proj": 3}, rank_pattern={"up_proj": 2})
+    ).eval()
     second.save_pretrained(tmp_path)
     hotswap_adapter(first, tmp_path, "default")
-    assert torch.equal(logits(first, IDS), logits(second, IDS))
+    expected = logits(second, IDS)
+    assert torch.equal(logits(first, IDS), expected)
+    for layer in adapter_layers(first).values():
+        layer.scale_layer(3.0)
+        layer.unscale_layer()
+    assert torch.equal(logits(first, IDS), expected)

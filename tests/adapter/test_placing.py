@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MambaConfig, MambaForCausalLM
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig
@@ -37,6 +37,18 @@ def test_the_layers_of_a_refused_adapter_give_it_back(tmp_path):
     assert {name.split(".lora_")[0][-6:] for name in adapted(peft)} == {"q_proj"}
     peft.save_pretrained(tmp_path)
     PeftModel.from_pretrained(base(), tmp_path)
+
+
+@pytest.mark.parametrize("first", [LoraConfig(r=2, target_modules=FITS), config(FITS)], ids=["lora", "balanced"])
+def test_an_adapter_of_the_same_name_that_was_there_before_stays(first):
+    model = base()
+    peft = get_peft_model(model, first)
+    held, settings = adapted(peft), dict(peft.peft_config)
+    for refused in (config(MISFITS[1:]), config(["down_proj"])):
+        with pytest.raises((ConfigError, ValueError)):
+            get_peft_model(model, refused)
+    assert adapted(peft) == held
+    assert peft.peft_config.keys() == settings.keys()
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -193,4 +193,5 @@ def test_a_library_that_was_cut_in_the_cache_is_built_again(left, tmp_path, fres
     whole = built.read_bytes()
     built.write_bytes(whole[:left])  # loading a part may end the process
     assert native._library() is not None
-    assert built.read_bytes() == whole
+    (again,) = built.parent.glob("*.so")
+    assert again.stem.partition("-")[2] == native._digest(again.read_bytes())

@@ -292,11 +292,16 @@ def test_a_pipe_or_a_file_of_the_model_is_not_replaced_and_what_lies_behind_a_li
     model.config._name_or_path = str(tmp_path / "model")
     with pytest.raises(ConfigError, match="is a file of the model itself"):
         write_checkpoint(model, tmp_path / "model" / "model.safetensors", "gguf", **options)
+    for _ in range(2):
+        write_checkpoint(model, tmp_path / "model" / "model.gguf", "gguf", **options)
     (tmp_path / "real.gguf").write_text("old")
     (tmp_path / "link.gguf").symlink_to("real.gguf")
     write_checkpoint(model, tmp_path / "link.gguf", "gguf", **options)
     assert (tmp_path / "link.gguf").is_symlink()
-    assert (tmp_path / "real.gguf").read_bytes()[:4] == b"GGUF"
+    (tmp_path / "dangling.gguf").symlink_to("none/real.gguf")
+    write_checkpoint(model, tmp_path / "dangling.gguf", "gguf", **options)
+    for written in (tmp_path / "real.gguf", tmp_path / "none" / "real.gguf"):
+        assert written.read_bytes()[:4] == b"GGUF"
 
 
 def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):

@@ -257,6 +257,12 @@ def test_a_file_of_the_right_size_that_holds_zeros_is_damaged(run, file):
     assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
 
 
+def test_what_a_callback_of_the_users_writes_may_have_any_form(run):
+    (run / "checkpoint-4" / "samples.bin").write_bytes(bytes(8))
+    checkpoints.mark_whole(run / "checkpoint-4")
+    assert last_whole_checkpoint(run) == str(run / "checkpoint-4")
+
+
 def test_a_checkpoint_whose_settings_are_gone_does_not_go_on(run):
     (run / "checkpoint-2" / "adapter_config.json").unlink()
     trainer = sft(run, QBLoRACallback(adapter(lora_alpha=64)), **SAVING)
