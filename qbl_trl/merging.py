@@ -105,7 +105,7 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
     settings = _quantization_settings(merged)
     errors = [
         error
-        for name, module in list(merged.named_modules())
+        for name, module in sorted(merged.named_modules(), key=_depth)
         if isinstance(module, BalancedLinear)
         for error in [_merge_layer_(merged, name, module, settings, lossy)]
         if error is not None
@@ -129,6 +129,11 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
     for part in _described(merged):
         describe_stored_(part, settings)
     return _plain_(merged)
+
+
+def _depth(named: tuple[str, nn.Module]) -> int:
+    """For sorting: of two adapters around one base, as a mixed model has them, the inner one comes first."""
+    return -named[0].count("base_layer")
 
 
 def _described(model: nn.Module) -> list[nn.Module]:

@@ -18,6 +18,7 @@ from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.peft_type import QBLORA
+from qbl_trl.wrapped import unwrap
 
 # What two adapters must share so that one can take the other's place without being placed anew; and the factors of each
 # layer that both are on, which a configuration words by the layers it was placed on.
@@ -77,7 +78,7 @@ def _checked(swap: Callable[..., None]) -> Callable[..., None]:
 
 
 def _check_factors(model: nn.Module, state: Mapping[str, Tensor], adapter: str, config: QBLoRAConfig) -> None:
-    for name, layer in adapter_layers(model).items():
+    for name, layer in adapter_layers(unwrap(model)).items():
         if adapter not in layer.rank or not any(f".{name}.lora_" in f".{key}" for key in state):
             continue
         held, given = (layer.in_factor[adapter], layer.out_factor[adapter]), recorded_factors(config, name)
@@ -90,7 +91,7 @@ def _check_factors(model: nn.Module, state: Mapping[str, Tensor], adapter: str, 
 
 def _scale_by_pattern(model: nn.Module, adapter: str, config: QBLoRAConfig) -> None:
     """PEFT looks for patterns of rank and alpha in names of parameters, which end behind those of layers."""
-    for name, layer in adapter_layers(model).items():
+    for name, layer in adapter_layers(unwrap(model)).items():
         if adapter in layer.rank:
             r: Any = by_pattern(config.rank_pattern, name, config.r)
             alpha: Any = by_pattern(config.alpha_pattern, name, config.lora_alpha)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from qbl_trl.adapter.balance import largest_useful_r
@@ -21,7 +22,7 @@ from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.module_names import name_here, pattern_here
 from qbl_trl.quant.head import input_table, output_head
-from qbl_trl.quant.modules import replace, same_module_name
+from qbl_trl.quant.modules import same_module_name
 from qbl_trl.quant.packed import PackedWeight
 
 
@@ -61,29 +62,42 @@ def finish_(model: nn.Module, adapter_name: str, config: QBLoRAConfig) -> None:
 
 @contextmanager
 def whole_or_not_at_all(tuner: Any, model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Place an adapter in the block; whatever stops it, the layers that got it in the block give it back.
+    """Place an adapter in the block; whatever stops it, the model has the modules and active adapters it had before.
 
-    One of the same name that was there before, of another wrapper around the model, stays.
+    An adapter of the same name that was there before, of another wrapper around the model, stays.
     """
+    modules = [(module, dict(module._modules)) for module in model.modules()]
     trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    held = {id(layer) for layer in model.modules() if _has(layer, adapter_name)}
-    active = getattr(tuner, "active_adapter", None)
+    adapted: list[Any] = [m for m, _ in modules if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    active = [(layer, layer._active_adapter, set(getattr(layer, "_adapters", ()))) for layer in adapted]
+    held = {id(layer) for layer in adapted if _has(layer, adapter_name)}
+    depth, own = (
+        getattr(getattr(model, "config", None), "num_hidden_layers", None),
+        getattr(tuner, "active_adapter", None),
+    )
     try:
         yield
     except BaseException:
-        for name, layer in list(model.named_modules()):
+        for layer in adapted:
             if _has(layer, adapter_name) and id(layer) not in held:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # that another one is active now
-                    layer.delete_adapter(adapter_name)  # type: ignore[no-untyped-call]
-                if not layer._get_available_adapters() and name:
-                    replace(model, name, layer.base_layer)  # type: ignore[arg-type]
+                    layer.delete_adapter(adapter_name)
+        for module, children in modules:  # what was put in their places, and into them, goes
+            module._modules.clear()
+            module._modules.update(children)
+        for layer, names, known in active:
+            layer._active_adapter = names
+            if hasattr(layer, "_adapters"):
+                layer._adapters = known
         for parameter, trained in trains:
             parameter.requires_grad_(trained)
+        if depth is not None:
+            model.config.num_hidden_layers = depth  # type: ignore[union-attr]  # layer_replication
         if not held:
             tuner.peft_config.pop(adapter_name, None)
-        if active is not None and active != adapter_name:
-            tuner.active_adapter = active
+        if own is not None and own != adapter_name:
+            tuner.active_adapter = own
         if not hasattr(model, "peft_config") and getattr(model, "_hf_peft_config_loaded", False):
             model._hf_peft_config_loaded = False  # type: ignore[assignment]  # add_adapter of transformers says so first
         raise

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qbl_trl.errors import ConfigError
 from qbl_trl.quant.embedding import GroupQuantEmbedding
 from qbl_trl.quant.intact import check_present
 from qbl_trl.quant.modules import empty_model, replace
@@ -21,14 +22,32 @@ def dequantize_model_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     table holds for a tied pair stays one, and experts that the class stacks are stacked again.
 
     Raises:
-        ConfigError: if a packed layer is offloaded, or experts that would be stacked have adapters.
+        ConfigError: if a packed layer is offloaded, experts that would be stacked have adapters, or transposed layers
+            (GPT-2's) adapters of other methods.
     """
     check_present(model, "dequantize")
     check_stackable(model)
     own = dict(empty_model(type(model), model.config).named_modules())
+    _check_adapters(model, own)
     _make_float_(model, own, dtype)
     together_(model)
     vars(model).pop("_weight_conversions", None)  # names of packed layers; transformers knows those of its own
+
+
+def _check_adapters(model: nn.Module, own: dict[str, nn.Module]) -> None:
+    """Refuse adapters of other methods on layers that the class stores transposed: they would take them for others.
+
+    Raises:
+        ConfigError: naming the first layer.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedWeight) and isinstance(own.get(name.replace(".base_layer", "")), Conv1D):
+            around: Any = model.get_submodule(name.rpartition(".")[0])
+            if name.endswith(".base_layer") and not hasattr(around, "rest_on"):
+                raise ConfigError(
+                    f"dequantize: {name.removesuffix('.base_layer')} has an adapter of another method than QBLoRA, which "
+                    "would take a transposed weight for one that is not; unload it, and place it over the float model"
+                )
 
 
 def _make_float_(model: PreTrainedModel, own: dict[str, nn.Module], dtype: torch.dtype) -> None:

@@ -120,3 +120,16 @@ def test_a_further_adapter_on_all_linear_layers_leaves_the_head_out_as_the_first
     layers = adapter_layers(model)
     assert not any("lm_head" in name for name in layers)
     assert all(layer.rank.keys() == {"first", "second"} for layer in layers.values())
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_two_balanced_adapters_around_another_that_was_deleted_merge(packed):
+    base = quantize_model_(tiny_llama(), GroupQuantConfig(bits=8)) if packed else tiny_llama()
+    ours = {"target_modules": TARGETS, "in_factor": 32, "r": 2, "init_lora_weights": False}
+    model = get_peft_model(base, QBLoRAConfig(**ours), "first", mixed=True)
+    model.add_adapter("between", LOHA)
+    model.add_adapter("second", QBLoRAConfig(**ours))
+    model.delete_adapter("between")
+    model.set_adapter(["first", "second"])
+    expected = logits(model.eval(), IDS)
+    torch.testing.assert_close(logits(merge(model), IDS), expected, rtol=0, atol=1e-5)  # float32 rounding

@@ -6,6 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MambaConfig, MambaForCausalLM
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig
+from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from tests.tiny import logits, tiny_llama, tokens
@@ -99,3 +100,35 @@ def test_a_mixed_model_keeps_the_order_of_bitsandbytes_codes(tmp_path):
     trained = logits(model, IDS)
     assert torch.equal(logits(model.eval(), IDS), trained)
     assert torch.equal(logits(model.train(), IDS), trained)
+
+
+TOKENS = {"embed_tokens": [5], "nothing": [5]}
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"target_modules": MISFITS, "layer_replication": [(0, 2), (0, 2)]},
+        {"target_modules": ["v_proj"], "modules_to_save": ["norm"], "trainable_token_indices": TOKENS},
+        {"target_modules": FITS, "trainable_token_indices": [2000]},
+    ],
+    ids=["replicated", "wrapped", "rows"],
+)
+@pytest.mark.parametrize("way", ["peft", "mixed", "transformers"])
+def test_nothing_else_stays_of_what_was_refused(way, refused):
+    model = base()
+    settings = {"quantization_aware": True, "r": 2, "init_lora_weights": False}
+    adapter = QBLoRAConfig(target_modules=["q_proj", "o_proj"], **settings)
+    if way == "transformers":
+        model.add_adapter(adapter, "first")
+        adapting = model
+    else:
+        adapting = get_peft_model(model, adapter, "first", mixed=way == "mixed")
+    kinds, expected = {name: type(m) for name, m in model.named_modules()}, logits(adapting.eval(), IDS)
+    other = QBLoRAConfig(**settings, **refused)
+    with pytest.raises((ConfigError, ValueError, IndexError)):
+        adapting.add_adapter(*((other, "second") if way == "transformers" else ("second", other)))
+    if way == "transformers" or "modules_to_save" not in refused:  # PEFT itself wraps those of a PeftModel afterwards
+        assert {name: type(m) for name, m in model.named_modules()} == kinds
+    assert torch.equal(logits(adapting.eval(), IDS), expected)
+    assert {name for layer in adapter_layers(model).values() for name in layer.active_adapters} == {"first"}

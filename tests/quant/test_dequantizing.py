@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
@@ -103,3 +103,12 @@ def test_experts_with_adapters_are_not_stacked():
         with pytest.raises(ConfigError, match=r"experts\.0\.w1 has an adapter, .* merge the adapter first"):
             model.dequantize()
     torch.testing.assert_close(logits(adapted, tokens()), expected, rtol=0, atol=1e-5)
+
+
+def test_other_methods_do_not_meet_layers_that_are_stored_transposed():
+    model = quantize_model_(tiny_gpt2(), GroupQuantConfig())
+    adapted = get_peft_model(model, LoraConfig(target_modules=["attn.c_proj"], init_lora_weights=False)).eval()
+    expected = logits(adapted, tokens())
+    with pytest.raises(ConfigError, match=r"attn\.c_proj has an adapter of another method .* transposed"):
+        model.dequantize()
+    assert torch.equal(logits(adapted, tokens()), expected)
