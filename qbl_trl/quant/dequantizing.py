@@ -45,8 +45,9 @@ def _check_adapters(model: nn.Module, own: dict[str, nn.Module]) -> None:
             around: Any = model.get_submodule(name.rpartition(".")[0])
             if name.endswith(".base_layer") and not hasattr(around, "rest_on"):
                 raise ConfigError(
-                    f"dequantize: {name.removesuffix('.base_layer')} has an adapter of another method than QBLoRA, which "
-                    "would take a transposed weight for one that is not; unload it, and place it over the float model"
+                    f"dequantize: {name.removesuffix('.base_layer')} has an adapter of another method than QBLoRA, "
+                    "which would take a transposed weight for one that is not; unload it, and place it over the float "
+                    "model"
                 )
 
 

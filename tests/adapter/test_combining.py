@@ -313,12 +313,9 @@ def test_a_sum_that_is_refused_leaves_nothing_under_its_name(monkeypatch):
 
 @pytest.mark.parametrize("start", ["", "^model.layers.0.self_attn."])
 def test_a_hot_swapped_adapter_has_the_scales_of_its_patterns(start, tmp_path):
-    first = get_peft_model(
-        tiny_llama(), config(alpha_pattern={start + "q_proj": 3}, rank_pattern={start + "k_proj": 2})
-    ).eval()
-    second = get_peft_model(
-        tiny_llama(), config(lora_alpha=5, alpha_pattern={start + "q_proj": 3}, rank_pattern={start + "k_proj": 2})
-    ).eval()
+    patterns = {"alpha_pattern": {start + "q_proj": 3}, "rank_pattern": {start + "k_proj": 2}}
+    first = get_peft_model(tiny_llama(), config(**patterns)).eval()
+    second = get_peft_model(tiny_llama(), config(lora_alpha=5, **patterns)).eval()
     second.save_pretrained(tmp_path)
     hotswap_adapter(first, tmp_path, "default")
     expected = logits(second, IDS)
