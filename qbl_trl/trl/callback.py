@@ -198,6 +198,14 @@ class QBLoRACallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._rounding is not None and self._rounding.rounding:
             self._rounding.refresh()
+        if checkpoints.is_due(args, state):
+            self._check_finite(args, state)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if "epoch" in (args.save_strategy, args.eval_strategy):
+            self._check_finite(args, state)
 
     def on_log(
         self,
@@ -267,6 +275,8 @@ class QBLoRACallback(TrainerCallback):
         self._let_go()
         # Without an exact merge nothing is computed from the weights, and a sharded model stays as it is.
         exact = all(layer.merges_exactly() for layer in self._layers.values())
+        if exact:
+            self._check_finite(args, state)
         whole = self._gatherer.whole(model, state.is_world_process_zero) if exact and not partitioned else model
         if whole is not None and state.is_world_process_zero:
             if partitioned:
@@ -331,6 +341,11 @@ class QBLoRACallback(TrainerCallback):
             refusals.check_launch(trainer, layers, wanted)
             refusals.check_head(trainer, trainer.model)
         check_merged_loss(trainer, self.eval_merged_loss)
+
+    def _check_finite(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Before weights that are lost take the place of a checkpoint, or are evaluated."""
+        if self._layers and not gather.is_partitioned(self._layers):
+            check_finite(measure(self._layers), state.global_step, args.output_dir)
 
     def _input_ids(self, model: nn.Module) -> torch.Tensor | None:
         if self._tokens is not None and self._tokens.ids is not None:

@@ -16,6 +16,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerState, TrainingArguments
+
 from qbl_trl.errors import CheckpointError
 from qbl_trl.folders import new_file
 from qbl_trl.leftovers import remove_leftovers
@@ -55,6 +57,15 @@ def _plain(value: Any) -> Any:
         return value.item()
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return str(value)
+
+
+def is_due(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether a trainer that counts steps will save or evaluate after this one."""
+    step, due = state.global_step, False
+    for strategy, every in ((args.save_strategy, state.save_steps), (args.eval_strategy, state.eval_steps)):
+        if strategy == "steps":
+            due = due or step >= state.max_steps or (every > 0 and step % every == 0)
+    return due
 
 
 def mark_whole(folder: Path) -> None:

@@ -144,7 +144,12 @@ def _merged(record: RunRecord) -> str:
 
 def _exported(export: Mapping[str, Any]) -> str:
     """What the export wrote, in one line; the run's report has the rest."""
-    found = [(name, export.get(key)) for name, key in (("", "parity"), (" as written", "parity_as_written"))]
+    figures = {
+        "": "parity",
+        " with embedding and head packed": "parity_embeddings",
+        " as written": "parity_as_written",
+    }
+    found = [(name, export.get(key)) for name, key in figures.items()]
     parity = [f"largest logit difference{name} {one['max_abs_difference']:.1e}" for name, one in found if one]
     return "; ".join([f"Exported in {export['seconds']:.0f} s ({size(export['bytes'])})", *parity])
 

@@ -54,7 +54,7 @@ class RunRecord:
         return cls(
             model=str(getattr(config, "_name_or_path", "") or type(inner).__name__),
             adapter={"trainable_parameters": trained, "layers": len(layers)},
-            layers={name: _describe(layer) for name, layer in layers.items()},
+            layers={name: {"name": name, **_describe(layer)} for name, layer in layers.items()},
             probe=probe,
         )
 

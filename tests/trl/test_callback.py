@@ -23,6 +23,7 @@ from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.trl import finish
 from qbl_trl.trl.callback import REPORT, QBLoRACallback
+from qbl_trl.trl.report import write_report
 from tests.tiny import tiny_llama, tokens
 from tests.trl import data
 from tests.trl.runs import Exported, adapter, base, losses, settings, sft
@@ -381,3 +382,28 @@ def test_an_architecture_without_a_graph_is_refused_before_the_training(tmp_path
     outputs = {"merged_output_dir": tmp_path / "merged", "onnx_output_dir": tmp_path / "onnx"}
     with pytest.raises(ConfigError, match=r"QBLoRACallback: onnx_output_dir: .* of type 'xlnet'"):
         sft(tmp_path, QBLoRACallback(adapter(target_modules="all-linear"), **outputs), model)
+
+
+class Diverging(TrainerCallback):
+    """Loses the weights of an adapter in one step."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            next(p for name, p in model.named_parameters() if "lora_B" in name).data[0, 0] = float("nan")
+
+
+@pytest.mark.parametrize("saving", [{"save_strategy": "steps", "save_steps": 1}, {"save_strategy": "no"}])
+def test_weights_that_are_lost_reach_no_checkpoint_whatever_is_logged(saving, tmp_path):
+    back = "checkpoint-2" if saving["save_strategy"] == "steps" else "the start"
+    trainer = sft(tmp_path, QBLoRACallback(adapter()), callbacks=[Diverging()], logging_steps=100, **saving)
+    with pytest.raises(MergeError, match=rf"is no longer finite.* resume from .*{back}$"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*"))[-1:] in ([], ["checkpoint-2"])
+
+
+def test_a_record_from_before_the_first_log_has_its_page(tmp_path):
+    saving = {"logging_steps": 100, "save_strategy": "steps", "save_steps": 1}
+    trainer = sft(tmp_path, QBLoRACallback(adapter()), callbacks=[Diverging()], **saving)
+    with pytest.raises(MergeError):
+        trainer.train()
+    assert "q_proj" in write_report(tmp_path).read_text()
