@@ -12,8 +12,6 @@ from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
-    RecurrentGemmaConfig,
-    RecurrentGemmaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -415,14 +413,3 @@ def test_a_head_whose_adapter_is_not_merged_stays_tied():
     model.add_adapter("second", QBLoRAConfig(target_modules=["lm_head"], **settings))
     plain = model.merge_and_unload(adapter_names=["first"])
     assert plain.lm_head.weight is plain.model.embed_tokens.weight
-
-
-def test_what_a_model_remembers_of_its_last_batch_is_no_obstacle():
-    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
-    recurrent = RecurrentGemmaConfig(**sizes, num_key_value_heads=2, lru_width=64, vocab_size=100)
-    base = quantize_model_(RecurrentGemmaForCausalLM(recurrent), GroupQuantConfig())
-    model = get_peft_model(base, QBLoRAConfig(quantization_aware=True, r=2, init_lora_weights=False))
-    model.train()(input_ids=IDS, labels=IDS).loss.backward()
-    model.base_model.model.kept = [model.get_input_embeddings()(IDS) * model.get_input_embeddings().weight.sum()]
-    merged = merge(model)
-    torch.testing.assert_close(logits(merged, IDS), logits(model.eval(), IDS), **CLOSE)

@@ -10,6 +10,8 @@ from transformers import (
     BertConfig,
     EncoderDecoderConfig,
     EncoderDecoderModel,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
     T5Config,
     T5EncoderModel,
 )
@@ -200,3 +202,16 @@ def test_a_head_that_is_tied_to_several_embeddings_is_merged_in_place_by_itself(
         expected = model.eval()(**read).logits
         model.merge_adapter()
         torch.testing.assert_close(model(**read).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_model_remembers_of_its_last_batch_is_no_obstacle():
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
+    recurrent = RecurrentGemmaConfig(**sizes, num_key_value_heads=2, lru_width=64, vocab_size=100)
+    base = quantize_model_(RecurrentGemmaForCausalLM(recurrent), GroupQuantConfig())
+    model = get_peft_model(base, QBLoRAConfig(quantization_aware=True, r=2, init_lora_weights=False))
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    model.base_model.model.kept = [model.get_input_embeddings()(IDS) * model.get_input_embeddings().weight.sum()]
+    merged = merge(model)
+    torch.testing.assert_close(
+        logits(merged, IDS), logits(model.eval(), IDS), rtol=1e-4, atol=1e-5
+    )  # sums in another order

@@ -71,10 +71,8 @@ def whole_or_not_at_all(tuner: Any, model: nn.Module, adapter_name: str) -> Iter
     adapted: list[Any] = [m for m, _ in modules if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     active = [(layer, layer._active_adapter, set(getattr(layer, "_adapters", ()))) for layer in adapted]
     held = {id(layer) for layer in adapted if _has(layer, adapter_name)}
-    depth, own = (
-        getattr(getattr(model, "config", None), "num_hidden_layers", None),
-        getattr(tuner, "active_adapter", None),
-    )
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    own = getattr(tuner, "active_adapter", None)
     try:
         yield
     except BaseException:

@@ -64,7 +64,7 @@ def is_due(args: TrainingArguments, state: TrainerState) -> bool:
     step, due = state.global_step, False
     for strategy, every in ((args.save_strategy, state.save_steps), (args.eval_strategy, state.eval_steps)):
         if strategy == "steps":
-            due = due or step >= state.max_steps or (every > 0 and step % every == 0)
+            due = due or step >= state.max_steps or bool(every and step % every == 0)
     return due
 
 
