@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qbl_trl.allowed import SCALE_DTYPE_NAMES
-from qbl_trl.errors import OTHERS_DEPLOYED, ConfigError, first_line
-from qbl_trl.folders import FULL, refuse_graph
+from qbl_trl.errors import FULL, OTHERS_DEPLOYED, ConfigError, first_line
+from qbl_trl.folders import refuse_graph
 
 
 def quantize(args: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """The errors this package raises. Each says where, what was given, what is allowed and what to do."""
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ OTHERS_DEPLOYED = (
     "base of GroupQuantConfig, export_onnx takes a plain LoRA as it is, exactly"
 )
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
 _EXPORT_PACKAGES = {"onnx", "onnx_ir", "onnxruntime", "optimum"}
 
 

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from qbl_trl.errors import ConfigError, QblError
+from qbl_trl.errors import FULL, ConfigError, QblError
 from qbl_trl.leftovers import OLD, give_back, mark, remove, remove_leftovers
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FILLED = (errno.ENOTEMPTY, errno.EEXIST)
 _RACED = (errno.ENOENT, *_FILLED)  # another process took a folder away, or put one there
 

@@ -17,12 +17,13 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+from qbl_trl.errors import FULL
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.json_files import json_if_there
 
 logger = logging.getLogger(__name__)
 
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+OF_THE_DISK = (*FULL, errno.EIO)
 _NEWER, _KNOWN = "TokenizersBackend", "PreTrainedTokenizerFast"
 _CONFIG = "tokenizer_config.json"
 # Vocabularies of all kinds that transformers has classes for, and those of models with code of their own.

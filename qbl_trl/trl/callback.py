@@ -269,14 +269,15 @@ class QBLoRACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         partitioned = gather.is_partitioned(self._layers)
-        self.record.end([] if partitioned else measure(self._layers))
+        measured = [] if partitioned else measure(self._layers)
+        self.record.end(measured)
         if self._rounding is not None:
             self.record.rounding = {"stored": self._rounding.stored, "cost": self._rounding.cost}
         self._let_go()
         # Without an exact merge nothing is computed from the weights, and a sharded model stays as it is.
         exact = all(layer.merges_exactly() for layer in self._layers.values())
         if exact:
-            self._check_finite(args, state)
+            check_finite(measured, state.global_step, args.output_dir)
         whole = self._gatherer.whole(model, state.is_world_process_zero) if exact and not partitioned else model
         if whole is not None and state.is_world_process_zero:
             if partitioned:
