@@ -139,7 +139,7 @@ def test_an_hqq_model_trains_and_merges_with_its_codes(tmp_path):
 # ---- one layer each
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_hqq(tmp_path, bits, dtype):
     needs("hqq")
@@ -156,7 +156,7 @@ def test_hqq(tmp_path, bits, dtype):
     assert torch.equal(ours.scales, layer.meta["scale"].reshape(96, 4))
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [32, None])
 def test_compressed_tensors(tmp_path, bits, symmetric, group_size):
@@ -224,7 +224,7 @@ def test_autoawq(tmp_path, version):
     assert torch.equal(ours.scales, scales)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
 def test_gptqmodel(tmp_path, bits, checkpoint_format):
     needs("gptqmodel")
@@ -301,15 +301,18 @@ MLX = """
 import json, sys
 import mlx.core as mx
 from mlx_lm import convert, load
-source, target, ids = sys.argv[1:]
-convert(source, target, quantize=True, q_bits=4, q_group_size=32)
+source, target, ids, bits = sys.argv[1:]
+convert(source, target, quantize=True, q_bits=int(bits), q_group_size=32)
 model, _ = load(target)
 print("LOGITS", json.dumps(model(mx.array(json.loads(ids))).astype(mx.float32).tolist()))
 """
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Mixtral"])
-def test_mlx(tmp_path, kind):
+LLAMA = [("Llama", bits) for bits in (2, 3, 4, 5, 6, 8)]
+
+
+@pytest.mark.parametrize(("kind", "bits"), [*LLAMA, ("Qwen3", 4), ("Mixtral", 4)])
+def test_mlx(tmp_path, kind, bits):
     needs("mlx_lm")
     tokenizer, ids = AutoTokenizer.from_pretrained(smollm2()), tokens(1, 16)
     sizes = {**SIZES, "vocab_size": len(tokenizer), "head_dim": 16, "tie_word_embeddings": kind == "Qwen3"}
@@ -318,7 +321,7 @@ def test_mlx(tmp_path, kind):
     getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path / "float")
     tokenizer.save_pretrained(tmp_path / "float")
     folders = [str(tmp_path / "float"), str(tmp_path / "mlx")]
-    command = [sys.executable, "-c", MLX, *folders, json.dumps(ids.tolist())]
+    command = [sys.executable, "-c", MLX, *folders, json.dumps(ids.tolist()), str(bits)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     expected = torch.tensor(json.loads(result.stdout.split("LOGITS ")[-1]))

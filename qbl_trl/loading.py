@@ -175,34 +175,13 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
             f"{path} does not name its base model: `qbl-trl merge {path} OUTPUT --base MODEL` makes a model of the two"
         )
     where = {"revision": saved.revision} if base is None and saved.revision else {}
-    settings = None
     stored = getattr(_config_of_base(named, path, where), "quantization_config", None)
-    if isinstance(saved, QBLoRAConfig) and saved.base_quantization:
-        if stored is None:
-            settings = _settings(saved.base_quantization)
-        elif isinstance(stored, dict) and holds_merged(stored) and not holds_merged(saved.base_quantization):
-            raise ConfigError(
-                f"{named} holds a merged adapter, and {path} was trained over a base without one: it would be added "
-                "beside it. Name the base that it was trained over with --base"
-            )
-        if isinstance(settings, GroupQuantConfig):
-            calibrated, merged = settings.algorithm == "gptq", holds_merged(saved.base_quantization)
-            if calibrated or merged:
-                raise ConfigError(
-                    f"{path} was trained over a {'calibrated' if calibrated else 'merged'} base, which {named} is not; "
-                    "save that base with save_pretrained and name its folder with --base"
-                )
+    settings = _base_settings(saved, path, named, stored)
     held = {name: tuple(tensor.shape) for name, tensor in adapter_weights(path).items()}
     dtype = torch.float32
     if settings is not None and not isinstance(settings, GroupQuantConfig):  # its codes hang on what it was loaded in
         dtype = getattr(torch, saved.base_quantization.get("weights_dtype", "float32"))
     quantize = {} if settings is None else {"quantization_config": settings}  # an explicit None hides a stored one
-    if isinstance(settings, GroupQuantConfig):
-        logger.warning(
-            "quantizing %s as %s was trained (%s); to do it once, save the base with `qbl-trl quantize` and train over "
-            "that",
-            *(named, path, settings.algorithm),
-        )
     model = open_model(named, _class_trained(saved), dtype=dtype, **quantize, num_labels=_labels(held), **where)
     if dtype != torch.float32:
         _widen_(model)
@@ -220,6 +199,39 @@ def load_adapter(folder: str | os.PathLike[str], base: str | None = None) -> Any
         raise CheckpointError(f"{path} does not fit {named}: {listed[0]}") from error
     _check_whole(model, path, held)
     return model.eval()
+
+
+def _base_settings(saved: Any, path: Path, named: str, stored: Any) -> Any:
+    """How to quantize the base of an adapter while it is read; None where it is as the adapter was trained over it.
+
+    Args:
+        path: folder of the adapter.
+        named: its base, whose quantization is `stored`.
+    """
+    if not isinstance(saved, QBLoRAConfig) or not saved.base_quantization:
+        return None
+    merged = holds_merged(saved.base_quantization)
+    if stored is not None:
+        if isinstance(stored, dict) and holds_merged(stored) and not merged:
+            raise ConfigError(
+                f"{named} holds a merged adapter, and {path} was trained over a base without one: it would be added "
+                "beside it. Name the base that it was trained over with --base"
+            )
+        return None
+    settings = _settings(saved.base_quantization)
+    if isinstance(settings, GroupQuantConfig):
+        calibrated = settings.algorithm == "gptq"
+        if calibrated or merged:
+            raise ConfigError(
+                f"{path} was trained over a {'calibrated' if calibrated else 'merged'} base, which {named} is not; "
+                "save that base with save_pretrained and name its folder with --base"
+            )
+        logger.warning(
+            "quantizing %s as %s was trained (%s); to do it once, save the base with `qbl-trl quantize` and train over "
+            "that",
+            *(named, path, settings.algorithm),
+        )
+    return settings
 
 
 def _config_of_base(named: str, folder: Path, where: dict[str, str]) -> Any:

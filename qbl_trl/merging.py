@@ -26,7 +26,7 @@ from qbl_trl.arithmetic import plain_arithmetic, plain_defaults
 from qbl_trl.config import SCALE_DTYPES, GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError, MergeError
 from qbl_trl.quant.algorithms import quantize
-from qbl_trl.quant.head import set_apart_, untie_changed_head_
+from qbl_trl.quant.head import give_own_tensors_, untie_changed_head_
 from qbl_trl.quant.hf_quantizer import describe_stored_
 from qbl_trl.quant.importers.modules import take_over
 from qbl_trl.quant.intact import is_offloaded
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 # Two float32 evaluations of one sum of K products differ by rounding only; a wrong fold differs in the first digits.
 _LAYER_TOLERANCE = 1e-5
 _PROBE_ROWS = 4
+_ROWS = TrainableTokensLayer  # of trainable_token_indices: they belong to the adapter
 
 
 @torch.inference_mode(False)  # what is made here may be trained on
@@ -78,29 +79,7 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
             "OUTPUT`, or PeftModel.from_pretrained(base, ADAPTER) first"
         )
     source = unwrap(peft_model)
-    layers = adapter_layers(source)
-    rows = TrainableTokensLayer  # of trainable_token_indices: they belong to the adapter
-    if any(holds_other_adapters(module) and not isinstance(module, rows) for module in source.modules()):
-        raise MergeError(
-            "merge: the model also holds adapters of other PEFT methods; merge it with PEFT's merge_and_unload, or "
-            "take them out first (delete_adapter(NAME))"
-        )
-    if any(layer.disable_adapters for layer in layers.values()):
-        raise MergeError("merge: the adapters are disabled; enable them first (PeftModel.enable_adapter_layers)")
-    if any(getattr(config, "layer_replication", None) for config in getattr(source, "peft_config", {}).values()):
-        raise MergeError(
-            "merge: the adapter replicates layers, and replicated layers share weights and do not merge; save it, and "
-            "load it over its base"
-        )
-    if is_sharded(source):
-        raise MergeError(
-            "merge: the weights are spread over processes (FSDP or DeepSpeed ZeRO-3); give QBLoRACallback a "
-            "merged_output_dir, which gathers them, or save the adapter and run: qbl-trl merge ADAPTER OUTPUT"
-        )
-    absent = next((name for name, layer in layers.items() if is_offloaded(layer.get_base_layer())), None)
-    if absent is not None:
-        raise MergeError(f"merge: {absent} is on no device (meta); load the model whole, without offloading")
-    check_weights_of_their_own(source)
+    _check(source)
     merged = _copy_sharing_tensors(source)
     settings = _quantization_settings(merged)
     errors = [
@@ -110,13 +89,7 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
         for error in [_merge_layer_(merged, name, module, settings, lossy)]
         if error is not None
     ]
-    for name, module in list(merged.named_modules()):
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, rows):  # of another method, and empty
-            replace(merged, name, module.get_base_layer())  # type: ignore[no-untyped-call]
-    _give_rows_of_their_own_(merged)
-    for name, module in list(merged.named_modules()):
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            replace(merged, name, module.unload_and_optionally_merge_module(True, False, None))
+    _unwrap_the_rest_(merged)
     errors += _one_format_(merged, settings, lossy, requantized=bool(errors))
     if errors:
         logger.warning(
@@ -129,6 +102,43 @@ def merge(peft_model: nn.Module, *, lossy: str | None = None) -> nn.Module:
     for part in _described(merged):
         describe_stored_(part, settings)
     return _plain_(merged)
+
+
+def _check(model: nn.Module) -> None:
+    """Raise MergeError where a model as a whole does not merge, ConfigError where there is nothing to merge."""
+    layers = adapter_layers(model)
+    if any(holds_other_adapters(module) and not isinstance(module, _ROWS) for module in model.modules()):
+        raise MergeError(
+            "merge: the model also holds adapters of other PEFT methods; merge it with PEFT's merge_and_unload, or "
+            "take them out first (delete_adapter(NAME))"
+        )
+    if any(layer.disable_adapters for layer in layers.values()):
+        raise MergeError("merge: the adapters are disabled; enable them first (PeftModel.enable_adapter_layers)")
+    if any(getattr(config, "layer_replication", None) for config in getattr(model, "peft_config", {}).values()):
+        raise MergeError(
+            "merge: the adapter replicates layers, and replicated layers share weights and do not merge; save it, and "
+            "load it over its base"
+        )
+    if is_sharded(model):
+        raise MergeError(
+            "merge: the weights are spread over processes (FSDP or DeepSpeed ZeRO-3); give QBLoRACallback a "
+            "merged_output_dir, which gathers them, or save the adapter and run: qbl-trl merge ADAPTER OUTPUT"
+        )
+    absent = next((name for name, layer in layers.items() if is_offloaded(layer.get_base_layer())), None)
+    if absent is not None:
+        raise MergeError(f"merge: {absent} is on no device (meta); load the model whole, without offloading")
+    check_weights_of_their_own(model)
+
+
+def _unwrap_the_rest_(model: nn.Module) -> None:
+    """Modules in the places of what PEFT put around them: rows and whole modules that trained beside the adapters."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, _ROWS):  # of another method, and empty
+            replace(model, name, module.get_base_layer())  # type: ignore[no-untyped-call]
+    _give_rows_of_their_own_(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            replace(model, name, module.unload_and_optionally_merge_module(True, False, None))
 
 
 def _depth(named: tuple[str, nn.Module]) -> int:
@@ -187,7 +197,7 @@ def _merge_layer_(
             active = [*module.merged_adapters, *(name for name in active if name not in module.merged_adapters)]
             module.unmerge()
             module._active_adapter = active  # type: ignore[assignment]  # PEFT holds a name or a list of them
-        set_apart_(model, base)
+        give_own_tensors_(model, base)
         probe = _probe(module)
         module.merge(safe_merge=True, adapter_names=[a for a in active if a not in module.merged_adapters])
         _check_layer(base, probe)
@@ -201,7 +211,7 @@ def _give_rows_of_their_own_(model: nn.Module) -> None:
     """Where rows of an embedding and of the head that is tied to it were trained apart, each gets a table to add to."""
     seen = set[int]()
     for module in model.modules():
-        if isinstance(module, TrainableTokensLayer) and module.tied_adapter is None:
+        if isinstance(module, _ROWS) and module.tied_adapter is None:
             base: Any = module.get_base_layer()
             if id(base.weight) in seen:
                 base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)

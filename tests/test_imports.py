@@ -31,7 +31,7 @@ ALLOWED_SIBLINGS = {("adapter", "quant")}
 # Looks upwards by name, at the moment they are needed: a graph is verified where there is one, and exported at the end.
 LATE = {
     ("parity", "qbl_trl.onnx.session"),
-    ("trl", "qbl_trl.onnx.options"),
+    ("trl", "qbl_trl.onnx.asked"),
     ("trl", "qbl_trl.onnx.companions"),
     ("trl", "qbl_trl.onnx.trace"),
 }

@@ -14,9 +14,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from qbl_trl.adapter.bnb_packed import is_repacked, repacked_weight
-from qbl_trl.allowed import ALLOWED_BITS
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError
+from qbl_trl.quant.importers.hqq import PACKINGS
 from qbl_trl.quant.importers.modules import LAYER_KINDS, take_over
 from qbl_trl.quant.importers.subclasses import kind_of_weight, sizes
 from qbl_trl.quant.linear import GroupQuantLinear
@@ -144,7 +144,7 @@ def _foreign_group_size(kind: str, layer: nn.Module) -> int | None:
         return int(layer.in_features) if size == -1 else size  # type: ignore[arg-type]
     if kind == "hqq":
         meta: Any = layer.meta
-        taken_over = meta["axis"] == 1 and meta["packing"] in [f"{bits}bit_u8" for bits in ALLOWED_BITS]
+        taken_over = meta["axis"] == 1 and meta["packing"] in PACKINGS
         return int(meta["group_size"] or layer.in_features) if taken_over else None  # type: ignore[arg-type]
     found = sizes(layer) if isinstance(layer, nn.Linear) else None
     return None if found is None else found.stored

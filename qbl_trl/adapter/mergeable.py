@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qbl_trl.adapter.bases import Base, describe
 from qbl_trl.errors import CheckpointError, MergeError
 from qbl_trl.quant.blocks import add_deltas
-from qbl_trl.quant.head import put_together_
+from qbl_trl.quant.head import share_tensors_
 from qbl_trl.quant.importers.modules import take_over
 from qbl_trl.quant.linear import GroupQuantLinear
 
@@ -152,5 +152,5 @@ class MergesIntoBase(LoraLayer):
             else:
                 layer.weight.data = _plus(layer.weight.data, -self.get_delta_weight(name))  # type: ignore[arg-type, union-attr]
         for table in self.apart_from:
-            put_together_(table, layer)
+            share_tensors_(table, layer)
         self.apart_from = ()

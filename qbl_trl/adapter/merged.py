@@ -8,7 +8,7 @@ from qbl_trl.adapter.mergeable import MergesIntoBase
 from qbl_trl.adapter.recorded import quantization
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import MergeError
-from qbl_trl.quant.head import input_table, set_apart_, untie_changed_head_
+from qbl_trl.quant.head import give_own_tensors_, input_table, untie_changed_head_
 from qbl_trl.quant.hf_quantizer import describe_stored_
 from qbl_trl.quant.linear import GroupQuantLinear
 
@@ -31,7 +31,7 @@ def prepare_merge_(model: nn.Module, adapter_names: list[str] | None, safe_merge
         check_weights_of_their_own(model, adapter_names)  # PEFT refuses replicated layers in words of their own
     for layer in model.modules():
         if isinstance(layer, MergesIntoBase) and _is_merged(layer, adapter_names):
-            table = set_apart_(model, layer.get_base_layer())  # type: ignore[no-untyped-call]
+            table = give_own_tensors_(model, layer.get_base_layer())  # type: ignore[no-untyped-call]
             if table is not None:
                 layer.apart_from = (table,)
 

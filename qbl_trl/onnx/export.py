@@ -14,27 +14,17 @@ from typing import Any
 import torch
 
 from qbl_trl.arithmetic import plain_arithmetic, plain_defaults
-from qbl_trl.errors import ConfigError, ExportError, QblError, first_line
+from qbl_trl.errors import ExportError
 from qbl_trl.folders import check_apart, check_free, folder_bytes, new_folder
-from qbl_trl.model_files import check_generation
 from qbl_trl.onnx import companions
-from qbl_trl.onnx.branches import choose_branches
-from qbl_trl.onnx.digits import layout_for
-from qbl_trl.onnx.gate import Gate
+from qbl_trl.onnx.asked import TOLERANCE, Asked
 from qbl_trl.onnx.genai import write_genai_config
-from qbl_trl.onnx.group_query import takes_query_lengths
-from qbl_trl.onnx.layers import DenseBase, GroupBase
-from qbl_trl.onnx.making import finish, make_exact
-from qbl_trl.onnx.options import TOLERANCE, check_choices
-from qbl_trl.onnx.ranges import check_texts, measured
-from qbl_trl.onnx.reference import float32_reference
+from qbl_trl.onnx.making import finish, make_exact, make_gate
+from qbl_trl.onnx.plan import Plan, operators
+from qbl_trl.onnx.ranges import measured
 from qbl_trl.onnx.report import ExportReport
 from qbl_trl.onnx.rewrite import Options
-from qbl_trl.onnx.rotary import steady_length
-from qbl_trl.onnx.tables import check_tables, head_inputs, packed_tables
-from qbl_trl.onnx.trace import check_supported
-from qbl_trl.onnx.weights import with_whole_zeros
-from qbl_trl.parity import compare
+from qbl_trl.parity import ParityReport
 from qbl_trl.progress import progress, step
 from qbl_trl.quant.calibration import batches_of, tokens_of
 
@@ -42,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 _FAR = 0.1  # nats per token: worth saying
 _USELESS = 1.0  # nats per token: a graph that types, 8-bit activations and caches took this far is broken
-
 
 _exporting = threading.RLock()
 
@@ -136,7 +125,7 @@ def export_onnx(
     began = time.perf_counter()
     target = check_free(output_dir, overwrite, ExportError)
     check_apart(target, *companions.folders_of(model_or_path), error=ExportError)
-    named = check_choices(
+    asked = Asked(
         provider=provider,
         dtype=dtype,
         lowering=lowering,
@@ -153,128 +142,40 @@ def export_onnx(
         tokenizer=tokenizer,
     )
     tokenizer = companions.check_tokenizer(tokenizer)
-    float_type: torch.dtype = getattr(torch, named)
     texts = None if calibration is None else [tokens_of(batch) for batch in batches_of(calibration)]
     with progress(4 + bool(kv_cache_dtype), "reading the model", "step") as bar:
         held = companions.Held(model_or_path)
-        check_supported(held.decoder())
-        check_generation(held.generation_config)  # it is saved beside the graph
-        companions.warn_of_towers(held.decoder())
-        # Refuses what cannot be lowered before work starts. No source is kept: it would keep the model's weights.
-        bases = {type(source.base) for source in held.linears().values()}
-        quantized = bool(bases - {DenseBase})
-        if prompt_weights is not None and not quantized:
-            raise ExportError(
-                f"export_onnx: prompt_weights={prompt_weights!r} takes the place of 4-bit codes, and no layer of this "
-                "model has any; load it with GroupQuantConfig first"
-            )
-        options = Options(
-            dtype=torch.float32,
-            lowering=lowering,
-            attention=("gqa",) if kv_cache_dtype else _kinds(attention, provider),
-            accuracy_level=None,
-            provider=provider,
-            last_logits=logits == "last",
-            max_length=companions.max_positions(held.decoder(), max_length),
-            spelled_out=float_type != torch.float32,
-            grouped_steps=(attention, provider, named, kv_cache_dtype) == ("auto", "cpu", "float32", None),
-            fused_recurrences=attention != "standard",
-            int8_cache=kv_cache_dtype is not None,
-        )
-        wanted = replace(
-            options,
-            dtype=float_type,
-            accuracy_level=accuracy_level,
-            prompt_level=prompt_accuracy_level if prompt_weights is None else 0,
-            int8_prompts=prompt_weights is not None,
-            digits=accuracy_level == 4 and lowering == "auto" and provider == "cpu" and _has_digits(held),
-        )
-        text_config = held.config.get_text_config()
-        readable = int(min(options.max_length, steady_length(held.decoder())))
-        if texts is not None:
-            check_texts(texts, text_config.vocab_size, readable)
-        if embedding_bits is not None:
-            check_tables(held.decoder(), embedding_bits)
+        plan = Plan.of(held, asked, texts)
         step(bar, "computing its logits")
-        reference = float32_reference(held.model())
-        try:
-            gate = Gate.on_noise(reference, text_config.vocab_size, readable)
-        except ValueError as error:  # as transformers has none for layers that all recur, in some models
-            if isinstance(error, QblError):
-                raise
-            kind = type(held.decoder()).__name__
-            raise ExportError(f"a {kind} of these settings does not run in transformers itself: {error}") from error
-        read = None
-        if embedding_bits is not None:
-            read = head_inputs(reference, companions.causal_lm(reference), readable, texts)
-        del reference  # it may be a copy in float32
-        tables_cost = None
-        if embedding_bits is not None:
-            floats = gate.reference
-            held.take(packed_tables(held.decoder(), embedding_bits, read))
-            try:
-                gate = Gate.on_noise(float32_reference(held.model()), text_config.vocab_size, readable)
-            except (RuntimeError, ConfigError) as error:  # Gemma 4 with its towers reads a row, Mamba 2 the type
-                if isinstance(error, ExportError | torch.OutOfMemoryError):
-                    raise
-                raise ExportError(
-                    f"embedding_bits={embedding_bits}: a {type(held.decoder()).__name__} does not run over a packed "
-                    f"embedding, whose weight it reads itself ({first_line(error)}); leave it out"
-                ) from error
-            tables_cost = compare(floats, gate.reference, gate.mask)
+        gate, tables_cost = make_gate(held, embedding_bits, plan)
         step(bar, "tracing, writing and checking the graph")
         with (
             new_folder(target, overwrite, ExportError) as folder,
             tempfile.TemporaryDirectory(dir=folder.parent, prefix=".qbl_") as side,
         ):
-            as_it_is = float_type == torch.float32 and not wanted.digits
-            exact_folder = folder if as_it_is else Path(side)
-            exact, reports = make_exact(held, options, attention == "auto", gate, tolerance, exact_folder)
-            cache = None
-            if options.int8_cache:
+            exact_folder = folder if plan.is_exact else Path(side)
+            exact, reports = make_exact(held, plan.exact, attention == "auto", gate, tolerance, exact_folder)
+            text_config, cache = held.config.get_text_config(), None
+            if plan.wanted.int8_cache:
                 step(bar, "measuring its cache")
-                cache = measured(exact_folder, text_config, readable, texts)
+                cache = measured(exact_folder, text_config, plan.readable, texts)
             step(bar, "finishing the folder")
-            wanted = replace(wanted, attention=_kinds(exact.attention, provider))
+            wanted = replace(plan.wanted, attention=operators(exact.attention, provider))
             final, lossy = finish(held, exact, wanted, gate, folder, exact_folder, cache)
-            if tolerance is not None and lossy is not None and lossy.kl_per_token > _USELESS:
-                others = {", prompts' weights in int8": wanted.int8_prompts, ", cache in int8": wanted.int8_cache}
-                parts = "".join(part for part, is_so in others.items() if is_so)
-                levels = f"accuracy levels {wanted.levels[: 1 if wanted.int8_prompts else 2]}"
-                raise ExportError(
-                    f"as it was to be written ({named}, {levels}{parts}), the graph is no "
-                    f"longer the model: {lossy}; nothing was written. Pass tolerance=None to write it all the same"
-                )
-            companions.write(held, model_or_path, tokenizer, folder, float_type)
-            write_genai_config(text_config, held.generation_config, folder, provider, exact.shares, options.max_length)
-            size = folder_bytes(folder)
-    if 4 in (accuracy_level, prompt_accuracy_level) and GroupBase not in bases and embedding_bits is None:
-        logger.warning(
-            "accuracy_level=4 changed nothing: 8-bit activations are for layers of integer codes, which this model "
-            "has none of"
-        )
-    if not quantized:
-        logger.warning(
-            "no layer of this model is quantized: the graph holds it in %s. For 4 bits load it (or the base of an "
-            "adapter) with GroupQuantConfig, or give the model's folder to `qbl-trl quantize` first",
-            named,
-        )
-    for what, found in (
-        ("embedding_bits", tables_cost),
-        ("8-bit activations, weights or cache, or half precision", lossy),
-    ):
-        if found is not None and found.kl_per_token > _FAR:
-            logger.warning(
-                "%s: the graph is %.2g nats per token from the model, on %d tokens without meaning; measure it on text "
-                "of your task with qbl_trl.verify",
-                what,
-                found.kl_per_token,
-                found.tokens,
+            if tolerance is not None:
+                _check_of_use(lossy, asked, wanted)
+            companions.write(held, model_or_path, tokenizer, folder, plan.dtype)
+            write_genai_config(
+                text_config, held.generation_config, folder, provider, exact.shares, plan.exact.max_length
             )
+            size = folder_bytes(folder)
+    plan.warn_of_settings(asked)
+    _warn_of_distance("embedding_bits", tables_cost)
+    _warn_of_distance("8-bit activations, weights or cache, or half precision", lossy)
     return ExportReport(
         path=str(target),
         provider=provider,
-        dtype=str(float_type).removeprefix("torch."),
+        dtype=asked.dtype,
         attention=final.attention,
         attention_reason=exact.reason,
         layers=tuple(final.layers),
@@ -284,20 +185,31 @@ def export_onnx(
         parity_cached=reports[1],
         parity_embeddings=tables_cost,
         parity_as_written=lossy,
-        kv_cache_dtype=kv_cache_dtype or str(float_type).removeprefix("torch."),
+        kv_cache_dtype=kv_cache_dtype or asked.dtype,
         fallbacks=final.fallbacks,
         seconds=time.perf_counter() - began,
     )
 
 
-def _kinds(attention: str, provider: str) -> tuple[str, ...]:
-    if attention == "auto":
-        if provider == "cuda":
-            return ("gqa",)
-        return ("gqa", "attention") if takes_query_lengths(provider) else ("attention",)
-    return () if attention == "standard" else (attention,)
+def _check_of_use(lossy: ParityReport | None, asked: Asked, wanted: Options) -> None:
+    """Refuse a graph that types, 8-bit activations or an 8-bit cache took too far from the model."""
+    if lossy is None or lossy.kl_per_token <= _USELESS:
+        return
+    others = {", prompts' weights in int8": wanted.int8_prompts, ", cache in int8": wanted.int8_cache}
+    parts = "".join(part for part, is_so in others.items() if is_so)
+    levels = f"accuracy levels {wanted.levels[: 1 if wanted.int8_prompts else 2]}"
+    raise ExportError(
+        f"as it was to be written ({asked.dtype}, {levels}{parts}), the graph is no longer the model: {lossy}; nothing "
+        "was written. Pass tolerance=None to write it all the same"
+    )
 
 
-def _has_digits(held: companions.Held) -> bool:
-    sources = choose_branches(held.linears(), "auto").values()
-    return any(layout_for(with_whole_zeros(source)) for source in sources)
+def _warn_of_distance(what: str, found: ParityReport | None) -> None:
+    if found is not None and found.kl_per_token > _FAR:
+        logger.warning(
+            "%s: the graph is %.2g nats per token from the model, on %d tokens without meaning; measure it on text "
+            "of your task with qbl_trl.verify",
+            what,
+            found.kl_per_token,
+            found.tokens,
+        )

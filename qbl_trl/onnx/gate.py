@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from qbl_trl.errors import ConfigError, ExportError
+from qbl_trl.onnx.asked import TOLERANCE
 from qbl_trl.onnx.files import GENAI_FILE
-from qbl_trl.onnx.options import TOLERANCE
 from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.parity import ParityReport, compare, logits_of
 

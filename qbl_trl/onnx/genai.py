@@ -30,7 +30,6 @@ def write_genai_config(config: Any, generation: Any, folder: Path, provider: str
     """
     own = folder / GENAI_FILE
     graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
-    names = {value.name for value in graph.input}
     made = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in graph.output}
     caches = [sizes for name, sizes in made.items() if name.endswith((".key", ".value"))]
     sizes = [(heads, width) for _, heads, _, width in caches]
@@ -44,49 +43,64 @@ def write_genai_config(config: Any, generation: Any, folder: Path, provider: str
         logger.warning("no genai_config.json: ONNX Runtime GenAI does not know a cache such as this graph's%s", by)
         return
     heads, width = sizes[0]
+    names = {value.name for value in graph.input}
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in names}
+    options = [] if provider == "cpu" else [{"cuda": {"enable_cuda_graph": "0"}}]
+    model = {
+        "context_length": length,
+        "decoder": {
+            "session_options": {"log_id": "onnxruntime-genai", "provider_options": options},
+            "filename": own.name if own.is_file() else MODEL_FILE,
+            "head_size": width,
+            "hidden_size": config.hidden_size,
+            "inputs": {**inputs, **_named("past", "past_key_values", states)},
+            "outputs": {"logits": "logits", **_named("present", "present", states)},
+            "num_attention_heads": config.num_attention_heads,
+            "num_hidden_layers": len(caches) // 2,  # with keys and values of their own: GenAI finds which
+            "num_key_value_heads": heads,
+            **(_layers(made) if states == "lfm2" else {}),
+        },
+        "type": states or (config.model_type if config.model_type in _TYPES else "decoder"),
+        "vocab_size": config.vocab_size,
+        **_tokens(config, generation),
+    }
+    written = {"model": dict(sorted(model.items())), "search": _search(generation, shares, length)}
+    (folder / "genai_config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
+def _tokens(config: Any, generation: Any) -> dict[str, Any]:
+    """Where a text begins and ends, and what fills a batch."""
     bos, eos, pad = (  # transformers 5 gives a configuration those alone that its class has
         [getattr(source, f"{kind}_token_id", None) for source in (generation, config)] for kind in ("bos", "eos", "pad")
     )
-    eos = _first_set(*eos, [])  # 0 would be a token
-    pad = _first_set(*pad, eos or 0)
-    top_p = float(_first_set(getattr(generation, "top_p", None), 1.0))
-    options = [] if provider == "cpu" else [{"cuda": {"enable_cuda_graph": "0"}}]
-    written = {
-        "model": {
-            "bos_token_id": _first_set(*bos, 0),
-            "context_length": length,
-            "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": options},
-                "filename": own.name if own.is_file() else MODEL_FILE,
-                "head_size": width,
-                "hidden_size": config.hidden_size,
-                "inputs": {**inputs, **_named("past", "past_key_values", states)},
-                "outputs": {"logits": "logits", **_named("present", "present", states)},
-                "num_attention_heads": config.num_attention_heads,
-                "num_hidden_layers": len(caches) // 2,  # with keys and values of their own: GenAI finds which
-                "num_key_value_heads": heads,
-                **(_layers(made) if states == "lfm2" else {}),
-            },
-            "eos_token_id": eos,
-            "pad_token_id": pad[0] if isinstance(pad, list) else pad,
-            "type": states or (config.model_type if config.model_type in _TYPES else "decoder"),
-            "vocab_size": config.vocab_size,
-        },
-        "search": {
-            "do_sample": bool(getattr(generation, "do_sample", False)),
-            "max_length": min(length, _BUFFERED) if shares else length,
-            "min_length": int(getattr(generation, "min_length", None) or 0),
-            "num_beams": 1,
-            "num_return_sequences": 1,
-            "past_present_share_buffer": shares,
-            "repetition_penalty": float(getattr(generation, "repetition_penalty", None) or 1.0),
-            "temperature": float(getattr(generation, "temperature", None) or 1.0),
-            "top_k": 1 if top_p == 0 else int(_first_set(getattr(generation, "top_k", None), 50)),
-            "top_p": top_p or 1.0,  # 0 leaves the best token in transformers, and all of them in GenAI
-        },
+    ends = _first_set(*eos, [])  # 0 would be a token
+    fill = _first_set(*pad, ends or 0)
+    return {
+        "bos_token_id": _first_set(*bos, 0),
+        "eos_token_id": ends,
+        "pad_token_id": fill[0] if isinstance(fill, list) else fill,
     }
-    (folder / "genai_config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
+def _search(generation: Any, shares: bool, length: int) -> dict[str, Any]:
+    """How to choose tokens where a program does not say: as the model's generation settings do."""
+
+    def told(name: str, usual: float) -> Any:
+        return _first_set(getattr(generation, name, None), usual)
+
+    top_p = float(told("top_p", 1.0))
+    return {
+        "do_sample": bool(told("do_sample", False)),
+        "max_length": min(length, _BUFFERED) if shares else length,
+        "min_length": int(told("min_length", 0)),
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "past_present_share_buffer": shares,
+        "repetition_penalty": float(told("repetition_penalty", 1.0) or 1.0),
+        "temperature": float(told("temperature", 1.0) or 1.0),
+        "top_k": 1 if top_p == 0 else int(told("top_k", 50)),
+        "top_p": top_p or 1.0,  # 0 leaves the best token in transformers, and all of them in GenAI
+    }
 
 
 def _type_with_states(made: dict[str, list[int]]) -> str | None:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from qbl_trl.onnx.layers import Stored
+from qbl_trl.onnx.layers import TensorRef
 
 MS_DOMAIN = "com.microsoft"
 TORCH_TO_IR = {
@@ -58,7 +58,7 @@ class Editor:
         self.graph.register_initializer(value)
         return value
 
-    def widened(self, at: ir.Node, name: str, stored: Stored, dtype: torch.dtype | None = None) -> ir.Value:
+    def widened(self, at: ir.Node, name: str, stored: TensorRef, dtype: torch.dtype | None = None) -> ir.Value:
         """A weight in the graph's type, or another. One stored in 16 bits stays so in the file: sessions widen it while
         loading."""
         wanted, narrow = dtype or self.dtype, stored.parts[0].dtype

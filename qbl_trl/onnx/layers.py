@@ -14,13 +14,13 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorRef:
     """A tensor of the model by reference; its subclasses are made from several when they are read."""
 
     parts: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "Stored":
+    def of(cls, tensor: Tensor) -> "TensorRef":
         """One tensor, by reference."""
         return cls((tensor.detach(),))
 
@@ -45,7 +45,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Product(Stored):
+class Product(TensorRef):
     """gain * B A, multiplied only when read: `parts` holds B (N / e, R), `down` is A (R, K / p)."""
 
     down: Tensor
@@ -60,10 +60,10 @@ class Product(Stored):
 
 
 @dataclass(frozen=True)
-class Stack(Stored):
-    """Other stored tensors, one above the other."""
+class Stack(TensorRef):
+    """Other tensors, one above the other."""
 
-    items: tuple[Stored, ...] = ()
+    items: tuple[TensorRef, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,8 +74,8 @@ class Stack(Stored):
 
 
 @dataclass(frozen=True)
-class Made(Stored):
-    """What `make` makes of other stored tensors when it is read; no other layer stores the same."""
+class Made(TensorRef):
+    """What `make` makes of other tensors when it is read; no other layer stores the same."""
 
     size: tuple[int, ...]
     make: Callable[[], Tensor]
@@ -103,9 +103,9 @@ class GroupBase:
 
     bits: int
     group_size: int
-    weight: Stored
-    scales: Stored
-    zeros: Stored | None
+    weight: TensorRef
+    scales: TensorRef
+    zeros: TensorRef | None
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Bnb4Base:
 class DenseBase:
     """A float weight, (N, K), or (K, N) where `transposed` is set."""
 
-    weight: Stored
+    weight: TensorRef
     transposed: bool = False
 
 
@@ -130,7 +130,7 @@ class DenseBase:
 class BlockDelta:
     """D, (N / e, K / p) float: y += expand_e(D sum_p(x))."""
 
-    delta: Stored
+    delta: TensorRef
     in_factor: int
     out_factor: int
 
@@ -158,7 +158,7 @@ class LinearSource:
     in_features: int
     out_features: int
     base: Base
-    bias: Stored | None
+    bias: TensorRef | None
     branches: tuple[Branch, ...] = ()
 
 

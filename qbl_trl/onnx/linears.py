@@ -17,7 +17,7 @@ import torch
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx.digits import Layout, extended, layout_for
 from qbl_trl.onnx.graph import MS_DOMAIN, TORCH_TO_IR, Editor
-from qbl_trl.onnx.layers import BlockDelta, Bnb4Base, Branch, DenseBase, GroupBase, LinearSource, Stored
+from qbl_trl.onnx.layers import BlockDelta, Bnb4Base, Branch, DenseBase, GroupBase, LinearSource, TensorRef
 from qbl_trl.onnx.weights import Reader, folded_zeros, give, transposed, with_whole_zeros
 
 
@@ -207,7 +207,7 @@ class LinearLowering:
         if isinstance(branch, BlockDelta):
             up, gain, kind = branch.delta, 1.0, "delta"
         else:
-            down, up, gain, kind = branch.down, Stored.of(branch.up), branch.gain, "lora_B"
+            down, up, gain, kind = branch.down, TensorRef.of(branch.up), branch.gain, "lora_B"
             shape = (down.shape[1], down.shape[0])
             first = editor.weight(f"{label}.lora_A", shape, editor.dtype, transposed(give(down)))
             hidden = editor.add(node, "MatMul", [hidden, first], name=label).outputs[0]

@@ -1,4 +1,4 @@
-"""The graphs of an export: exact and through the gate first, then as they were asked for."""
+"""The gate and the graphs of an export: exact and through the gate first, then as they were asked for."""
 
 from collections import Counter
 from contextlib import nullcontext
@@ -8,23 +8,26 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from qbl_trl.errors import ExportError
-from qbl_trl.onnx.companions import Held
+from qbl_trl.errors import ConfigError, ExportError, QblError, first_line
+from qbl_trl.onnx.companions import Held, causal_lm
 from qbl_trl.onnx.files import GENAI_FILE, MODEL_FILE, clear, graph_files, save
 from qbl_trl.onnx.gate import Disagreement, Gate, Unrunnable
 from qbl_trl.onnx.int8_cache import quantize_caches
 from qbl_trl.onnx.int8_weights import Int8Weights
 from qbl_trl.onnx.kernels import cuda_fallbacks
 from qbl_trl.onnx.linears import LoweredLayer
+from qbl_trl.onnx.plan import Plan
 from qbl_trl.onnx.prompts import set_levels
 from qbl_trl.onnx.ranges import Ranges
+from qbl_trl.onnx.reference import float32_reference
 from qbl_trl.onnx.retype import float16_to_bfloat16
 from qbl_trl.onnx.rewrite import Options, Rewritten, rewrite
 from qbl_trl.onnx.right_padding import write_right_padded
 from qbl_trl.onnx.skeleton import Unfusable, build_skeleton, fused_attention_traced
+from qbl_trl.onnx.tables import head_inputs, packed_tables
 from qbl_trl.onnx.threads import TRACING
 from qbl_trl.onnx.trace import Untraceable, trace
-from qbl_trl.parity import ParityReport
+from qbl_trl.parity import ParityReport, compare
 
 _DIGITS_SHARE = 2.0  # times what 8-bit activations cost: beyond, a delta stays in float
 
@@ -42,6 +45,38 @@ class Built:
     attention: str
     reason: str = ""
     shares: bool = False
+
+
+def make_gate(held: Held, embedding_bits: int | None, plan: Plan) -> tuple[Gate, ParityReport | None]:
+    """The logits that graphs are held against; with packed embeddings in the model from here on, and what they cost.
+
+    Raises:
+        ExportError: if the model does not run, as it is or over packed embeddings.
+    """
+    vocabulary = held.config.get_text_config().vocab_size
+    reference = float32_reference(held.model())
+    try:
+        gate = Gate.on_noise(reference, vocabulary, plan.readable)
+    except ValueError as error:  # as transformers has none for layers that all recur, in some models
+        if isinstance(error, QblError):
+            raise
+        kind = type(held.decoder()).__name__
+        raise ExportError(f"a {kind} of these settings does not run in transformers itself: {error}") from error
+    if embedding_bits is None:
+        return gate, None
+    read = head_inputs(reference, causal_lm(reference), plan.readable, plan.texts)
+    del reference  # it may be a copy in float32
+    held.take(packed_tables(held.decoder(), embedding_bits, read))
+    try:
+        packed = Gate.on_noise(float32_reference(held.model()), vocabulary, plan.readable)
+    except (RuntimeError, ConfigError) as error:  # Gemma 4 with its towers reads a row, Mamba 2 the type
+        if isinstance(error, ExportError | torch.OutOfMemoryError):
+            raise
+        raise ExportError(
+            f"embedding_bits={embedding_bits}: a {type(held.decoder()).__name__} does not run over a packed "
+            f"embedding, whose weight it reads itself ({first_line(error)}); leave it out"
+        ) from error
+    return packed, compare(gate.reference, packed.reference, packed.mask)
 
 
 def make_exact(

@@ -4,24 +4,19 @@ import argparse
 import importlib
 import inspect
 import math
-from collections.abc import Iterable
-from numbers import Integral, Real
-from os import PathLike
 from pathlib import Path
-from typing import Any
 
-from qbl_trl.errors import ExportError
-
-DTYPES = {"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")}  # by provider, the default first
-LOWERINGS = ("auto", "factored", "float_zero_point", "low_rank")
-ATTENTIONS = ("auto", "attention", "gqa", "standard")
-LEVELS = (0, 1, 2, 3, 4)
-PROMPT_WEIGHTS = (None, "int8")
-EMBEDDING_BITS = (None, 4, 8)
-LOGITS = ("all", "last")
-KV_CACHE_DTYPES = (None, "int8")
-TOLERANCE = 1e-3
-SHORTEST = 4  # tokens: what the parity gate reads
+from qbl_trl.onnx.asked import (
+    ATTENTIONS,
+    DTYPES,
+    EMBEDDING_BITS,
+    KV_CACHE_DTYPES,
+    LEVELS,
+    LOGITS,
+    LOWERINGS,
+    PROMPT_WEIGHTS,
+    TOLERANCE,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,102 +99,6 @@ def tolerance_or_none(text: str) -> float | None:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is no tolerance; give a number of at least 0, or none")
     return value
-
-
-def check_choices(
-    *,
-    provider: str = "cpu",
-    dtype: Any = None,
-    lowering: str = "auto",
-    attention: str = "auto",
-    accuracy_level: int | None = None,
-    prompt_accuracy_level: int | None = None,
-    prompt_weights: str | None = None,
-    embedding_bits: int | None = None,
-    kv_cache_dtype: str | None = None,
-    calibration: Any = None,
-    logits: str = "all",
-    max_length: int | None = None,
-    tolerance: float | None = None,
-    tokenizer: Any = None,
-    **others: Any,
-) -> str:
-    """The name of the graph's float type, if an export takes these values; other options are looked at later.
-
-    Raises:
-        ExportError: naming the option and what is allowed.
-    """
-    for name, given, allowed in (
-        ("provider", provider, tuple(DTYPES)),
-        ("lowering", lowering, LOWERINGS),
-        ("attention", attention, ATTENTIONS),
-        ("accuracy_level", accuracy_level, (None, *LEVELS)),
-        ("prompt_accuracy_level", prompt_accuracy_level, (None, *LEVELS)),
-        ("prompt_weights", prompt_weights, PROMPT_WEIGHTS),
-        ("embedding_bits", embedding_bits, EMBEDDING_BITS),
-        ("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES),
-        ("logits", logits, LOGITS),
-    ):
-        single = given is None or isinstance(given, (str, Integral))  # `in` would ask an array, too
-        if not single or isinstance(given, bool) or given not in allowed:
-            raise ExportError(f"export_onnx: {name}={given!r} is not known; allowed: {', '.join(map(str, allowed))}")
-    for name, chosen in (
-        ("accuracy_level", accuracy_level),
-        ("prompt_accuracy_level", prompt_accuracy_level is not None),
-        ("prompt_weights", prompt_weights),
-    ):
-        if chosen and provider != "cpu":
-            raise ExportError(f"export_onnx: {name} chooses between kernels that only provider='cpu' has")
-    if prompt_accuracy_level is not None and prompt_weights is not None:
-        raise ExportError(
-            f"export_onnx: prompt_weights={prompt_weights!r} leaves prompts no codes that prompt_accuracy_level="
-            f"{prompt_accuracy_level} could multiply; set one of the two"
-        )
-    if prompt_accuracy_level is not None and 4 not in (accuracy_level, prompt_accuracy_level):
-        raise ExportError(
-            f"export_onnx: prompt_accuracy_level={prompt_accuracy_level} changes nothing without accuracy_level=4: "
-            "prompts and steps are in float32 then. Set accuracy_level=4 beside it, or leave it out"
-        )
-    if max_length is not None and not (type(max_length) is int and max_length >= SHORTEST):
-        raise ExportError(f"export_onnx: max_length={max_length!r} must be a whole number of at least {SHORTEST}")
-    number = isinstance(tolerance, Real) and not isinstance(tolerance, bool)
-    if tolerance is not None and not (number and 0 <= tolerance < math.inf):
-        raise ExportError(f"export_onnx: tolerance={tolerance!r} must be a number of at least 0, or None")
-    if not (tokenizer is None or hasattr(tokenizer, "save_pretrained") or isinstance(tokenizer, (str, PathLike))):
-        raise ExportError(f"export_onnx: tokenizer takes a tokenizer, a folder or a model id, not {tokenizer!r}")
-    named = DTYPES[provider][0] if dtype is None else str(dtype).removeprefix("torch.")
-    if named not in DTYPES[provider]:
-        raise ExportError(
-            f"export_onnx: dtype={named} has no kernels on provider={provider!r}; allowed there: "
-            f"{', '.join(DTYPES[provider])}"
-        )
-    if prompt_weights is not None and named != "float32":
-        raise ExportError(
-            f"export_onnx: prompt_weights={prompt_weights!r} is written in float32, not for dtype={named}"
-        )
-    if calibration is not None and kv_cache_dtype is None and embedding_bits is None:
-        raise ExportError(
-            'export_onnx: calibration is for kv_cache_dtype="int8" and embedding_bits; without them there is nothing '
-            "to measure"
-        )
-    if kv_cache_dtype is not None and (named != "float32" or attention not in ("auto", "gqa")):
-        raise ExportError(
-            f'export_onnx: kv_cache_dtype={kv_cache_dtype!r} is written for provider="cpu" in float32, with '
-            f'attention="auto" or "gqa"; not for {named} on {provider} with attention={attention!r}'
-        )
-    if kv_cache_dtype is not None and not _takes_query_lengths(provider):
-        raise ExportError(f"export_onnx: kv_cache_dtype={kv_cache_dtype!r} needs ONNX Runtime 1.32 or newer")
-    if calibration is not None:
-        if isinstance(calibration, str | bytes) or not isinstance(calibration, Iterable):
-            raise ExportError(f"export_onnx: calibration takes batches of token ids, not {calibration!r}")
-        for batch in calibration if isinstance(calibration, (list, tuple)) else ():
-            importlib.import_module("qbl_trl.quant.calibration").tokens_of(batch)
-    return named
-
-
-def _takes_query_lengths(provider: str) -> bool:
-    takes: bool = importlib.import_module("qbl_trl.onnx.group_query").takes_query_lengths(provider)
-    return takes
 
 
 def run(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute
-from qbl_trl.onnx.layers import BlockDelta, Branch, GroupBase, LinearSource, Made, Stack, Stored
+from qbl_trl.onnx.layers import BlockDelta, Branch, GroupBase, LinearSource, Made, Stack, TensorRef
 from qbl_trl.onnx.markers import TRACE_DOMAIN
 from qbl_trl.onnx.shapes import cuts
 
@@ -134,15 +134,15 @@ def _join_branches(groups: list[tuple[Branch, ...]]) -> tuple[Branch, ...] | Non
     return tuple(joined)
 
 
-def _repeated(stored: Stored, times: int) -> Stored:
+def _repeated(stored: TensorRef, times: int) -> TensorRef:
     rows, *rest = stored.shape
     repeated = Made(stored.parts, (rows * times, *rest), lambda: stored.read().repeat_interleave(times, 0))
     return stored if times == 1 else repeated
 
 
-def _stack(items: list[Stored]) -> Stack:
+def _stack(items: list[TensorRef]) -> Stack:
     return Stack(tuple(part for item in items for part in item.parts), tuple(items))
 
 
-def _kind(zeros: Stored | None) -> str:
+def _kind(zeros: TensorRef | None) -> str:
     return "none" if zeros is None else "float" if zeros.floating else "packed"

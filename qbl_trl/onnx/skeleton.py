@@ -44,7 +44,7 @@ from qbl_trl.onnx.sources import embedding_source
 from qbl_trl.onnx.threads import replaced_here
 from qbl_trl.onnx.windows import mask_of_window, window_of
 from qbl_trl.quant.modules import plain_forward_
-from qbl_trl.quant.stacks import set_apart
+from qbl_trl.quant.stacks import unstack_
 
 TRACED_ATTENTION = "qbl_trl_trace"
 
@@ -98,7 +98,7 @@ def build_skeleton(
         made.rotary |= {name: Rotary(table) for name, table in own_tables(model).items()}
     skeleton = plain_forward_(copy.deepcopy(model, memo), placed=False)
     skeleton.eval()
-    set_apart(skeleton, untraceable=True)
+    unstack_(skeleton, untraceable=True)
     tables = [buffer for buffer in skeleton.buffers() if buffer.dim() > 1]  # of positions; others (frequencies) stay
     for tensor in (*skeleton.parameters(), *skeleton.buffers()):  # the inputs of the trace lie on the CPU
         tensor.data = tensor.data.cpu()

@@ -23,7 +23,7 @@ from qbl_trl.onnx.layers import (
     GroupBase,
     LinearSource,
     LowRank,
-    Stored,
+    TensorRef,
 )
 from qbl_trl.quant.embedding import GroupQuantEmbedding, embedding_scale
 from qbl_trl.quant.importers.modules import LAYER_KINDS, take_over
@@ -64,11 +64,13 @@ def linear_source(name: str, module: nn.Module, taken: Taken | None = None) -> L
         return _group_source(name, taken[module])
     if isinstance(module, Conv1D):
         rows, columns = module.weight.shape
-        return LinearSource(name, rows, columns, DenseBase(Stored.of(module.weight), True), Stored.of(module.bias))
+        return LinearSource(
+            name, rows, columns, DenseBase(TensorRef.of(module.weight), True), TensorRef.of(module.bias)
+        )
     if is_bnb4(module):
         return _bnb4_source(name, module)
     if isinstance(module, nn.Linear) and is_plain(module):
-        dense = DenseBase(Stored.of(module.weight))
+        dense = DenseBase(TensorRef.of(module.weight))
         return LinearSource(name, module.in_features, module.out_features, dense, _stored(module.bias))
     if _is_foreign_quantized(module):
         raise _unsupported(name, module)
@@ -101,7 +103,7 @@ def embedding_source(name: str, module: nn.Module) -> EmbeddingSource | None:
         return EmbeddingSource(name, module.num_embeddings, module.embedding_dim, group_base(module), module.scale)
     scale = embedding_scale(module)
     if isinstance(module, nn.Embedding) and scale is not None:
-        dense = DenseBase(Stored.of(module.weight))
+        dense = DenseBase(TensorRef.of(module.weight))
         return EmbeddingSource(name, module.num_embeddings, module.embedding_dim, dense, scale)
     return None
 
@@ -144,19 +146,19 @@ def _group_source(name: str, layer: GroupQuantLinear) -> LinearSource:
     source = LinearSource(name, layer.in_features, layer.out_features, group_base(layer), _stored(layer.bias))
     if layer.delta is None:
         return source
-    branch = BlockDelta(Stored.of(layer.delta), layer.format.in_factor or 1, layer.format.out_factor or 1)
+    branch = BlockDelta(TensorRef.of(layer.delta), layer.format.in_factor or 1, layer.format.out_factor or 1)
     return _with_branches(source, (branch,))
 
 
 def group_base(layer: PackedWeight) -> GroupBase:
     """The packed weight of a GroupQuantLinear or GroupQuantEmbedding."""
     stored = layer.format
-    weight, scales = Stored.of(layer.weight), Stored.of(layer.scales)
+    weight, scales = TensorRef.of(layer.weight), TensorRef.of(layer.scales)
     return GroupBase(stored.bits, stored.group_size, weight, scales, _stored(layer.zeros))
 
 
-def _stored(tensor: Tensor | None) -> Stored | None:
-    return None if tensor is None else Stored.of(tensor)
+def _stored(tensor: Tensor | None) -> TensorRef | None:
+    return None if tensor is None else TensorRef.of(tensor)
 
 
 def _with_branches(source: LinearSource, branches: tuple[Branch, ...]) -> LinearSource:
@@ -166,7 +168,7 @@ def _with_branches(source: LinearSource, branches: tuple[Branch, ...]) -> Linear
 def _branch(layer: BalancedLinear, adapter: str) -> Branch:
     p, e = layer.in_factor[adapter], layer.out_factor[adapter]
     if adapter in layer.lora_block:
-        return BlockDelta(Stored.of(layer.block_delta(adapter)), p, e)
+        return BlockDelta(TensorRef.of(layer.block_delta(adapter)), p, e)
     down, up = layer.lora_A[adapter].weight.data, layer.lora_B[adapter].weight.data
     return LowRank(down, up, layer.gain(adapter), p, e)
 

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from qbl_trl.errors import ExportError
-from qbl_trl.onnx.layers import BlockDelta, Branch, GroupBase, LinearSource, Made, Stored
+from qbl_trl.onnx.layers import BlockDelta, Branch, GroupBase, LinearSource, Made, TensorRef
 from qbl_trl.quant.blocks import fold
 from qbl_trl.quant.packing import pack, unpack
 
 Reader = Callable[[], Tensor]
 
 
-def give(tensor: Tensor | Stored) -> Reader:
+def give(tensor: Tensor | TensorRef) -> Reader:
     """The tensor as it is."""
-    return tensor.read if isinstance(tensor, Stored) else lambda: tensor
+    return tensor.read if isinstance(tensor, TensorRef) else lambda: tensor
 
 
 def transposed(read: Reader, gain: float = 1.0) -> Reader:

@@ -14,7 +14,7 @@ from qbl_trl.quant.head import quantize_embeddings_
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import PackedWeight
-from qbl_trl.quant.stacks import float_parts, take_apart_
+from qbl_trl.quant.stacks import float_parts, take_out_
 from qbl_trl.quant.targets import is_named
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def finish_(model: nn.Module, config: GroupQuantConfig, targets: Sequence[str], 
         hessian = calibrated_head_hessian(model, config) if config.quantize_embeddings else None
     if config.quantize_embeddings:
         quantize_embeddings_(model, config, hessian)
-    take_apart_(model, float_parts(model))
+    take_out_(model, float_parts(model))
     # Layers whose weight the checkpoint lacks (a fresh pooler or classification head) stay as they are.
     modules = dict(model.named_modules())
     stored = [(name, modules[name]) for name in targets if name in modules]

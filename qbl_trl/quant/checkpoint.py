@@ -34,7 +34,7 @@ _DTYPES = {
 }
 
 
-class Stored(NamedTuple):
+class Declared(NamedTuple):
     """One tensor as a file declares it."""
 
     file: Path
@@ -42,7 +42,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
-def read_headers(folder: Path) -> dict[str, Stored]:
+def read_headers(folder: Path) -> dict[str, Declared]:
     """Every tensor that transformers would load from a folder, by name: of its one file, or of those an index names.
 
     Raises:
@@ -52,7 +52,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file() or not index.is_file():  # an index beside the one file is of an earlier save
         files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-        found: dict[str, Stored] = {}
+        found: dict[str, Declared] = {}
         for name, stored in _held(files):
             if name in found:
                 raise CheckpointError(
@@ -64,7 +64,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     return {name: stored for name, stored in _held(_shards(folder, named)) if name in named}  # the last of several
 
 
-def read_files(files: Iterable[Path]) -> dict[str, Stored]:
+def read_files(files: Iterable[Path]) -> dict[str, Declared]:
     """Every tensor of these safetensors files, by name.
 
     Raises:
@@ -74,7 +74,7 @@ def read_files(files: Iterable[Path]) -> dict[str, Stored]:
 
 
 def check_tensors(
-    folder: Path, stored: Mapping[str, Stored], expected: Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]
+    folder: Path, stored: Mapping[str, Declared], expected: Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]
 ) -> None:
     """Compare what a folder holds with what the model's packed layers need.
 
@@ -133,12 +133,12 @@ def _shards(folder: Path, named: Mapping[str, str]) -> list[Path]:
     return [folder / name for name in shards]
 
 
-def _held(files: Iterable[Path]) -> Iterator[tuple[str, Stored]]:
+def _held(files: Iterable[Path]) -> Iterator[tuple[str, Declared]]:
     """Name and place of every tensor, file by file."""
     return ((name, stored) for file in files for name, stored in _read_header(file).items())
 
 
-def _read_header(file: Path) -> dict[str, Stored]:
+def _read_header(file: Path) -> dict[str, Declared]:
     if not file.is_file():
         raise CheckpointError(f"{file} is missing although the index beside it names it; copy the whole folder")
     with file.open("rb"):  # may not be read: that is no damage
@@ -147,7 +147,7 @@ def _read_header(file: Path) -> dict[str, Stored]:
         with safe_open(file, framework="pt") as opened:  # type: ignore[no-untyped-call]
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {
-                name: Stored(file, _DTYPES.get(part.get_dtype()), tuple(part.get_shape()))
+                name: Declared(file, _DTYPES.get(part.get_dtype()), tuple(part.get_shape()))
                 for name, part in parts.items()
             }
     except SafetensorError as error:

@@ -12,7 +12,7 @@ from qbl_trl.quant.embedding import GroupQuantEmbedding
 from qbl_trl.quant.intact import check_present
 from qbl_trl.quant.modules import empty_model, replace
 from qbl_trl.quant.packed import PackedWeight
-from qbl_trl.quant.stacks import check_stackable, together_
+from qbl_trl.quant.stacks import check_stackable, stack_again_
 
 
 def dequantize_model_(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -30,7 +30,7 @@ def dequantize_model_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     own = dict(empty_model(type(model), model.config).named_modules())
     _check_adapters(model, own)
     _make_float_(model, own, dtype)
-    together_(model)
+    stack_again_(model)
     vars(model).pop("_weight_conversions", None)  # names of packed layers; transformers knows those of its own
 
 

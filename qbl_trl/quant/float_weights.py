@@ -15,7 +15,7 @@ from qbl_trl.quant.checkpoint import read_headers
 from qbl_trl.quant.experts import Experts
 from qbl_trl.quant.modules import empty_model, same_module_name
 from qbl_trl.quant.renaming import names_in_model
-from qbl_trl.quant.stacks import set_apart
+from qbl_trl.quant.stacks import unstack_
 
 
 class FloatWeights:
@@ -74,5 +74,5 @@ class FloatWeights:
             return {}
         if found["missing_keys"]:
             return {}
-        set_apart(model)
+        unstack_(model)
         return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}

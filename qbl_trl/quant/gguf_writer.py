@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from qbl_trl.errors import ConfigError
 from qbl_trl.folders import new_file
 from qbl_trl.module_names import name_here
+from qbl_trl.quant.float_offsets import folded, packed_layers
 from qbl_trl.quant.gguf_template import HEAD, check_template
 from qbl_trl.quant.importers.gguf import GGUFReader
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.stacks import slices_of
-from qbl_trl.quant.writers import folded, packed_layers
 
 _GROUP = 32
 

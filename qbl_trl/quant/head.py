@@ -146,11 +146,11 @@ def tie_again_(model: nn.Module) -> None:
         head.embedding = ()
 
 
-def set_apart_(model: nn.Module, layer: nn.Module) -> nn.Module | None:
+def give_own_tensors_(model: nn.Module, layer: nn.Module) -> nn.Module | None:
     """Before a tied head alone is changed: give it tensors of its own. Any other layer stays as it is.
 
     Returns:
-        The embedding, or the layer of a model of torch alone, that shared its tensors; `put_together_` undoes it.
+        The embedding, or the layer of a model of torch alone, that shared its tensors; `share_tensors_` undoes it.
     """
     shared = layer._parameters.get("weight")
     table = input_table(model)
@@ -169,7 +169,7 @@ def set_apart_(model: nn.Module, layer: nn.Module) -> nn.Module | None:
     return table
 
 
-def put_together_(table: nn.Module, head: nn.Module) -> None:
+def share_tensors_(table: nn.Module, head: nn.Module) -> None:
     """A head that was set apart is one table with its embedding again."""
     if isinstance(table, GroupQuantEmbedding) and isinstance(head, GroupQuantLinear):
         table.as_head_(head)

@@ -26,7 +26,7 @@ from qbl_trl.older_names import restore_settings_
 from qbl_trl.progress import progress
 from qbl_trl.quant.apply import finish_, quantize_layer_
 from qbl_trl.quant.arriving import arrived, not_arrived, nothing_arrived, nothing_loaded_, widen_
-from qbl_trl.quant.checkpoint import Stored, check_tensors, read_headers
+from qbl_trl.quant.checkpoint import Declared, check_tensors, read_headers
 from qbl_trl.quant.dequantizing import dequantize_model_
 from qbl_trl.quant.head import empty_embeddings_, tie_again_, to_pack
 from qbl_trl.quant.intact import check_present, check_types
@@ -39,7 +39,7 @@ from qbl_trl.quant.renaming import keep_packed_names_, layers_in_model, names_in
 from qbl_trl.quant.requested import requested, warn_of_unknown
 from qbl_trl.quant.resizing import refuse_resizing
 from qbl_trl.quant.resolved import check_chosen_files
-from qbl_trl.quant.stacks import keep_apart, separate_, set_apart, take_apart_
+from qbl_trl.quant.stacks import keep_unstacked, separate_, take_out_, unstack_
 from qbl_trl.quant.stored import (
     empty_layer,
     expected_tensors,
@@ -105,7 +105,7 @@ class GroupQuantizer(HfQuantizer):
             self.quantization_config, self.loads_as = requested(model, self.quantization_config), model.dtype
             self.precision = Precision()
             stacked = self.choose_(model)
-            keep_apart(model, stacked, ())  # the tensors of the files arrive stacked
+            keep_unstacked(model, stacked, ())  # the tensors of the files arrive stacked
             nothing_loaded_(model)
             return model
         folder, found = files_of(folder_of(model.config), kwargs.get("checkpoint_files"))
@@ -121,21 +121,21 @@ class GroupQuantizer(HfQuantizer):
         return model
 
     def choose_(
-        self, model: nn.Module, folder: Path | None = None, found: dict[str, Stored] | None = None
+        self, model: nn.Module, folder: Path | None = None, found: dict[str, Declared] | None = None
     ) -> dict[str, nn.Module]:
         """Choose the layers to quantize, experts as layers of their own among them, as a packed folder says if any.
 
         Raises:
             ConfigError: if there are none.
         """
-        stacked, held = set_apart(model), None
+        stacked, held = unstack_(model), None
         if not (self.pre_quantized or self.targets):  # once, for GPTQ chooses again
             warn_of_unknown(model, self.quantization_config)
         self.targets = target_layers(model, self.quantization_config)
         if folder is not None:
             self.targets, held = stored_layers(model, folder, found or {}, self.targets)
         if not self.targets:
-            keep_apart(model, stacked, ())
+            keep_unstacked(model, stacked, ())
             if folder is not None:
                 raise CheckpointError(
                     f"{folder}: no layer of a {type(model).__name__} is packed in these files, although the "
@@ -148,7 +148,7 @@ class GroupQuantizer(HfQuantizer):
                 f"{self.quantization_config.modules_to_not_convert} are left out"
             )
         self.chosen = frozenset(self.targets)
-        self.stacks = keep_apart(model, stacked, self.targets, held)
+        self.stacks = keep_unstacked(model, stacked, self.targets, held)
         return stacked
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
@@ -198,7 +198,7 @@ class GroupQuantizer(HfQuantizer):
         for layer in chosen:
             value: Any = model.get_submodule(layer).weight.data if stacked else weight
             self.quantize_(model, layer, value)
-        take_apart_(model, [layer for layer in layers if stacked and layer not in self.chosen])
+        take_out_(model, [layer for layer in layers if stacked and layer not in self.chosen])
         return len(chosen)
 
     def quantize_(self, model: nn.Module, layer: str, weight: Tensor) -> None:

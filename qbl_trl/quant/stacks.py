@@ -42,7 +42,7 @@ def stacked_tensors(model: nn.Module) -> list[str]:
     return [f"{path}.{name}" for path, module, kind in kinds if kind is not None for name in kind.tensors(module)]
 
 
-def set_apart(model: nn.Module, untraceable: bool = False) -> dict[str, nn.Module]:
+def unstack_(model: nn.Module, untraceable: bool = False) -> dict[str, nn.Module]:
     """Separate all experts of a model; returns the modules that held them stacked, by their names.
 
     Args:
@@ -96,7 +96,7 @@ def _parts_of(experts: Experts, stacked: nn.Module, path: str, named: list[tuple
     return found
 
 
-def keep_apart(
+def keep_unstacked(
     model: nn.Module, stacked: dict[str, nn.Module], layers: Iterable[str], held: Container[str] | None = None
 ) -> dict[str, Parts]:
     """Put back the stacked tensors that need not be separated.
@@ -105,7 +105,7 @@ def keep_apart(
     all tensors of one name while it saves and loads, or none.
 
     Args:
-        stacked: what `set_apart` returned.
+        stacked: what `unstack_` returned.
         held: layers that the files hold in float. Tensors that they hold stacked, although others of that name are
             separated, stay stacked. None: there are no files.
 
@@ -140,7 +140,7 @@ def separate_(model: nn.Module, name: str, weight: Tensor, parts: Parts) -> list
 
     Args:
         name: of the tensor; weight: (experts, rows, columns), or columns before rows as its module has them.
-        parts: what `keep_apart` returned for this tensor.
+        parts: what `keep_unstacked` returned for this tensor.
     """
     path = _stack_of(model, name)
     experts = model.get_submodule(path)
@@ -150,7 +150,7 @@ def separate_(model: nn.Module, name: str, weight: Tensor, parts: Parts) -> list
     return [f"{path}.{layer}" for layer in experts.fill(name.removeprefix(f"{path}."), weight, parts)]
 
 
-def take_apart_(model: nn.Module, layers: Iterable[str]) -> None:
+def take_out_(model: nn.Module, layers: Iterable[str]) -> None:
     """Give float layers memory of their own: slices keep all of a tensor, and where it is transposed do not save."""
     for name in layers:
         layer: Any = model.get_submodule(name)
@@ -185,7 +185,7 @@ def check_stackable(model: nn.Module) -> None:
                 )
 
 
-def together_(model: nn.Module) -> None:
+def stack_again_(model: nn.Module) -> None:
     """Stack experts again whose layers are float by now, so that the model saves as transformers saves it."""
     for path in [path for path, module in model.named_modules() if isinstance(module, Experts)]:
         replace(model, path, model.get_submodule(path).stacked())  # type: ignore[operator]

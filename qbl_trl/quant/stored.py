@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from qbl_trl.config import GroupQuantConfig, LayerFormat
 from qbl_trl.errors import CheckpointError
 from qbl_trl.json_files import json_if_there, read_json
-from qbl_trl.quant.checkpoint import Stored, read_files, read_headers
+from qbl_trl.quant.checkpoint import Declared, read_files, read_headers
 from qbl_trl.quant.experts import Experts
 from qbl_trl.quant.head import output_head
 from qbl_trl.quant.linear import GroupQuantLinear
@@ -62,7 +62,7 @@ def with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def stored_layers(
-    model: nn.Module, folder: Path, found: dict[str, Stored], usual: Sequence[str]
+    model: nn.Module, folder: Path, found: dict[str, Declared], usual: Sequence[str]
 ) -> tuple[list[str], set[str]]:
     """The layers that a folder holds packed: `usual`, but for those that another version of transformers chose.
 
@@ -102,7 +102,7 @@ def _of_another_head(model: PreTrainedModel, folder: Path, lacking: set[str]) ->
     return {name for name in lacking if not {name, prefix + name, name.removeprefix(inner)} & names.keys()}
 
 
-def _stacked(model: nn.Module, found: dict[str, Stored]) -> set[str]:
+def _stacked(model: nn.Module, found: dict[str, Declared]) -> set[str]:
     """Layers of experts, by now, that a folder holds stacked: whoever wrote it did not quantize them."""
     names = set(names_in_model(model, found).values())  # type: ignore[arg-type]
     experts = [(path, module) for path, module in model.named_modules() if isinstance(module, Experts)]
@@ -115,12 +115,12 @@ def _stacked(model: nn.Module, found: dict[str, Stored]) -> set[str]:
     }
 
 
-def packed_in(model: nn.Module, found: dict[str, Stored]) -> set[str]:
+def packed_in(model: nn.Module, found: dict[str, Declared]) -> set[str]:
     """Names in the model of what the files of a folder hold packed."""
     return _held(model, found)[0]
 
 
-def _held(model: nn.Module, found: dict[str, Stored]) -> tuple[set[str], set[str]]:
+def _held(model: nn.Module, found: dict[str, Declared]) -> tuple[set[str], set[str]]:
     """Names in the model of the modules whose weight is packed, and of those whose weight is in float."""
     names = names_in_model(model, [name for name in found if name.endswith(".weight")])  # type: ignore[arg-type]
     packed, plain = set[str](), set[str]()
@@ -157,7 +157,7 @@ def expected_tensors(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch
     }
 
 
-def files_of(folder: Path | None, files: Sequence[str] | None) -> tuple[Path | None, dict[str, Stored]]:
+def files_of(folder: Path | None, files: Sequence[str] | None) -> tuple[Path | None, dict[str, Declared]]:
     """The folder and the tensors that a packed model is loaded from; (None, {}) where they are not in safetensors.
 
     Args:

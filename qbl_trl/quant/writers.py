@@ -10,27 +10,16 @@ A merged delta that is constant inside every group moves into the offset; codes 
 A format with integer zero points (GPTQ, AWQ, compressed-tensors, GGUF Q4_0) has no place for the shift: refused.
 """
 
-import copy
 import importlib.util
-import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from accelerate import init_empty_weights
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
 from qbl_trl.errors import ConfigError, PackageError
-from qbl_trl.folders import check_free, new_folder
-from qbl_trl.model_files import generation_settings, valid_generation
-from qbl_trl.quant.affine import Affine
-from qbl_trl.quant.blocks import fold
-from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.quant.packed import PackedWeight
-from qbl_trl.quant.stored import with_dtype
+from qbl_trl.folders import check_free
+from qbl_trl.quant.hqq_writer import write_hqq
 from qbl_trl.wrapped import base_folder
 
 FORMATS = ("hqq", "gguf")
@@ -71,11 +60,11 @@ def write_checkpoint(
     """
     path = check_request(output, format, template, overwrite)
     if template is None or format == "hqq":
-        return _write_hqq(model, path, overwrite)
+        return WriteReport(path, *write_hqq(model, path, overwrite))
     source = base_folder(model)
     if path.exists() and source is not None and path.resolve().parent == source.resolve() and not _is_gguf(path):
         raise ConfigError(f"write_checkpoint: {path} is a file of the model itself; choose another output")
-    from qbl_trl.quant.gguf_writer import write_gguf
+    from qbl_trl.quant.gguf_writer import write_gguf  # needs the package gguf
 
     return WriteReport(path, *write_gguf(model, path, Path(template)))
 
@@ -121,116 +110,3 @@ def check_request(
 def _is_gguf(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
-
-
-def folded(layer: PackedWeight) -> Affine:
-    """Codes and scales as stored, zeros in float32 with the merged delta moved in: z - D / s.
-
-    Returns:
-        Affine: codes (N, K) uint8, scales (N, G) as stored, zeros (N, G) float32.
-
-    Raises:
-        FoldError: if the delta varies inside a group (in_factor is no multiple of the group size).
-    """
-    codes, scales, zeros = layer.affine()
-    if layer.delta is None:
-        return Affine(codes, scales, zeros.float())
-    p, e = layer.format.in_factor or 1, layer.format.out_factor or 1
-    return Affine(codes, scales, fold(zeros, scales, layer.delta, p, e, layer.group_size))
-
-
-def packed_layers(model: nn.Module) -> dict[str, GroupQuantLinear]:
-    """Full name -> layer.
-
-    Raises:
-        ConfigError: if there is none, another packed module (an embedding) is present, or one holds NaN or infinite
-            values.
-    """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
-    other = [name for name, module in found.items() if not isinstance(module, GroupQuantLinear)]
-    if other:
-        raise ConfigError(f"write_checkpoint: {other[0]} is a packed embedding; only linear layers can be written")
-    if not found:
-        raise ConfigError("write_checkpoint: the model has no GroupQuantLinear layer")
-    for name, module in found.items():
-        floats = [t for t in (module.scales, module.zeros, module.delta) if t is not None and t.is_floating_point()]
-        if not all(bool(values.isfinite().all()) for values in floats):
-            raise ConfigError(f"write_checkpoint: {name} holds NaN or infinite values; the model is damaged")
-    return {name: module for name, module in found.items() if isinstance(module, GroupQuantLinear)}
-
-
-def hqq_tensors(layer: GroupQuantLinear, name: str) -> dict[str, Tensor]:
-    """One layer as HQQLinear's encoded state dict, for compute_dtype float32.
-
-    Raises:
-        ConfigError: if the codes cannot be split over bytes the way HQQ does, or the last group is ragged.
-    """
-    codes, scales, zeros = folded(layer)
-    rows, columns = codes.shape
-    bits, size = layer.bits, layer.group_size
-    per_byte = 8 // bits
-    if columns % size or codes.numel() // size % per_byte:
-        raise ConfigError(
-            f"write_checkpoint: {name} ({rows}, {columns}) in groups of {size} has no HQQ layout; K must be a multiple "
-            f"of the group, and the number of groups a multiple of {per_byte}"
-        )
-    lanes = codes.reshape(per_byte, -1, size)  # the first rows go to the highest bits
-    packed = torch.zeros_like(lanes[0])
-    for lane in lanes:
-        packed = (packed << bits) | lane if per_byte > 1 else lane
-    settings: dict[str, Any] = {"nbits": bits, "group_size": size, "axis": 1}
-    flags = {"view_as_float": 0, "quant_scale": 0, "quant_zero": 0, "offload_meta": 0, "encoded_state_dict": 1}
-    flags |= {"stores_quant_config": 1, "channel_wise": 1, "optimize": 0, "round_zero": 0}
-    texts = {"packing": f"{bits}bit_u8", "unpack_view_dtype": "torch.uint8", "compute_dtype": "torch.float32"}
-    tensors = {
-        "W_q": packed,
-        "scale": scales.float().reshape(-1, 1),
-        "zero": zeros.reshape(-1, 1),
-        "shape": torch.tensor([rows, columns]),
-    }
-    tensors |= {key: torch.tensor(value, dtype=torch.int32) for key, value in settings.items()}
-    tensors |= {key: torch.tensor(value, dtype=torch.uint8) for key, value in flags.items()}
-    tensors |= {key: torch.tensor(list(value.encode()), dtype=torch.uint8) for key, value in texts.items()}
-    if layer.bias is not None:
-        tensors["bias"] = layer.bias.data
-    return {f"{name}.{key}": value.contiguous() for key, value in tensors.items()}
-
-
-def _refuse_transposed(model: Any, layers: dict[str, GroupQuantLinear]) -> None:
-    """transformers puts HQQ layers in the place of nn.Linear alone."""
-    with init_empty_weights():
-        plain = type(model)(copy.deepcopy(model.config))
-    found = next((name for name in layers if isinstance(plain.get_submodule(name), Conv1D)), None)
-    if found is not None:
-        raise ConfigError(
-            f"write_checkpoint: {found} is a Conv1D layer of {type(model).__name__}, where transformers loads no HQQ "
-            'layer; allowed for it: format="gguf", or ONNX export'
-        )
-
-
-def _write_hqq(model: nn.Module, path: Path, overwrite: bool) -> WriteReport:
-    layers = packed_layers(model)
-    _refuse_transposed(model, layers)
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        tensors |= hqq_tensors(layer, name)
-    seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if name.rpartition(".")[0] not in layers and tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())  # tied weights are written once
-            tensors[name] = tensor.contiguous()
-    first = next(iter(layers.values()))
-    weights = {"nbits": first.bits, "channel_wise": True, "group_size": first.group_size, "optimize": False}
-    weights |= {"round_zero": False, "axis": 1, "view_as_float": False}
-    settings = {"offload_meta": False, "weight_quant_params": weights}
-    settings |= {"scale_quant_params": None, "zero_quant_params": None}
-    config: dict[str, Any] = model.config.to_dict()  # type: ignore[union-attr, operator]
-    floats = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
-    config["quantization_config"] = {"quant_method": "hqq", "quant_config": settings, "skip_modules": floats}
-    config = with_dtype(config, "float32")
-    with new_folder(path, overwrite) as built:
-        save_file(tensors, built / "model.safetensors", metadata={"format": "pt"})
-        (built / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
-        if (generation := valid_generation(generation_settings(model))) is not None:
-            generation.save_pretrained(built)
-    return WriteReport(path, len(layers), 0.0)

@@ -165,7 +165,7 @@ def check_export(options: Mapping[str, Any]) -> None:
         export_onnx = importlib.import_module("qbl_trl").export_onnx
         call = inspect.signature(export_onnx).bind(None, None, **options)
         call.apply_defaults()
-        importlib.import_module("qbl_trl.onnx.options").check_choices(**call.arguments)
+        importlib.import_module("qbl_trl.onnx.asked").Asked.of(call.arguments)
         if options.get("tokenizer") is not None:
             importlib.import_module("qbl_trl.onnx.companions").check_tokenizer(options["tokenizer"])
     except ImportError as error:

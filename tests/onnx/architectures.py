@@ -4,7 +4,7 @@ import torch
 import transformers
 
 from qbl_trl.generation import BEFORE_5
-from qbl_trl.quant.stacks import set_apart
+from qbl_trl.quant.stacks import unstack_
 from tests.onnx.models import PAD, quantize
 
 WIDE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
@@ -303,7 +303,7 @@ def build(kind, settings):
             parameter.data.normal_(std=0.5 if "conv" in name else 1.0)  # nearly zero until trained, or all alike
         if name.endswith("A_log"):
             parameter.data.uniform_(-1, 1)
-    set_apart(decoder, untraceable=True)
+    unstack_(decoder, untraceable=True)
     return quantize(decoder)
 
 

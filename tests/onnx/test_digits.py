@@ -12,7 +12,7 @@ from qbl_trl import GroupQuantConfig, export_onnx
 from qbl_trl.onnx import digits
 from qbl_trl.onnx.branches import choose_branches
 from qbl_trl.onnx.digits import Layout, encode, extended, layout_for
-from qbl_trl.onnx.layers import BlockDelta, GroupBase, LinearSource, Stored
+from qbl_trl.onnx.layers import BlockDelta, GroupBase, LinearSource, TensorRef
 from qbl_trl.onnx.sources import linear_sources
 from qbl_trl.onnx.weights import unpacked_zeros, with_whole_zeros
 from qbl_trl.quant.affine import dequantize, min_max
@@ -46,7 +46,11 @@ def source(bits, block, columns_in, branches, zeros=True, rows=6):
     if not zeros:
         points.fill_(1 << (bits - 1))
     base = GroupBase(
-        bits, block, Stored.of(pack(codes, bits)), Stored.of(scales), Stored.of(pack(points, bits)) if zeros else None
+        bits,
+        block,
+        TensorRef.of(pack(codes, bits)),
+        TensorRef.of(scales),
+        TensorRef.of(pack(points, bits)) if zeros else None,
     )
     weight = (codes.float() - points.float().repeat_interleave(block, 1)) * scales.float().repeat_interleave(block, 1)
     return LinearSource("layer", columns_in, rows, base, None, branches), weight
@@ -88,7 +92,7 @@ def test_a_delta_of_zero_has_digits_of_zero():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_an_extended_layer_computes_the_base_and_its_deltas(bits, zeros):
     torch.manual_seed(0)
-    branches = tuple(BlockDelta(Stored.of(torch.randn(6 // e, 18) * 1e-2), 32, e) for e in (1, 3))
+    branches = tuple(BlockDelta(TensorRef.of(torch.randn(6 // e, 18) * 1e-2), 32, e) for e in (1, 3))
     layer, weight = source(bits, 32, 576, branches, zeros)
     layout = layout_for(layer)
     wide = extended(layer, layout)
@@ -113,7 +117,7 @@ def test_an_extended_layer_computes_the_base_and_its_deltas(bits, zeros):
     [(64, 32, "too few blocks to hide behind"), (576, 2, "too many columns"), (576, 16, "too many columns")],
 )
 def test_deltas_stay_in_float_where_digits_would_cost_too_much(inputs, p, reason):
-    layer, _ = source(4, 32, inputs, (BlockDelta(Stored.of(torch.zeros(3, inputs // p)), p, 2),))
+    layer, _ = source(4, 32, inputs, (BlockDelta(TensorRef.of(torch.zeros(3, inputs // p)), p, 2),))
     assert (layout_for(layer) is None) == (p != 16), reason
 
 
@@ -136,8 +140,8 @@ def test_8_bit_activations_write_the_delta_as_digits_and_say_so(tmp_path):
 def test_a_delta_larger_than_two_steps_of_the_codes_stays_in_float():
     steps = torch.rand(6, 18).half()
     for size, expected in ((1.9, True), (2.1, False)):
-        layer, _ = source(4, 32, 576, (BlockDelta(Stored.of(torch.full((3, 18), size)), 32, 2),))
-        layer = replace(layer, base=replace(layer.base, scales=Stored.of(torch.ones_like(steps))))
+        layer, _ = source(4, 32, 576, (BlockDelta(TensorRef.of(torch.full((3, 18), size)), 32, 2),))
+        layer = replace(layer, base=replace(layer.base, scales=TensorRef.of(torch.ones_like(steps))))
         assert (layout_for(layer) is not None) == expected
 
 
@@ -230,8 +234,8 @@ def fractional(symmetric, bits=4, rows=6, groups=18, p=32, e=2):
     scales, zeros = (torch.rand(rows, groups, generator=generator) for _ in range(2))
     zeros = zeros * (4 + (1 << bits)) - 2  # beyond the codes, too
     delta = torch.randn(rows // e, groups * 32 // p, generator=generator)
-    base = GroupBase(bits, 32, Stored.of(pack(codes, bits)), Stored.of(scales), Stored.of(zeros))
-    layer = LinearSource("layer", groups * 32, rows, base, None, (BlockDelta(Stored.of(delta), p, e),))
+    base = GroupBase(bits, 32, TensorRef.of(pack(codes, bits)), TensorRef.of(scales), TensorRef.of(zeros))
+    layer = LinearSource("layer", groups * 32, rows, base, None, (BlockDelta(TensorRef.of(delta), p, e),))
     weight = dequantize(codes, scales, zeros, 32) + delta.repeat_interleave(p, 1).repeat_interleave(e, 0)
     return codes, weight, with_whole_zeros(layer, symmetric)
 

@@ -326,7 +326,7 @@ def test_a_second_way_to_run_that_is_wrong_is_dropped_whatever_the_tolerance(tmp
 
 def test_a_graph_that_is_let_through_as_it_is_keeps_its_second_way_to_run(tmp_path, monkeypatch):
     far = merged_llama(seed=1)  # what every graph is held against here
-    monkeypatch.setattr("qbl_trl.onnx.export.float32_reference", lambda model: far)
+    monkeypatch.setattr("qbl_trl.onnx.making.float32_reference", lambda model: far)
     report = export_onnx(merged_llama(), tmp_path / "out", tolerance=None)
     assert report.parity.max_abs_difference > 0.01
     assert (tmp_path / "out" / "model_genai.onnx").exists()

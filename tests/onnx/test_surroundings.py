@@ -349,7 +349,7 @@ def test_a_tokenizer_that_nobody_asked_for_costs_a_warning(tmp_path, monkeypatch
 
 
 def test_generation_settings_that_cannot_be_saved_are_refused_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("qbl_trl.onnx.export.Gate.on_noise", lambda *args: pytest.fail("it worked"))
+    monkeypatch.setattr("qbl_trl.onnx.making.Gate.on_noise", lambda *args: pytest.fail("it worked"))
     model = merged_llama()
     model.generation_config.pad_token_id = -1
     with pytest.raises(ConfigError, match="pad_token_id"):

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, export_onnx, merge, verify
 from qbl_trl.errors import ExportError
 from qbl_trl.generation import BEFORE_5
-from qbl_trl.onnx import export
+from qbl_trl.onnx import making
 from qbl_trl.onnx.companions import causal_lm
 from qbl_trl.onnx.reference import float32_reference
 from qbl_trl.onnx.tables import Tables, head_inputs, packed_tables, with_tables
@@ -116,7 +116,7 @@ def test_a_folder_that_is_read_twice_is_packed_once(tmp_path, monkeypatch):
     merge(adapted).save_pretrained(tmp_path / "merged")
     options = {"embedding_bits": 8, "accuracy_level": 4}  # writes two graphs, and reads the folder for each
     packed = []
-    monkeypatch.setattr(export, "packed_tables", lambda *args: packed.append(packed_tables(*args)) or packed[-1])
+    monkeypatch.setattr(making, "packed_tables", lambda *args: packed.append(packed_tables(*args)) or packed[-1])
     report = export_onnx(tmp_path / "merged", tmp_path / "onnx", **options)
     assert len(packed) == 1
     assert report.parity.max_abs_difference < FP32

@@ -37,8 +37,17 @@ def random_affine(rows: int, columns: int, bits: int, seed: int, *, zeros="integ
     return Affine(codes, scales, points)
 
 
-def word_matrix(values: Tensor, bits: int, order=None) -> Tensor:
-    """(R, C) integers -> (R, C bits / 32) int32, each word filled field by field along a row."""
+def word_matrix(values: Tensor, bits: int, order=None, *, whole=False) -> Tensor:
+    """(R, C) integers -> (R, C bits / 32) int32, each word filled field by field along a row.
+
+    Args:
+        whole: of bits that do not fill a word, leave the rest of it empty; else a row is one long number.
+    """
+    if 32 % bits and not whole:
+        numbers = [sum(value << (bits * index) for index, value in enumerate(row)) for row in values.tolist()]
+        count = -(-values.shape[1] * bits // 32)
+        words = [[number >> (32 * index) & 0xFFFFFFFF for index in range(count)] for number in numbers]
+        return torch.tensor(words).to(torch.int32)
     per_word = 32 // bits
     order = order or range(per_word)
     rows = []
@@ -56,8 +65,8 @@ def word_matrix(values: Tensor, bits: int, order=None) -> Tensor:
 
 def gptq_tensors(affine: Affine, bits: int, *, v1: bool = True, act_order=False, group=GROUP) -> dict[str, Tensor]:
     codes, scales, zeros = affine
-    words = word_matrix(zeros.T, bits)
-    if v1:  # the library subtracts one from every field by subtracting this word, borrows included
+    words = word_matrix((zeros.T + 7) % 8 if v1 and bits == 3 else zeros.T, bits)
+    if v1 and bits != 3:  # the library subtracts one from every field by subtracting this word, borrows included
         words = words - sum(1 << shift for shift in range(0, 32, bits))
     index = torch.arange(codes.shape[1]) // group
     return {
@@ -81,14 +90,16 @@ def awq_tensors(affine: Affine, version: str = "gemm") -> dict[str, Tensor]:
     return {"qweight": word_matrix(codes, 4), "qzeros": word_matrix(zeros, 4), "scales": padded}
 
 
-def compressed_tensors(affine: Affine, bits: int, *, symmetric: bool) -> dict[str, Tensor]:
+def compressed_tensors(affine: Affine, bits: int, *, symmetric: bool, whole=False) -> dict[str, Tensor]:
     codes, scales, zeros = affine
     tensors = {
-        "weight_packed": word_matrix(codes, bits),
+        "weight_packed": word_matrix(codes, bits, whole=whole),
         "weight_scale": scales,
         "weight_shape": torch.tensor(codes.shape),
     }
-    return tensors if symmetric else tensors | {"weight_zero_point": word_matrix(zeros.T, bits).T.contiguous()}
+    if symmetric:
+        return tensors
+    return tensors | {"weight_zero_point": word_matrix(zeros.T, bits, whole=whole).T.contiguous()}
 
 
 def signed_zeros(affine: Affine) -> dict[str, Tensor]:
@@ -101,15 +112,17 @@ def signed_zeros(affine: Affine) -> dict[str, Tensor]:
 def hqq_tensors(affine: Affine, bits: int, axis: int = 1) -> dict[str, Tensor]:
     codes, scales, zeros = affine
     rows = codes.reshape(-1, GROUP).tolist()
-    per_byte, step = 8 // bits, len(rows) * bits // 8
+    lanes, kind, name = (10, torch.int32, "3bit_32") if bits == 3 else (8 // bits, torch.uint8, f"{bits}bit_u8")
+    rows += [[0] * GROUP] * (-len(rows) % lanes)
+    step = len(rows) // lanes
     packed = [
-        [sum(rows[lane * step + r][c] << (8 - bits * (lane + 1)) for lane in range(per_byte)) for c in range(GROUP)]
+        [sum(rows[lane * step + r][c] << (bits * (lanes - lane - 1)) for lane in range(lanes)) for c in range(GROUP)]
         for r in range(step)
     ]
-    text = torch.tensor(list(f"{bits}bit_u8".encode()), dtype=torch.uint8)
+    text = torch.tensor(list(name.encode()), dtype=torch.uint8)
     numbers = {"nbits": bits, "group_size": GROUP, "axis": axis, "quant_scale": 0, "quant_zero": 0}
     return {
-        "W_q": torch.tensor(packed, dtype=torch.uint8),
+        "W_q": torch.tensor(packed, dtype=kind),
         "scale": scales.reshape(-1, 1),
         "zero": zeros.reshape(-1, 1),
         "shape": torch.tensor(codes.shape),

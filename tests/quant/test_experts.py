@@ -16,7 +16,7 @@ from qbl_trl.generation import BEFORE_5
 from qbl_trl.quant.experts import Experts
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.quant.stacks import set_apart, together_
+from qbl_trl.quant.stacks import stack_again_, unstack_
 from qbl_trl.quant.targets import routers
 from tests.tiny import SIZES, logits, tokens
 
@@ -92,9 +92,9 @@ def modules_of(model, kind):
 def test_separated_experts_compute_what_stacked_ones_compute(name):
     model = mixture(name)
     expected = logits(model, tokens())
-    assert set_apart(model)
+    assert unstack_(model)
     torch.testing.assert_close(logits(model, tokens()), expected, rtol=0, atol=1e-6)  # sums in another order
-    together_(model)
+    stack_again_(model)
     assert not modules_of(model, Experts)
     assert torch.equal(logits(model, tokens()), expected)
 

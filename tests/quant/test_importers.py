@@ -117,6 +117,56 @@ def test_codes_scales_and_zero_points_come_over_bit_for_bit(
     assert (tmp_path / "out" / "tokenizer_config.json").is_file()
 
 
+def compressed_weights(bits, symmetric):
+    weights = {"num_bits": bits, "symmetric": symmetric, "strategy": "group", "group_size": 32, "type": "int"}
+    return COMPRESSED | {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+
+
+def odd(name, tensors, quantization, bits, zeros="integer", **more):
+    return pytest.param(partial(tensors, bits=bits, **more), quantization, bits, zeros, id=name)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "quantization", "bits", "zeros"),
+    [
+        odd("gptq-v1", foreign.gptq_tensors, GPTQ | {"bits": 3}, 3),
+        odd("gptq-v2", foreign.gptq_tensors, GPTQ | {"bits": 3, "checkpoint_format": "gptq_v2"}, 3, v1=False),
+        odd("gptq-sym", foreign.gptq_tensors, GPTQ | {"bits": 3, "sym": True}, 3, "half"),
+        odd("hqq-1bit", foreign.hqq_tensors, HQQ, 1, "float"),
+        odd("hqq-3bit", foreign.hqq_tensors, HQQ, 3, "float"),
+        *[
+            odd(
+                f"compressed-{bits}bit{'-sym' * symmetric}{'-older' * whole}",
+                foreign.compressed_tensors,
+                told,
+                bits,
+                "half" if symmetric else "integer",
+                symmetric=symmetric,
+                whole=whole,
+            )
+            for bits in (3, 5, 6, 7)
+            for symmetric in (False, True)
+            for whole in (False, True)
+            for told in [compressed_weights(bits, symmetric)]
+        ],
+    ],
+)
+def test_codes_of_other_bits_get_the_next_wider_place(tmp_path, tensors, quantization, bits, zeros):
+    reference, written = foreign.write_folder(tmp_path / "in", tensors, quantization, affines(bits, zeros=zeros))
+    stored = {1: 2, 3: 4}.get(bits, 8)
+    moved = (1 << (stored - 1)) - (1 << (bits - 1)) if zeros == "half" else 0  # to the middle, which is not stored
+    assert describe_checkpoint(tmp_path / "in")["bits"] == stored
+    convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name, (codes, scales, points) in written.items():
+        layer = model.get_submodule(name)
+        assert torch.equal(layer.affine().codes, codes + moved)
+        assert torch.equal(layer.affine().zeros, points + moved)
+        assert torch.equal(layer.scales, scales)
+        assert (layer.zeros is None) == (zeros == "half")
+    torch.testing.assert_close(logits(model, tokens()), logits(reference, tokens()), rtol=0, atol=1e-5)  # float32 sums
+
+
 def test_settings_that_stand_with_the_text_model_are_read(tmp_path):
     affine = write_layer(tmp_path / "in", 64, 32, GPTQ)
     settings = json.loads((tmp_path / "in" / "config.json").read_text())

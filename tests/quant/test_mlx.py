@@ -1,6 +1,7 @@
 """MLX checkpoints: weights are s q + b there, embeddings too."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -28,38 +29,40 @@ def mlx_tensors(affine, bits=4):
     return {"weight": foreign.word_matrix(codes, bits).view(torch.uint32), "scales": scales, "biases": biases}
 
 
-def values(tensors, name):
+def values(tensors, name, affine):
     """What MLX computes with, in float32."""
-    codes = tensors[f"{name}.weight"].view(torch.int32).unsqueeze(-1) >> torch.arange(0, 32, 4) & 15
     scales, biases = (tensors[f"{name}.{part}"].float()[..., None] for part in ("scales", "biases"))
-    return (codes.flatten(1).unflatten(1, (-1, 32)) * scales + biases).flatten(1)
+    return (affine.codes.float().unflatten(1, (-1, 32)) * scales + biases).flatten(1)
 
 
-def write(folder, tied=False, **settings):
+def write(folder, tied=False, bits=4, **settings):
     """A folder, the float model that it stands for, and the names of its layers."""
-    reference, written = foreign.write_folder(folder, mlx_tensors, {}, affines())
+    reference, written = foreign.write_folder(folder, partial(mlx_tensors, bits=bits), {}, affines(bits))
     file, tensors = folder / "model.safetensors", load_file(folder / "model.safetensors")
     tables = ["model.embed_tokens"] if tied else ["model.embed_tokens", "lm_head"]
     shape = tensors["model.embed_tokens.weight"].shape
+    held = dict(written)
     for seed, name in enumerate(tables, 50):
-        packed = mlx_tensors(random_affine(*shape, 4, seed))
-        tensors |= {f"{name}.{part}": value for part, value in packed.items()}
+        held[name] = random_affine(*shape, bits, seed)
+        tensors |= {f"{name}.{part}": value for part, value in mlx_tensors(held[name], bits).items()}
     if tied:
         tensors.pop("lm_head.weight", None)
     save_file(tensors, file, metadata={"format": "mlx"})
-    told = SETTINGS | settings
+    told = SETTINGS | {"bits": bits} | settings
     config = json.loads((folder / "config.json").read_text()) | {"quantization": told, "quantization_config": told}
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}))
     for name in written:
-        reference.get_submodule(name).weight.data = values(tensors, name)
-    reference.model.embed_tokens.weight.data = values(tensors, tables[0])
-    reference.lm_head.weight = torch.nn.Parameter(values(tensors, tables[-1]))
+        reference.get_submodule(name).weight.data = values(tensors, name, held[name])
+    reference.model.embed_tokens.weight.data = values(tensors, tables[0], held[tables[0]])
+    reference.lm_head.weight = torch.nn.Parameter(values(tensors, tables[-1], held[tables[-1]]))
     return reference, written, tensors
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_codes_and_scales_come_over_and_weights_are_those_of_mlx(tmp_path, tied):
-    reference, written, tensors = write(tmp_path / "in", tied)
+@pytest.mark.parametrize(
+    ("tied", "bits"), [(False, 4), (True, 4), (False, 2), (False, 3), (True, 5), (True, 6), (False, 8)]
+)
+def test_codes_and_scales_come_over_and_weights_are_those_of_mlx(tmp_path, tied, bits):
+    reference, written, tensors = write(tmp_path / "in", tied, bits)
     convert_checkpoint(tmp_path / "in", tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert not hasattr(model.config, "quantization")
@@ -69,13 +72,15 @@ def test_codes_and_scales_come_over_and_weights_are_those_of_mlx(tmp_path, tied)
         assert torch.equal(layer.affine().codes, affine.codes)
         assert torch.equal(layer.scales, tensors[f"{name}.scales"])
         # -b / s in float32, times s
-        torch.testing.assert_close(layer.dequantize(), values(tensors, name), rtol=0, atol=1e-6)
-    torch.testing.assert_close(logits(model, tokens()), logits(reference, tokens()), rtol=0, atol=1e-5)  # float32 sums
+        torch.testing.assert_close(layer.dequantize(), values(tensors, name, affine), rtol=0, atol=1e-6)
+    expected = logits(reference, tokens())
+    scale = max(1.0, float(expected.abs().max()))  # steps are as wide with more bits: weights grow
+    torch.testing.assert_close(logits(model, tokens()), expected, rtol=0, atol=1e-5 * scale)  # float32 sums
 
 
 def test_settings_of_one_layer_count(tmp_path):
-    write(tmp_path / "in", **{"model.layers.0.mlp.up_proj": {"group_size": 32, "bits": 6}})
-    with pytest.raises(CheckpointError, match=r"up_proj has 6-bit codes; this package stores 2, 4 or 8 bits"):
+    write(tmp_path / "in", **{"model.layers.0.mlp.up_proj": {"group_size": 32, "bits": 9}})
+    with pytest.raises(CheckpointError, match=r"up_proj has 9-bit codes; this package stores up to 8 bits"):
         describe_checkpoint(tmp_path / "in")
 
 
@@ -104,15 +109,15 @@ def stack_experts(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "mlx"})
 
 
-@pytest.mark.parametrize("bits", [4, 6])
+@pytest.mark.parametrize("bits", [4, 9])
 def test_experts_of_one_tensor_become_layers_with_its_settings(tmp_path, bits):
     written = write_mixture(tmp_path / "in", "qwen3_moe", MIXTURE, lambda name: name, mlx_tensors, SETTINGS)
     stack_experts(tmp_path / "in")
     config = json.loads((tmp_path / "in" / "config.json").read_text())
     own = {"model.layers.0.mlp.switch_mlp.up_proj": {"group_size": 32, "bits": bits}}
     (tmp_path / "in" / "config.json").write_text(json.dumps(config | {"quantization": SETTINGS | own}))
-    if bits == 6:
-        with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.experts\.0\.up_proj has 6-bit codes"):
+    if bits == 9:
+        with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.experts\.0\.up_proj has 9-bit codes"):
             describe_checkpoint(tmp_path / "in")
         return
     tensors = load_file(tmp_path / "in" / "model.safetensors")
@@ -124,8 +129,9 @@ def test_experts_of_one_tensor_become_layers_with_its_settings(tmp_path, bits):
         assert torch.equal(layers[name].scales.abs(), affine.scales)
     stacked = "model.layers.1.mlp.switch_mlp.down_proj"
     third = {f"layer.{part}": tensors[f"{stacked}.{part}"][3] for part in ("weight", "scales", "biases")}
-    layer = layers["model.layers.1.mlp.experts.3.down_proj"]
-    torch.testing.assert_close(layer.dequantize(), values(third, "layer"), rtol=0, atol=1e-6)
+    name = "model.layers.1.mlp.experts.3.down_proj"
+    expected = values(third, "layer", written[name])
+    torch.testing.assert_close(layers[name].dequantize(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.skipif(BEFORE_5, reason="transformers 4.57 has no Metal")

@@ -18,7 +18,7 @@ from qbl_trl.quant.experts import Experts
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.importers.places import check_places
 from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.quant.stacks import set_apart
+from qbl_trl.quant.stacks import unstack_
 from tests.quant.test_experts import mixture, modules_of
 from tests.tiny import logits, tokens
 
@@ -35,7 +35,7 @@ def pair(name):
     """A float model as transformers has it, and the same with its experts apart."""
     stacked = mixture(name)
     apart = copy.deepcopy(stacked)
-    set_apart(apart)
+    unstack_(apart)
     assert modules_of(apart, Experts)
     return stacked, apart
 

@@ -10,9 +10,10 @@ from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import ConfigError, FoldError, PackageError
 from qbl_trl.quant.affine import dequantize
 from qbl_trl.quant.algorithms import quantize
+from qbl_trl.quant.float_offsets import folded
 from qbl_trl.quant.importers import convert_checkpoint, read_layers
 from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.quant.writers import check_request, folded, write_checkpoint
+from qbl_trl.quant.writers import check_request, write_checkpoint
 from tests.quant import foreign
 from tests.quant.foreign_gguf import write_gguf
 from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens

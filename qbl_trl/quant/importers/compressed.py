@@ -8,6 +8,8 @@
 | weight_shape | (2,) int64 | N, K |
 | weight_g_idx | (K,) int32 | only with actorder="group": refused unless trivial |
 
+Codes of 3, 5, 6 and 7 bits go on from word to word; older files held whole ones alone in a word, 32 // bits of them.
+
 Source: compressed-tensors, compressors/pack_quantized.
 """
 
@@ -73,11 +75,11 @@ class CompressedReader(FolderReader):
     def geometry(self, name: str) -> tuple[int, int, int, int]:
         out_features, in_features = self.part(name, "weight_shape").tolist()
         words = self.shards.shape(f"{name}.weight_packed")[1]
-        fitting = [bits for bits in ALLOWED_BITS if -(-in_features * bits // 32) == words]
-        bits = (fitting or [words * 32 // in_features])[0]
-        stated = self.own(name).get("num_bits", bits)
-        if stated not in ALLOWED_BITS:  # older files pad 7-bit codes to words, as many as 8-bit codes take
-            bits = stated
+        fitting = [bits for bits in range(1, 9) if words in (_dense(in_features, bits), _whole(in_features, bits))]
+        stated, usual = self.own(name).get("num_bits"), [bits for bits in fitting if bits in ALLOWED_BITS]
+        if stated not in fitting and not usual:
+            raise self.misshapen(name, "" if stated is None else f" (num_bits={stated})")
+        bits = stated if stated in fitting else usual[0]
         return bits, out_features, in_features, self.shards.shape(f"{name}.weight_scale")[1]
 
     def own(self, name: str) -> dict[str, Any]:
@@ -99,7 +101,9 @@ class CompressedReader(FolderReader):
     def read_layer(self, name: str) -> GroupQuantLinear:
         bits, own_size, size = self.sizes(name)
         rows, columns = self.part(name, "weight_shape").tolist()
-        codes = split_words(self.part(name, "weight_packed"), bits, 1)[:, :columns]
+        packed = self.part(name, "weight_packed")
+        whole = packed.shape[1] != _dense(columns, bits)
+        codes = split_words(packed, bits, 1, whole=whole)[:, :columns]
         scales = self.part(name, "weight_scale")
         if f"{name}.weight_g_idx" in self.shards:
             index = self.part(name, "weight_g_idx").long()
@@ -116,7 +120,7 @@ class CompressedReader(FolderReader):
             if zeros.dtype == torch.int8:  # before 0.9.4: signed, a byte each
                 zeros = (zeros.short() + (1 << (bits - 1))).to(torch.uint8)
             else:
-                zeros = split_words(zeros, bits, 0)[:rows]
+                zeros = split_words(zeros, bits, 0, whole=whole)[:rows]
         affine = Affine(codes, scales, zeros)
         return build(affine, bits=bits, own_size=own_size, group_size=size, symmetric=symmetric, bias=self.bias(name))
 
@@ -132,3 +136,13 @@ def _is_group(stated: Any) -> bool:
         return False
     targets = stated.get("targets") or ()
     return isinstance(targets, list | tuple) and all(isinstance(target, str) for target in targets)
+
+
+def _dense(count: int, bits: int) -> int:
+    """Words of so many codes that go on from word to word."""
+    return -(-count * bits // 32)
+
+
+def _whole(count: int, bits: int) -> int:
+    """Words of so many codes, each in one word."""
+    return -(-count // (32 // bits))

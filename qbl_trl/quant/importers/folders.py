@@ -19,7 +19,7 @@ from qbl_trl.allowed import ALLOWED_BITS
 from qbl_trl.config import LayerFormat
 from qbl_trl.errors import CheckpointError, ConfigError
 from qbl_trl.json_files import read_json
-from qbl_trl.quant.importers.reader import Reader, dtype_name, stored_group_size
+from qbl_trl.quant.importers.reader import Reader, dtype_name, stored_bits, stored_group_size
 from qbl_trl.quant.importers.shards import Shards
 from qbl_trl.quant.linear import GroupQuantLinear
 
@@ -50,6 +50,7 @@ class FolderReader(Reader):
         self._formats: dict[str, LayerFormat] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
         self._own_sizes: dict[str, int] = {}
+        self._own_bits: dict[str, int] = {}
         self._unpacked: set[str] = set()
         self.check()
         self._check_group_size()
@@ -153,9 +154,8 @@ class FolderReader(Reader):
         return self.part(name, "bias") if f"{name}.bias" in self.shards else None
 
     def sizes(self, name: str) -> tuple[int, int, int]:
-        """bits, the file's group size and the stored one."""
-        stored = self._formats[name]
-        return stored.bits, self._own_sizes[name], stored.group_size
+        """The file's bits, its group size and the stored one."""
+        return self._own_bits[name], self._own_sizes[name], self._formats[name].group_size
 
     def misshapen(self, name: str, why: str = "") -> CheckpointError:
         """The error for a layer whose tensors do not fit each other."""
@@ -203,15 +203,17 @@ class FolderReader(Reader):
             raise
         except (ValueError, IndexError, ZeroDivisionError):
             raise self.misshapen(name) from None
-        if bits not in ALLOWED_BITS:
+        if bits not in range(1, max(ALLOWED_BITS) + 1):
             raise CheckpointError(
-                f"{self.folder}: {name} has {bits}-bit codes; this package stores 2, 4 or 8 bits. {CODES_ARE_KEPT}"
+                f"{self.folder}: {name} has {bits}-bit codes; this package stores up to {max(ALLOWED_BITS)} bits. "
+                f"{CODES_ARE_KEPT}"
             )
+        self._own_bits[name] = bits
         where = f"{self.folder}: {name}"
         self._shapes[name] = (out_features, in_features)
         self._own_sizes[name], size = stored_group_size(where, in_features, groups, self.group_size_of(name))
         scale_dtype = dtype_name(f"{where}.{self.scales}", self.shards.dtype(f"{name}.{self.scales}"))
-        return LayerFormat(bits, size, self.zeros_kind(name), scale_dtype)
+        return LayerFormat(stored_bits(bits), size, self.zeros_kind(name), scale_dtype)
 
 
 def refuse_activations(folder: Path, quantized: bool) -> None:

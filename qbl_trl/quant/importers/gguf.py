@@ -29,7 +29,7 @@ from qbl_trl.quant.importers.gguf_config import FACTORS, mixture_settings, porta
 from qbl_trl.quant.importers.gguf_experts import Place, mixture_of, places_of, refuse_stacks, slice_of
 from qbl_trl.quant.importers.reader import Reader
 from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.quant.stacks import set_apart
+from qbl_trl.quant.stacks import unstack_
 from qbl_trl.quant.stored import with_dtype
 from qbl_trl.quant.targets import routers
 
@@ -57,7 +57,7 @@ class GGUFReader(Reader):
         kind = hf_gguf.TENSOR_PROCESSORS.get(self.architecture, hf_gguf.TensorProcessor)
         self._processor = kind(config=self._config)
         model = self._skeleton()
-        set_apart(model)
+        unstack_(model)
         self._model_config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         layers = {self._in_files(name): shape for name, shape in _linear_layers(model).items()}
         self._experts = places_of(path, self._mixture, layers, self._tensors) if self._mixture else dict[str, Place]()

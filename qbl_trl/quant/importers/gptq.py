@@ -8,8 +8,8 @@
 | g_idx | (K,) int32 | group of each input; k // group_size unless "act order" permuted the inputs |
 
 Version 1 subtracted one from every packed word, borrows and all; adding the same word back with wrap-around restores
-each zero point. Groups permuted by act order are not contiguous along K, so no group-wise kernel or fold applies:
-such a file is refused.
+each zero point. Those of 3 bits, which go on from word to word, it lowered one by one. Groups permuted by act order are
+not contiguous along K, so no group-wise kernel or fold applies: such a file is refused.
 
 Source: GPTQModel, gptqmodel/utils/model.py (convert_gptq_v1_to_v2_format), its TorchLinear, and dynamic_get.
 """
@@ -58,6 +58,11 @@ class GPTQReader(FolderReader):
     def geometry(self, name: str) -> tuple[int, int, int, int]:
         groups, out_features = self.shards.shape(f"{name}.scales")
         bits = self.shards.shape(f"{name}.qzeros")[1] * 32 // out_features
+        if bits in (5, 6, 7):
+            raise CheckpointError(
+                f"{self.folder}: {name} has {bits}-bit codes, which GPTQModel spreads over planes of bits; those of 2, "
+                f"3, 4 and 8 are read. {CODES_ARE_KEPT}"
+            )
         return bits, out_features, self.shards.shape(f"{name}.qweight")[0] * 32 // max(bits, 1), groups
 
     def zeros_kind(self, name: str) -> str:
@@ -69,11 +74,13 @@ class GPTQReader(FolderReader):
         bits, own_size, size = self.sizes(name)
         codes = split_words(self.part(name, "qweight"), bits, 0).T
         self._check_order(name, codes.shape[1], own_size)
-        words = self.part(name, "qzeros")
-        if self._layout() == "gptq":
+        words, less_one = self.part(name, "qzeros"), self._layout() == "gptq"
+        if less_one and 32 % bits == 0:
             words = words + _ones_word(bits)
         scales = self.part(name, "scales").T
         zeros = split_words(words, bits, 1).T[: codes.shape[0]]
+        if less_one and 32 % bits:  # every one by itself
+            zeros = (zeros + 1) & ((1 << bits) - 1)
         symmetric = self._symmetric(name)
         if symmetric and not bool((zeros == 1 << (bits - 1)).all()):
             if self._differs(name):

@@ -3,6 +3,7 @@
 | tensor | shape | content |
 | --- | --- | --- |
 | W_q | (N G bits / 8, group_size) uint8 | one group per row; the first rows sit in the highest bits of a byte |
+| W_q of 3 bits | (ceil(N G / 10), group_size) int32 | the same with 10 rows to a word |
 | scale, zero | (N G, 1) float | w = (q - zero) scale |
 | nbits, shape, axis, packing, ... | scalars, byte strings | the layer's own settings |
 
@@ -23,6 +24,7 @@ from qbl_trl.quant.importers.folders import CODES_ARE_KEPT, FolderReader
 from qbl_trl.quant.importers.reader import build, dtype_name
 from qbl_trl.quant.linear import GroupQuantLinear
 
+PACKINGS = {"1bit_u8": 1, "2bit_u8": 2, "3bit_32": 3, "4bit_u8": 4, "8bit_u8": 8}  # codes of 5 and 6 bits: the last
 _SETTINGS = (
     *("nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale"),
     *("quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise"),
@@ -54,11 +56,12 @@ class HQQReader(FolderReader):
             raise CheckpointError(f"{where}: HQQ with axis=0 groups along the outputs. {CODES_ARE_KEPT}, or use axis=1")
         if self._setting(name, "quant_scale") or self._setting(name, "quant_zero"):
             raise CheckpointError(f"{where}: its scales or zeros are quantized themselves. {CODES_ARE_KEPT}")
-        bits, packing = self._setting(name, "nbits"), self._text(name, "packing")
-        if packing != f"{bits}bit_u8":
+        packing = self._text(name, "packing")
+        if packing not in PACKINGS:
             raise CheckpointError(
-                f"{where}: HQQ packing {packing!r} is not read; allowed: 2bit_u8, 4bit_u8, 8bit_u8. {CODES_ARE_KEPT}"
+                f"{where}: HQQ packing {packing!r} is not read; allowed: {', '.join(PACKINGS)}. {CODES_ARE_KEPT}"
             )
+        bits = PACKINGS[packing]
         rows, columns = self.part(name, "shape").tolist()
         size = self.group_size_of(name)
         if size > 0 and columns % size:
@@ -68,7 +71,9 @@ class HQQReader(FolderReader):
         packed = self.shards.dtype(f"{name}.W_q")
         shape, item = self.shards.shape(f"{name}.W_q"), packed.itemsize if packed is not None else 0
         wide = size if size > 0 else columns
-        if math.prod(shape) * item * 8 != rows * columns * bits or shape[-1] * item != wide:
+        per_word, width = _words(bits)
+        lines = -(-rows * columns // wide // per_word)  # those of 3 bits are filled up
+        if math.prod(shape) * item != lines * wide * width.itemsize or shape[-1] * item != wide * width.itemsize:
             raise self.misshapen(name)
         return bits, rows, columns, self.shards.shape(f"{name}.scale")[0] // rows
 
@@ -80,7 +85,7 @@ class HQQReader(FolderReader):
         rows, columns = self.part(name, "shape").tolist()
         packed = self.part(name, "W_q")
         if packed.is_floating_point():  # view_as_float: the same bytes under a float dtype
-            packed = packed.view(torch.uint8)
+            packed = packed.view(_words(bits)[1])
         codes = _split_rows(packed, bits)[: rows * columns // own_size].reshape(rows, columns)
         scales, zeros = (self.part(name, part).reshape(rows, -1) for part in ("scale", "zero"))
         affine = Affine(codes, scales, zeros)
@@ -96,6 +101,11 @@ class HQQReader(FolderReader):
 
 
 def _split_rows(packed: Tensor, bits: int) -> Tensor:
-    """(R, C) bytes -> (R * 8 / bits, C) codes; the first R rows sit in the highest bits."""
-    mask = (1 << bits) - 1
-    return torch.cat([(packed >> shift) & mask for shift in range(8 - bits, -1, -bits)])
+    """(R, C) words -> (R * codes in a word, C) codes; the first R rows sit in the highest bits."""
+    mask, highest = (1 << bits) - 1, bits * (_words(bits)[0] - 1)
+    return torch.cat([((packed >> shift) & mask).to(torch.uint8) for shift in range(highest, -1, -bits)])
+
+
+def _words(bits: int) -> tuple[int, torch.dtype]:
+    """How many codes are in a word, and what holds it."""
+    return (10, torch.int32) if bits == 3 else (8 // bits, torch.uint8)

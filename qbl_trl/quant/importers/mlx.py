@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import Affine
-from qbl_trl.quant.checkpoint import Stored
+from qbl_trl.quant.checkpoint import Declared
 from qbl_trl.quant.importers.folders import CODES_ARE_KEPT, FolderReader
 from qbl_trl.quant.importers.reader import build, split_words
 from qbl_trl.quant.importers.shards import Shards
@@ -111,7 +111,7 @@ class _ExpertsApart(Shards):
                 del self._stored[name]
                 for index in range(shape[0]):
                     own = name.replace(_STACKED, f".experts.{index}.")
-                    self._stored[own], self._slices[own] = Stored(file, dtype, shape[1:]), (name, index)
+                    self._stored[own], self._slices[own] = Declared(file, dtype, shape[1:]), (name, index)
 
     def _read(self, file: Any, name: str) -> Tensor:
         if name not in self._slices:

@@ -2,7 +2,7 @@
 
 | kind | read where |
 | --- | --- |
-| hqq | axis = 1 and 2, 4 or 8 bits |
+| hqq | axis = 1 |
 | gptq, awq | the kernel keeps the checkpoint's layout (GPTQModel's plain torch kernels do; many repack for speed) |
 | torchao, quanto | see `subclasses.py` |
 

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from qbl_trl.errors import CheckpointError
 from qbl_trl.older_names import restore_settings_
 from qbl_trl.quant.renaming import makes, names_in_model
-from qbl_trl.quant.stacks import set_apart, stacked_tensors
+from qbl_trl.quant.stacks import stacked_tensors, unstack_
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def _parts_of_experts(model: PreTrainedModel, packed: Shapes, others: Shapes) ->
     """
     if not any(".experts." in name for name in packed):
         return [], []
-    set_apart(model)
+    unstack_(model)
     around, state, places = dict(model.named_modules()), model.state_dict(), names_in_model(model, [*packed, *others])
     lost = [
         name

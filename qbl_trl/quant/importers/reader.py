@@ -1,16 +1,17 @@
 """What every importer offers, and the steps they share: words of codes, groups of any size, one layer.
 
 A reader never rounds: codes, scales and zeros come out as the file states them. Where the file's own groups have a
-size that we do not store (a whole row, 96, 512), they are split into equal smaller ones that repeat the scale.
+size that we do not store (a whole row, 96, 512), they are split into equal smaller ones that repeat the scale; codes
+of bits that we do not store (3, 5, 6, 7) are stored in the next more.
 """
 
 from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qbl_trl.allowed import ALLOWED_GROUP_SIZES
+from qbl_trl.allowed import ALLOWED_BITS, ALLOWED_GROUP_SIZES
 from qbl_trl.config import SCALE_DTYPES, LayerFormat
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import Affine, group_count
@@ -67,12 +68,28 @@ class Reader(ABC):
         """One of the other tensors."""
 
 
-def split_words(words: Tensor, bits: int, dim: int) -> Tensor:
-    """Codes packed little-endian into int32 words along one dimension: (.., W, ..) int32 -> (.., W * 32 / bits, ..)."""
+def split_words(words: Tensor, bits: int, dim: int, *, whole: bool = False) -> Tensor:
+    """Codes packed little-endian into int32 words along one dimension: (.., W, ..) int32 -> (.., W * 32 / bits, ..).
+
+    Args:
+        whole: a word holds whole codes only, 32 // bits of them. Else one that does not fit goes on in the next word.
+    """
     moved = words.movedim(dim, -1).contiguous()
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    codes = (moved.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return codes.flatten(-2).to(torch.uint8).movedim(-1, dim)
+    mask = (1 << bits) - 1
+    if whole:
+        codes = torch.stack([(moved >> shift) & mask for shift in range(0, 33 - bits, bits)], -1)
+        return codes.flatten(-2).to(torch.uint8).movedim(-1, dim)
+    count = moved.shape[-1] * 32 // bits
+    data = moved.view(torch.uint8)
+    data = nn.functional.pad(data, (0, -data.shape[-1] % bits)).unflatten(-1, (-1, bits))  # of 8 codes each
+    eight = (data.long() << torch.arange(0, 8 * bits, 8)).sum(-1)
+    codes = torch.stack([((eight >> shift) & mask).to(torch.uint8) for shift in range(0, 8 * bits, bits)], -1)
+    return codes.flatten(-2)[..., :count].movedim(-1, dim)
+
+
+def stored_bits(bits: int) -> int:
+    """The bits in which codes of so many are stored: as many, or the next more."""
+    return min(width for width in ALLOWED_BITS if width >= bits)
 
 
 def stored_group_size(name: str, in_features: int, groups: int, stated: int) -> tuple[int, int]:
@@ -120,14 +137,22 @@ def size_within_a_row(in_features: int) -> int:
 def build(
     affine: Affine, *, bits: int, own_size: int, group_size: int, symmetric: bool, bias: Tensor | None
 ) -> GroupQuantLinear:
-    """A layer from codes (N, K), scales and zeros (N, groups of own_size), regrouped to `group_size`."""
+    """A layer from codes (N, K), scales and zeros (N, groups of own_size), regrouped to `group_size`.
+
+    Codes of 3, 5, 6 and 7 bits get the next wider place; symmetric ones, whose zero points are not stored, move with
+    the middle of its range.
+    """
     codes, scales, zeros = affine
+    stored = stored_bits(bits)
+    if symmetric and stored != bits:
+        moved = (1 << (stored - 1)) - (1 << (bits - 1))
+        codes, zeros = codes + moved, zeros + moved
     if own_size != group_size:
         groups = group_count(codes.shape[1], group_size)
         index = torch.arange(groups) * group_size // own_size
         scales, zeros = scales[:, index], zeros[:, index]
     affine = Affine(codes.contiguous(), scales.contiguous(), zeros.contiguous())
-    return GroupQuantLinear.from_affine(affine, bits=bits, group_size=group_size, bias=bias, symmetric=symmetric)
+    return GroupQuantLinear.from_affine(affine, bits=stored, group_size=group_size, bias=bias, symmetric=symmetric)
 
 
 def dtype_name(name: str, dtype: torch.dtype | None) -> str:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qbl_trl.errors import CheckpointError
-from qbl_trl.quant.checkpoint import Stored, read_headers
+from qbl_trl.quant.checkpoint import Declared, read_headers
 
 
 class Shards:
@@ -58,7 +58,7 @@ class Shards:
         tensor: Tensor = file.get_tensor(name)
         return tensor
 
-    def _find(self, name: str) -> Stored:
+    def _find(self, name: str) -> Declared:
         if name not in self._stored:
             raise CheckpointError(f"{self.folder}: no tensor is called {name}; the checkpoint is incomplete")
         return self._stored[name]
@@ -73,7 +73,7 @@ class LoadedTensors(Shards):
 
     def __init__(self, source: Path, tensors: Mapping[str, Tensor]) -> None:
         self.folder, self._tensors = source, tensors
-        self._stored = {name: Stored(source, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        self._stored = {name: Declared(source, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
     def get(self, name: str) -> Tensor:
         """One tensor, on the CPU, not copied where it is there already."""

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qbl_trl.allowed import ALLOWED_BITS, ALLOWED_GROUP_SIZES
+from qbl_trl.allowed import ALLOWED_GROUP_SIZES
 from qbl_trl.errors import CheckpointError
 from qbl_trl.quant.affine import Affine
-from qbl_trl.quant.importers.reader import build, size_within_a_row
+from qbl_trl.quant.importers.reader import build, size_within_a_row, stored_bits
 from qbl_trl.quant.linear import GroupQuantLinear
 
 
@@ -63,7 +63,7 @@ def sizes(layer: nn.Module) -> Sizes | None:
     if not fitting and own != columns:
         return None
     stored = size_within_a_row(columns) if own == columns else max(fitting)
-    return Sizes(min(width for width in ALLOWED_BITS if width >= bits), own, stored)
+    return Sizes(stored_bits(bits), own, stored)
 
 
 def read_layer(layer: nn.Module) -> GroupQuantLinear:
