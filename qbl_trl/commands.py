@@ -160,7 +160,8 @@ def inspect(args: argparse.Namespace) -> None:
     weights = sum(layer.out_features * layer.in_features for layer in layers)
     size = sum(layer.bytes_per_weight * layer.out_features * layer.in_features for layer in layers)
     merged = sum(layer.delta is not None for layer in layers)
-    print(f"{len(layers)} layers, {weights / 1e6:.1f} M weights, {size / 1e6:.1f} MB, {merged} with a merged adapter")
+    adapted = f"a merged adapter in {merged} of them" if merged else "no merged adapter"
+    print(f"{len(layers)} layers, {weights / 1e6:.1f} M weights, {size / 1e6:.1f} MB; {adapted}")
     apart = sorted(float_parts(model).items(), key=lambda item: -item[1])
     if apart:
         held = sum(count for _, count in apart)

@@ -18,6 +18,7 @@ from trl import DPOConfig, DPOTrainer, ScriptArguments, TrlParser
 
 from qbl_trl import GroupQuantConfig, QBLoRACallback, QBLoRAConfig
 from qbl_trl.errors import one_line
+from qbl_trl.trl.resume import asked_for
 
 
 @dataclass
@@ -38,7 +39,7 @@ class DPOQBLoRAArguments:
 
 def make_parser() -> TrlParser:
     """Every flag of TRL's scripts and trainer, and those of DPOQBLoRAArguments."""
-    return TrlParser((ScriptArguments, DPOConfig, DPOQBLoRAArguments))
+    return TrlParser((ScriptArguments, DPOConfig, DPOQBLoRAArguments), description=__doc__.split("\n\n")[0])
 
 
 def main(script: ScriptArguments, training: DPOConfig, args: DPOQBLoRAArguments) -> None:
@@ -47,6 +48,7 @@ def main(script: ScriptArguments, training: DPOConfig, args: DPOQBLoRAArguments)
         raise SystemExit("--model_name_or_path and --dataset_name are needed (or --config with both)")
     callback = QBLoRACallback(merged_output_dir=Path(training.output_dir, "merged"), overwrite=args.overwrite)
     callback.check_outputs(training)
+    resume = asked_for(training)
     splits = [script.dataset_train_split] + [script.dataset_test_split] * (training.eval_strategy != "no")
     train, *test = (
         load_dataset(script.dataset_name, script.dataset_config, split=split, streaming=script.dataset_streaming)
@@ -72,8 +74,7 @@ def main(script: ScriptArguments, training: DPOConfig, args: DPOQBLoRAArguments)
         ),
         callbacks=[callback],
     )
-    resume = training.resume_from_checkpoint  # a folder, or true: the last checkpoint
-    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training.output_dir)
 
 

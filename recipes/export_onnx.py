@@ -1,6 +1,6 @@
 """Deploy a fine-tuned 4-bit model: write the ONNX folder, check it, and let it answer.
 
-    python recipes/export_onnx.py --model outputs/demo/merged --output outputs/demo/onnx --prompt "Hello"
+    python recipes/export_onnx.py --model outputs/reuters/merged --output outputs/reuters/onnx --prompt "Hello"
     python recipes/export_onnx.py --model outputs/adapter --output outputs/onnx --provider cuda --dtype float16
 
 `--model` is a merged model, or an adapter folder: its adapters then stay beside the 4-bit weights. The same folder runs

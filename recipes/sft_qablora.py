@@ -25,6 +25,7 @@ from trl import ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
 from qbl_trl import GroupQuantConfig, QBLoRACallback, QBLoRAConfig
 from qbl_trl.errors import one_line
+from qbl_trl.trl.resume import asked_for
 
 DEMO = "demo"
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
@@ -54,7 +55,7 @@ class QABLoRAArguments:
 
 def make_parser() -> TrlParser:
     """Every flag of TRL's scripts and trainer, and those of QABLoRAArguments."""
-    return TrlParser((ScriptArguments, SFTConfig, QABLoRAArguments))
+    return TrlParser((ScriptArguments, SFTConfig, QABLoRAArguments), description=__doc__.split("\n\n")[0])
 
 
 def with_default(arguments: list[str]) -> list[str]:
@@ -62,7 +63,7 @@ def with_default(arguments: list[str]) -> list[str]:
     chosen = ("--config", "--model_name_or_path", "--dataset_name")
     flags = [argument.partition("=")[0].replace("-", "_").replace("__", "--", 1) for argument in arguments]
     named = any(name.startswith(flag) for name in chosen for flag in flags if flag.startswith("--") and len(flag) > 4)
-    return arguments if named else ["--config", str(DEMO_CONFIG), *arguments]
+    return arguments if named or {"-h", "--help"} & {*arguments} else ["--config", str(DEMO_CONFIG), *arguments]
 
 
 def load_base(args: QABLoRAArguments, name: str, code: dict[str, bool]) -> Any:
@@ -111,6 +112,9 @@ def main(script: ScriptArguments, training: SFTConfig, args: QABLoRAArguments) -
         overwrite=args.overwrite,
     )
     callback.check_outputs(training)
+    resume = asked_for(training)
+    if not args.export_onnx and (output / "onnx").is_dir():
+        print(f"{output / 'onnx'} stays as it is: --export_onnx true writes it anew", file=sys.stderr)
 
     name, dataset = args.model_name_or_path, None
     splits = [script.dataset_train_split] + [script.dataset_test_split] * (training.eval_strategy != "no")
@@ -132,8 +136,7 @@ def main(script: ScriptArguments, training: SFTConfig, args: QABLoRAArguments) -
         processing_class=AutoTokenizer.from_pretrained(name, **code),
         callbacks=[callback],
     )
-    resume = training.resume_from_checkpoint  # a folder, or true: the last checkpoint
-    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training.output_dir)
 
 

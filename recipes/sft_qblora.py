@@ -18,6 +18,7 @@ from trl import ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
 from qbl_trl import QBLoRACallback, QBLoRAConfig
 from qbl_trl.errors import one_line
+from qbl_trl.trl.resume import asked_for
 
 
 @dataclass
@@ -39,7 +40,7 @@ class QBLoRAArguments:
 
 def make_parser() -> TrlParser:
     """Every flag of TRL's scripts and trainer, and those of QBLoRAArguments."""
-    return TrlParser((ScriptArguments, SFTConfig, QBLoRAArguments))
+    return TrlParser((ScriptArguments, SFTConfig, QBLoRAArguments), description=__doc__.split("\n\n")[0])
 
 
 def main(script: ScriptArguments, training: SFTConfig, args: QBLoRAArguments) -> None:
@@ -48,6 +49,7 @@ def main(script: ScriptArguments, training: SFTConfig, args: QBLoRAArguments) ->
         raise SystemExit("--model_name_or_path and --dataset_name are needed (or --config with both)")
     if not is_bitsandbytes_available():
         raise SystemExit('this recipe trains over bitsandbytes: pip install "qbl-trl[bnb]"')
+    resume = asked_for(training)
     adapter = QBLoRAConfig(
         r=args.r,
         lora_alpha=args.lora_alpha,
@@ -83,8 +85,7 @@ def main(script: ScriptArguments, training: SFTConfig, args: QBLoRAArguments) ->
         peft_config=adapter,
         callbacks=[QBLoRACallback()],
     )
-    resume = training.resume_from_checkpoint  # a folder, or true: the last checkpoint
-    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training.output_dir)
 
 

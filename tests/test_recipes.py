@@ -113,6 +113,36 @@ def test_without_a_gpu_a_recipe_names_the_flags_of_a_cpu(monkeypatch, tmp_path):
     assert "\n" not in said
 
 
+@pytest.mark.parametrize("recipe", ["sft_qablora", "dpo_qblora"])
+def test_a_checkpoint_that_is_not_there_is_one_line_before_anything_is_loaded(recipe, monkeypatch, tmp_path):
+    arguments = (*ON_CPU, *NOWHERE, "--output_dir", tmp_path / "run", "--resume_from_checkpoint")
+    said = launch(recipe, monkeypatch, *arguments, "true")
+    assert (
+        said == f"resume_from_checkpoint=true, and {tmp_path / 'run'} holds no checkpoint to go on from; leave it out "
+        "to begin anew"
+    )
+    assert "is no folder" in launch(recipe, monkeypatch, *arguments, tmp_path / "run" / "checkpoint-99")
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+    for there in ("true", tmp_path / "run" / "checkpoint-3", "false"):
+        assert "/no/where" in launch(recipe, monkeypatch, *arguments, there)
+
+
+def test_help_shows_defaults_of_the_flags_and_not_of_the_embedded_configuration(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sft_qablora.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(RECIPES / "sft_qablora.py"), run_name="__main__")
+    assert stop.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Fine-tune a 4-bit model with balanced adapters" in said
+    assert "as many parameters. (default: 8)" in said
+
+
+def test_a_graph_of_an_earlier_run_is_named(monkeypatch, tmp_path, capsys):
+    (tmp_path / "onnx").mkdir()
+    launch("sft_qablora", monkeypatch, *ON_CPU, *NOWHERE, "--output_dir", tmp_path)
+    assert f"{tmp_path / 'onnx'} stays as it is: --export_onnx true writes it anew" in capsys.readouterr().err
+
+
 def test_an_error_of_the_machine_is_no_thing_that_is_not_there():
     error = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OSError, match="No space"), one_line():

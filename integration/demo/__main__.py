@@ -26,18 +26,26 @@ from integration.demo.packages import DemoDataError
 from integration.demo.smollm2 import smollm2
 from integration.demo.stories import R8_LABELS, reuters_r8, sample, sft_rows
 from qbl_trl import GroupQuantConfig, export_onnx, verify
+from qbl_trl.errors import ConfigError
+from qbl_trl.folders import check_free
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "sft_qablora.py"
+SINGLE = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu")
 STORIES = 200
 DECODE_TOKENS = 64
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "demo")
+    parser.add_argument("--output", type=Path, help="a new or empty folder (default: outputs/demo, made anew)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="for torch and ONNX Runtime alike")
     args = parser.parse_args()
+    output = args.output or ROOT / "outputs" / "demo"
+    try:
+        check_free(output, overwrite=args.output is None)
+    except ConfigError as error:
+        raise SystemExit(f"demo: {error}") from error
     # torch and ONNX Runtime each start a pool; left alone, the two fight over the same cores.
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
@@ -45,11 +53,18 @@ def main() -> None:
         folder, (_, test) = smollm2(), reuters_r8()
     except DemoDataError as error:
         raise SystemExit(f"demo: {error}") from error
-    numbers = run(folder, sample(test, STORIES), args.output, args.threads)
-    (args.output / "demo.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    draw(numbers, args.output / "demo.png")
+    numbers = run(folder, sample(test, STORIES), output, args.threads)
+    (output / "demo.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    draw(numbers, output / "demo.png")
     print(table(numbers))
-    print(f"\n{args.output / 'demo.json'}\n{args.output / 'demo.png'}")
+    for name, what in (
+        ("demo.json", "these numbers"),
+        ("demo.png", "drawn"),
+        ("merged", "the 4-bit model for torch"),
+        ("onnx", "its graph"),
+    ):
+        print(f"{output / name}  {what}")
+    print(f"qbl-trl report {output}  makes a page about the training")
 
 
 def run(folder: Path, stories: list[dict[str, str]], output: Path, threads: int) -> dict[str, Any]:
@@ -65,9 +80,10 @@ def run(folder: Path, stories: list[dict[str, str]], output: Path, threads: int)
     step("2/6  train: accelerate launch recipes/sft_qablora.py")
     shutil.rmtree(output, ignore_errors=True)
     train_started = time.time()
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", str(RECIPE)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "-q", *SINGLE, str(RECIPE)]
     config = ROOT / "recipes" / "configs" / "demo.yaml"
-    subprocess.run([*launch, "--config", str(config), "--output_dir", str(output)], check=True, cwd=ROOT)
+    if subprocess.run([*launch, "--config", str(config), "--output_dir", str(output)], cwd=ROOT).returncode:
+        raise SystemExit("demo: the training failed; why stands above")
     train_seconds = time.time() - train_started
 
     step("3/6  training model against merged model")

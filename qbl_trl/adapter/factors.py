@@ -169,5 +169,5 @@ def _fit(field: str, wanted: int, features: int, side: str, unit: int, on_misfit
     advice = ', or on_misfit="reduce" to use the largest that fits' if smaller else ""
     raise ConfigError(
         f"{name}: {field}={wanted} does not divide {side}={features}{groups}. "
-        f"Allowed here: {shown}. Set {field}={nearest}{advice}."
+        f"Allowed here: {shown}; set {field}={nearest}{advice}"
     )

@@ -98,7 +98,7 @@ class LinearLowering:
             y.type, y.shape = ir.TensorType(foreign), node.outputs[0].shape
         editor.replace(node.outputs[0], y)
         editor.remove(node)
-        kept = ", ".join(corrections) or ("folded" if source.branches else "none")
+        kept = ", ".join(dict.fromkeys(corrections)) or ("folded" if source.branches else "none")
         self.layers.append(LoweredLayer(name, operator, kept))
 
     def _group(

@@ -8,6 +8,7 @@ from qbl_trl.onnx.linears import LoweredLayer
 from qbl_trl.parity import ParityReport
 
 _SHOWN = 6  # operators that a line has room for
+_NOTHING = " + none"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class ExportReport:
             f"attention: {self.attention}"
             + (f" ({self.attention_reason})" if self.attention_reason else "")
             + (f", cache in {self.kv_cache_dtype}" if self.kv_cache_dtype != self.dtype else ""),
-            "layers: " + ", ".join(f"{count} {kind}" for kind, count in self.lowerings().items()),
+            "layers: "
+            + ", ".join(f"{count} {kind.removesuffix(_NOTHING)}" for kind, count in self.lowerings().items()),
             f"nodes: {self._nodes()}",
         ]
         for title, parity in (
@@ -82,7 +84,7 @@ class ExportReport:
         counted = sorted(self.operators.items(), key=_by_count)
         rest = sum(count for _, count in counted[_SHOWN:])
         shown = ", ".join(f"{count} {name}" for name, count in counted[:_SHOWN])
-        return shown + (f", {rest} of {len(counted) - _SHOWN} other kinds" if rest else "")
+        return shown + (f", {rest} others ({len(counted) - _SHOWN} kinds)" if rest else "")
 
 
 def _by_count(item: tuple[str, int]) -> tuple[int, str]:

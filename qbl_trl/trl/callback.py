@@ -272,7 +272,11 @@ class QBLoRACallback(TrainerCallback):
         measured = [] if partitioned else measure(self._layers)
         self.record.end(measured)
         if self._rounding is not None:
-            self.record.rounding = {"stored": self._rounding.stored, "cost": self._rounding.cost}
+            self.record.rounding = {
+                "stored": self._rounding.stored,
+                "cost": self._rounding.cost,
+                "from_step": self.round_from_step,
+            }
         self._let_go()
         # Without an exact merge nothing is computed from the weights, and a sharded model stays as it is.
         exact = all(layer.merges_exactly() for layer in self._layers.values())

@@ -7,7 +7,7 @@ from html import escape
 
 _WIDTH, _HEIGHT = 720.0, 280.0
 _LEFT, _TOP, _BOTTOM = 52.0, 14.0, 36.0
-_LETTER = 8.0  # of a bold text of 13 pixels: room is left for a text without measuring it
+_LETTER = 9.0  # of a bold text of 13 pixels: room is left for a text without measuring it
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,19 @@ def parity(record: dict[str, Any], history: Any) -> str:
         if probe
         else ""
     )
-    return section("Parity", note, chart, scroll(table(_HEAD, rows)) if rows else "", before)
+    return section("Parity", note, chart, scroll(table(_HEAD, rows)) if rows else "", before, _rounded(record))
+
+
+def _rounded(record: dict[str, Any]) -> str:
+    """What the merged model's shift was rounded to."""
+    found = record.get("rounding")
+    if not found:
+        return ""
+    first = f", which training did from step {found['from_step']} on" if "from_step" in found else ""
+    return (
+        f'<p class="note">The merged shift is rounded to {escape(found["stored"])}{first}; that moves it by '
+        f"{found['cost']:.1e} of its size.</p>"
+    )
 
 
 def sizes(record: dict[str, Any], history: Any) -> str:
@@ -62,7 +74,8 @@ def sizes(record: dict[str, Any], history: Any) -> str:
     if export:
         items.append(("ONNX folder", float(export["bytes"]), size(export["bytes"]), "--eval"))
     items.append(("adapter alone", float(found["adapter"]), size(found["adapter"]), "--merged"))
-    return section("Size", "Tensors in memory, and the exported folder on disk.", scroll(charts.bars(items)))
+    note = "Tensors in memory, with those that stay in float (an embedding, a head), and the exported folder on disk."
+    return section("Size", note, scroll(charts.bars(items)))
 
 
 def export(record: dict[str, Any], history: Any) -> str:

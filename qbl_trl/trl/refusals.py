@@ -2,11 +2,14 @@
 
 import importlib
 import inspect
+import logging
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import DistributedType
 from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments
 
@@ -18,6 +21,8 @@ from qbl_trl.quant.head import check_parting, input_table, output_head
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.trl.layers import active, base_of
 from qbl_trl.wrapped import is_decoder, unwrap
+
+logger = logging.getLogger(__name__)
 
 # Modules of trainers that multiply with the output head's weight instead of calling it import one of these.
 _READ_THE_HEAD = ("add_fused_lm_head", "_ForwardRedirection")
@@ -126,12 +131,16 @@ def check_search(state: TrainerState, merged: Path | None) -> None:
 
 
 def check_launch(trainer: Trainer, layers: dict[str, BalancedLinear], wanted: list[str]) -> None:
-    """Refuse launch settings that cannot hold a packed base, before anything is sharded.
+    """Refuse launch settings that cannot hold a packed base, before anything is sharded; warn of unused ones.
 
     Raises:
         ConfigError: FSDP2 with cpu_ram_efficient_loading, which takes every buffer for a sharded parameter; outputs
             that need a merge under DeepSpeed ZeRO-3, or ZeRO-3 that does not gather what the trainer saves.
     """
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    if asked and trainer.accelerator.distributed_type != DistributedType.FSDP:
+        why = "use_cpu=True" if trainer.args.use_cpu else "there is one process, or no GPU"
+        logger.warning("launched with FSDP, but the model is not sharded: %s", why)
     deepspeed = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
     stage = deepspeed.zero_stage if deepspeed else 0
     if deepspeed and stage == 3 and not deepspeed.hf_ds_config.get_value(_GATHERS):

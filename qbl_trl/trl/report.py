@@ -103,7 +103,8 @@ def _key_figures(record: dict[str, Any], history: Any) -> str:
         points = _series(history, name)
         if points:
             items.append((f"{points[-1][1]:.3f}", label))
-    items.append((f"{record['adapter']['trainable_parameters'] / 1e6:.2f} M", "trained parameters"))
+    trained = record["adapter"]["trainable_parameters"]
+    items.append((f"{trained / 1e6:.2f} M" if trained >= 1e5 else f"{trained / 1e3:.1f} k", "trained parameters"))
     steps, seconds = record["step"] - record.get("first_step", 0), record["seconds"]
     if steps > 0 and seconds:
         items.append((f"{seconds / steps:.2f} s", f"per step, {_processes(record['world_size'])}"))

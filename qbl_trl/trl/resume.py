@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.adapter.misplaced import layers_left_out, layers_with
@@ -21,6 +22,30 @@ from qbl_trl.quant.checkpoint import read_files
 from qbl_trl.trl.inject import variables_of
 from qbl_trl.trl.layers import active
 from qbl_trl.wrapped import unwrap
+
+
+def asked_for(args: TrainingArguments) -> str | bool | None:
+    """What `resume_from_checkpoint` of a command line asks `train` for: a folder, True for the last one, or None.
+
+    Raises:
+        ConfigError: if it is not there.
+    """
+    given = args.resume_from_checkpoint
+    word = str(given or None).lower()
+    if word in ("none", "false"):
+        return None
+    if word != "true":
+        if not Path(str(given)).is_dir():
+            raise ConfigError(
+                f"resume_from_checkpoint={given} is no folder; name one, or true for the last one of a run"
+            )
+        return str(given)
+    folder = str(args.output_dir)
+    if not Path(folder).is_dir() or get_last_checkpoint(folder) is None:
+        raise ConfigError(
+            f"resume_from_checkpoint=true, and {folder} holds no checkpoint to go on from; leave it out to begin anew"
+        )
+    return True
 
 
 def check_resumed(trainer: Trainer | None, model: nn.Module, folder: Any = None) -> None:

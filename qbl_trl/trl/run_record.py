@@ -27,7 +27,7 @@ class RunRecord:
         layers: one entry per adapted layer: shape, factors, rank, and the last metrics.
         probe: difference of trained and merged form before training, by layer.
         merge, sizes, export: set when training ends.
-        rounding: type the merged delta is stored in and ||Q(D) - D|| / ||D||, where training rounded it.
+        rounding: type the merged delta is stored in, ||Q(D) - D|| / ||D||, and the step from which training rounded it.
         first_step: where this process began, if it resumed a run.
         seconds: wall time of training since; callback_seconds of it were spent on metrics.
     """

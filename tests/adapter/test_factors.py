@@ -23,8 +23,8 @@ def test_the_message_names_layer_value_allowed_and_the_way_out():
         choose_factors(base(), QBLoRAConfig(in_factor=48, quantization_aware=True), NAME)
     assert str(error.value) == (
         "model.layers.3.mlp.down_proj: in_factor=48 does not divide in_features=1536 into whole quantization groups "
-        "of 32. Allowed here: 32, 64, 96, 128, 192, 256, 384, 512, .... "
-        'Set in_factor=32, or on_misfit="reduce" to use the largest that fits.'
+        "of 32. Allowed here: 32, 64, 96, 128, 192, 256, 384, 512, ...; "
+        'set in_factor=32, or on_misfit="reduce" to use the largest that fits'
     )
 
 
