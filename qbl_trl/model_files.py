@@ -6,6 +6,7 @@ import os
 from numbers import Real
 from typing import Any
 
+from qbl_trl.cards import write_card
 from qbl_trl.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -15,7 +16,8 @@ _OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_
 
 
 def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
-    """`model.save_pretrained(folder)`, with generation settings that may be saved (the model's own for all that).
+    """`model.save_pretrained(folder)`, with generation settings that may be saved (the model's own for all that), and a
+    README.md that says how to open packed weights.
 
     Raises:
         ConfigError: as `valid_generation`.
@@ -26,6 +28,7 @@ def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
         model.generation_config = valid
     try:
         model.save_pretrained(folder)
+        write_card(model, folder)
     finally:
         if valid is not settings:
             model.generation_config = settings

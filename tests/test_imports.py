@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "qbl_trl"
 ROWS = [
     {"generation"},
     {"allowed", "errors", "leftovers", "peft_type", "progress", "random_state"},
-    {"json_files"},
+    {"cards", "json_files"},
     {"older_names", "module_names", "tokenizers"},
     {"arithmetic", "folders", "model_files", "texts"},
     {"config", "wrapped"},

@@ -20,7 +20,7 @@ from qbl_trl.loading import load_adapter, open_whole, saved_adapter
 from qbl_trl.model_files import valid_generation
 from qbl_trl.onnx.caches import served
 from qbl_trl.onnx.layers import LinearSource
-from qbl_trl.onnx.rotary import is_rotary
+from qbl_trl.onnx.rotary import fixed_length, is_rotary
 from qbl_trl.onnx.sources import Taken, linear_sources
 from qbl_trl.onnx.tables import Tables, with_tables
 from qbl_trl.tokenizers import OF_THE_DISK, open_tokenizer, save_tokenizer
@@ -189,7 +189,13 @@ def max_positions(decoder: PreTrainedModel, wanted: int | None) -> int:
         raise ExportError(
             f"export_onnx: max_length={wanted}, and a {type(decoder).__name__} has positions for {own} tokens only"
         )
-    return wanted or own or 2048
+    fixed = fixed_length(decoder)
+    if wanted is not None and wanted > fixed:
+        raise ExportError(
+            f'export_onnx: max_length={wanted}, and rotary angles of type "dynamic" are fixed for texts of {fixed:g} '
+            f"tokens only: those of longer ones change with every token; pass max_length={fixed:g}"
+        )
+    return int(min(wanted or own or 2048, fixed))
 
 
 def write(held: Held, source: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:

@@ -60,10 +60,15 @@ class Editor:
 
     def widened(self, at: ir.Node, name: str, stored: TensorRef, dtype: torch.dtype | None = None) -> ir.Value:
         """A weight in the graph's type, or another. One stored in 16 bits stays so in the file: sessions widen it while
-        loading."""
+        loading. Scales of a tied table are asked for in two types where its head computes in float32 beside a look-up
+        in half precision: they are written twice then, if neither is the stored one."""
         wanted, narrow = dtype or self.dtype, stored.parts[0].dtype
         short = wanted == torch.float32 and narrow in (torch.float16, torch.bfloat16)
-        value = self.weight(name, stored.shape, narrow if short else wanted, stored.read)
+        written = narrow if short else wanted
+        known = self.graph.initializers.get(name)
+        if known is not None and known.dtype != TORCH_TO_IR[written]:
+            name = f"{name}.{str(written).removeprefix('torch.')}"
+        value = self.weight(name, stored.shape, written, stored.read)
         kind = ir.TensorType(TORCH_TO_IR[wanted])
         if value.type == kind:
             return value

@@ -24,7 +24,7 @@ from qbl_trl.onnx.retype import float16_to_bfloat16
 from qbl_trl.onnx.rewrite import Options, Rewritten, rewrite
 from qbl_trl.onnx.right_padding import write_right_padded
 from qbl_trl.onnx.skeleton import Unfusable, build_skeleton, fused_attention_traced
-from qbl_trl.onnx.tables import head_inputs, packed_tables
+from qbl_trl.onnx.tables import has_packed_head, head_inputs, packed_tables
 from qbl_trl.onnx.threads import TRACING
 from qbl_trl.onnx.trace import Untraceable, trace
 from qbl_trl.parity import ParityReport, compare
@@ -64,7 +64,9 @@ def make_gate(held: Held, embedding_bits: int | None, plan: Plan) -> tuple[Gate,
         raise ExportError(f"a {kind} of these settings does not run in transformers itself: {error}") from error
     if embedding_bits is None:
         return gate, None
-    read = head_inputs(reference, causal_lm(reference), plan.readable, plan.texts)
+    read = None
+    if not has_packed_head(held.decoder()):
+        read = head_inputs(reference, causal_lm(reference), plan.readable, plan.texts)
     del reference  # it may be a copy in float32
     held.take(packed_tables(held.decoder(), embedding_bits, read))
     try:

@@ -12,7 +12,6 @@ what that returns. Masks are not read: beside the future, padding and the window
 | CTRL | | |
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,15 +25,18 @@ SINUSOIDS = "embed_positions"
 
 
 class Sinusoids(nn.Module):
-    """The table of positions of GPT-J and CodeGen as a rotary embedding: (B, S) -> cosines and sines (B, S, width)."""
+    """The table of positions of GPT-J and CodeGen as a rotary embedding: (B, S) -> cosines and sines (B, S, width).
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    A layer's own table, which transformers 4.57 makes in the type that a model is loaded in.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self._made: Callable[[int, int], Tensor] = sys.modules[type(model).__module__].create_sinusoidal_positions
-        self._width: int = model.config.rotary_dim
+        self._table = layer.embed_positions
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        sin, cos = self._made(int(position_ids.max()) + 1, self._width)[position_ids].chunk(2, -1)
+        table: Tensor = self._table.float()  # type: ignore[operator, assignment]
+        sin, cos = table[position_ids.clamp(max=len(table) - 1).to(table.device)].chunk(2, -1)
         return cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
 
 
@@ -149,5 +151,5 @@ def said_again(layer: nn.Module) -> Callable[..., Any] | None:
 
 def own_tables(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Tables of positions that layers hold themselves, by the names of their placeholders."""
-    turned = any(said_again(layer) in _TURNED for layer in model.modules())
-    return {SINUSOIDS: Sinusoids(model)} if turned and model.config.rotary_dim else {}
+    turned = next((layer for layer in model.modules() if said_again(layer) in _TURNED), None)
+    return {SINUSOIDS: Sinusoids(turned)} if turned is not None and model.config.rotary_dim else {}

@@ -55,7 +55,9 @@ class Plan:
         check_supported(held.decoder())
         check_generation(held.generation_config)  # it is saved beside the graph
         warn_of_towers(held.decoder())
-        bases = frozenset(type(source.base) for source in held.linears().values())
+        layers = choose_branches(held.linears(), asked.lowering)  # refuses what has no factors any more
+        bases = frozenset(type(source.base) for source in layers.values())
+        del layers  # they hold the model's weights
         if asked.prompt_weights is not None and bases <= {DenseBase}:
             raise ExportError(
                 f"export_onnx: prompt_weights={asked.prompt_weights!r} takes the place of 4-bit codes, and no layer of "

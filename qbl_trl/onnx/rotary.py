@@ -153,6 +153,12 @@ def steady_length(model: nn.Module) -> float:
     return min((change for change in changes if change), default=float("inf"))
 
 
+def fixed_length(model: nn.Module) -> float:
+    """The longest text whose angles a table can hold: beyond, torch computes all of them anew at every length."""
+    tables = [part for module in model.modules() if is_rotary(module) for part in by_type(module).values()]
+    return min((limit for limit in map(_limit, tables) if limit is not None), default=float("inf"))
+
+
 def lower_rotary_tables(editor: Editor, rotary: dict[str, Rotary], max_length: int) -> None:
     """Replace RotaryTable placeholders that no fused operator has taken by look-ups."""
     for node in [node for node in editor.graph if node.domain == TRACE_DOMAIN and node.op_type == "RotaryTable"]:

@@ -18,9 +18,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import ExportError
@@ -60,10 +62,15 @@ def check_tables(decoder: nn.Module, bits: int) -> None:
         )
 
 
+def has_packed_head(decoder: nn.Module) -> bool:
+    """Whether the head of a transformers model is packed already."""
+    return isinstance(decoder.get_output_embeddings(), GroupQuantLinear)  # type: ignore[operator]
+
+
 def head_inputs(
-    model: nn.Module, decoder: nn.Module, longest: int, texts: Sequence[Tensor] | None = None
-) -> Tensor | None:
-    """What to round a head for, (K, K) float32; None where the head is packed already.
+    model: nn.Module, decoder: PreTrainedModel, longest: int, texts: Sequence[Tensor] | None = None
+) -> Tensor:
+    """What to round a float head for, (K, K) float32.
 
     Args:
         model: in float32, with or without adapters.
@@ -71,11 +78,9 @@ def head_inputs(
         longest: tokens it reads.
         texts: token ids (B, S) without padding; None for tokens without meaning.
     """
-    head = decoder.get_output_embeddings()  # type: ignore[operator]
-    if isinstance(head, GroupQuantLinear):
-        return None
+    head: Any = decoder.get_output_embeddings()
     if texts is None:
-        generator, vocabulary = torch.Generator().manual_seed(1), input_table(decoder).num_embeddings  # type: ignore[union-attr]
+        generator, vocabulary = torch.Generator().manual_seed(1), decoder.config.get_text_config().vocab_size
         texts = [torch.randint(0, vocabulary, (_TEXTS, min(_LENGTH, longest)), generator=generator)]  # type: ignore[arg-type]
     run = logits_of(model)
     return head_hessian(head, [partial(run, ids, torch.ones_like(ids)) for ids in texts])

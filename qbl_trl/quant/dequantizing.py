@@ -73,6 +73,10 @@ def _like(own: nn.Module | None, layer: PackedWeight, weight: Tensor) -> nn.Modu
     sizes = layer.in_features, layer.out_features
     if isinstance(layer, GroupQuantEmbedding):
         table = nn.Embedding(sizes[1], sizes[0], layer.padding_idx, device="meta")
+        if layer.scale != 1 and own is not None:  # a class that scales what it looks up
+            table = own  # type: ignore[assignment]
+            for name, buffer in own.named_buffers():
+                own._buffers[name] = torch.full_like(buffer, layer.scale, device=weight.device)
         table.weight = weight  # type: ignore[assignment]
         return table
     transposed = isinstance(own, Conv1D)

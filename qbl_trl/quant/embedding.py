@@ -69,16 +69,26 @@ class GroupQuantEmbedding(PackedWeight):
 def embedding_scale(module: nn.Module) -> float | None:
     """The factor of a float embedding that looks rows up and multiplies them; None of one that does something else.
 
-    Found by looking two rows up: the name of a class says nothing of what it computes.
+    Found by looking two rows up: the name of a class says nothing of what it computes. Of one without memory, in a
+    small one of its class.
     """
     if not isinstance(module, nn.Embedding) or module.max_norm is not None:
         return None
     if type(module).forward is nn.Embedding.forward:
         return 1.0
     scale = getattr(module, "embed_scale", None)
+    if isinstance(scale, Tensor) and scale.is_meta:
+        scale = getattr(module, "scalar_embed_scale", None)
     if not isinstance(scale, (int, float, Tensor)):
         return None
-    factor, ids = float(scale), torch.tensor([0, module.num_embeddings - 1], device=module.weight.device)
+    factor = float(scale)
+    if module.weight.is_meta:
+        try:
+            with torch.device("cpu"):
+                module = type(module)(2, 4, None, embed_scale=factor)  # type: ignore[call-arg]
+        except TypeError:
+            return None
+    ids = torch.tensor([0, module.num_embeddings - 1], device=module.weight.device)
     with torch.no_grad():
         expected, found = module.weight[ids].float() * factor, module(ids).float()
     tolerance = 1e-5 if module.weight.dtype == torch.float32 else 3e-2

@@ -15,7 +15,7 @@ from qbl_trl.config import SCALE_DTYPES, GroupQuantConfig
 from qbl_trl.errors import ConfigError, MergeError
 from qbl_trl.quant.affine import Affine
 from qbl_trl.quant.algorithms import quantize
-from qbl_trl.quant.embedding import GroupQuantEmbedding
+from qbl_trl.quant.embedding import GroupQuantEmbedding, embedding_scale
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.modules import empty_model, replace, same_module_name
 from qbl_trl.quant.packed import BESIDE_CODES
@@ -37,7 +37,8 @@ def quantize_embeddings_(model: nn.Module, config: GroupQuantConfig, hessian: Te
     check_embeddings(model, config)
     table, head = to_pack(model, config)
     tied = table is not None and head is not None and head.weight is table.weight
-    packed = None if table is None else packed_table(table, config, hessian=hessian if tied else None)
+    scale = 1.0 if table is None else embedding_scale(table) or 1.0
+    packed = None if table is None else packed_table(table, config, scale, hessian if tied else None)
     if table is not None and packed is not None:
         replace(model, same_module_name(model, table), packed)
     if head is not None:
@@ -45,7 +46,7 @@ def quantize_embeddings_(model: nn.Module, config: GroupQuantConfig, hessian: Te
 
 
 def check_embeddings(model: nn.Module, config: GroupQuantConfig) -> None:
-    """Raise ConfigError if the embedding does more than look rows up, or other embeddings share its table.
+    """Raise ConfigError if the embedding does more than look up rows and scale them, or others share its table.
 
     An encoder and a decoder that do would go on reading it in float.
     """
@@ -118,6 +119,7 @@ def empty_embeddings_(model: nn.Module, config: GroupQuantConfig, packed: Contai
             format=config.layer_format(name),
             device="meta",
             dtype=table.weight.dtype,
+            scale=embedding_scale(table) or 1.0,
         )
         replace(model, name, empty)
     if head is None:
@@ -256,10 +258,12 @@ def to_pack(
     """The embedding and the head; None for what there is not, and for what stays in float."""
     table, head = _pair(model)
     no_table, no_head = (_stays(model, layer, config, packed) for layer in (table, head))
-    if not (no_table or type(table) is nn.Embedding) or not (no_head or isinstance(head, nn.Linear | None)):
+    looks_up = no_table or (table is not None and embedding_scale(table) is not None)
+    if not looks_up or not (no_head or isinstance(head, nn.Linear | None)):
         raise ConfigError(
-            f"quantize_embeddings=True needs a plain nn.Embedding and nn.Linear head, {type(model).__name__} has "
-            f"{type(table).__name__} and {type(head).__name__}; set quantize_embeddings=False"
+            "quantize_embeddings=True needs an embedding that looks rows up (and scales them) and an nn.Linear head, "
+            f"{type(model).__name__} has {type(table).__name__} and {type(head).__name__}; set "
+            "quantize_embeddings=False"
         )
     return None if no_table else table, None if no_head else head
 

@@ -332,6 +332,19 @@ def test_a_graph_that_is_let_through_as_it_is_keeps_its_second_way_to_run(tmp_pa
     assert (tmp_path / "out" / "model_genai.onnx").exists()
 
 
+def test_a_merged_model_has_no_factors_and_is_told_so_before_a_trace(tmp_path, monkeypatch):
+    monkeypatch.setattr("qbl_trl.onnx.making.trace", lambda *args: pytest.fail("traced"))
+    with pytest.raises(ExportError, match='lowering="low_rank" keeps the two factors'):
+        export_onnx(merged_llama(), tmp_path / "out", lowering="low_rank")
+
+
+def test_dynamic_angles_end_where_they_begin_to_change(tmp_path):
+    model = tiny_llama(max_position_embeddings=32, rope_scaling={"rope_type": "dynamic", "factor": 4.0})
+    with pytest.raises(ExportError, match=r'"dynamic" are fixed for texts of 32 tokens only.*pass max_length=32'):
+        export_onnx(model, tmp_path / "out", max_length=100)
+    assert not (tmp_path / "out").exists()
+
+
 def test_learned_positions_end_where_the_model_ends(tmp_path):
     with pytest.raises(ExportError, match="max_length=500, and a GPT2LMHeadModel has positions for 64 tokens only"):
         export_onnx(tiny_gpt2(), tmp_path / "out", max_length=500)

@@ -7,6 +7,7 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
@@ -149,3 +150,39 @@ def test_a_tied_packed_pair_loads_under_a_map_of_devices_and_is_offloaded_whole(
         AutoModelForCausalLM.from_pretrained(tmp_path), execution_device=torch.device("cpu"), offload_buffers=True
     )
     assert torch.equal(logits(model, tokens()), expected)
+
+
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100, "max_position_embeddings": 64}
+WIDTHS = {"hidden_size": 64, "intermediate_size": 96}
+SCALED = {
+    "gemma3_text": SIZES | WIDTHS | {"head_dim": 16},
+    "gemma2": SIZES | WIDTHS | {"head_dim": 16},  # with transformers 4.57 it scales what a plain table gives
+    "biogpt": SIZES | WIDTHS,
+    "xglm": {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4, "vocab_size": 100},
+}
+
+
+@pytest.mark.parametrize("family", SCALED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tables_that_scale_what_is_looked_up_are_packed_opened_and_made_float_again(tmp_path, family, dtype):
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SCALED[family]))
+    plain.save_pretrained(tmp_path / "float")
+    settings = GroupQuantConfig(bits=8, group_size=16, quantize_embeddings=True)
+    options = {"dtype": dtype, "quantization_config": settings}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", **options).eval()
+    expected = logits(model, IDS)
+    table = model.get_input_embeddings()
+    assert isinstance(table, GroupQuantEmbedding)
+    found, stated = table(IDS).float(), plain.get_input_embeddings()(IDS)
+    assert (found - stated).abs().max() < 0.02 * stated.abs().max()  # 8 bits
+    model.save_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=dtype).eval()
+    assert torch.equal(logits(again, IDS), expected)
+    again.dequantize()
+    assert type(again.get_input_embeddings()) is type(plain.get_input_embeddings())
+    again.save_pretrained(tmp_path / "wide")
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "wide", dtype=dtype).eval()
+    assert torch.equal(logits(wide, IDS), logits(again, IDS))
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    assert (logits(wide, IDS) - expected).abs().max() <= tolerance * expected.abs().max()

@@ -1,0 +1,56 @@
+"""README.md of a folder of packed weights: how to open it, and what it holds."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+_CARD = """---
+library_name: transformers
+tags:
+- qbl_trl
+{base}---
+
+# {title}
+
+```python
+import qbl_trl  # first: transformers learns the format of the weights from it
+from transformers import {kind}
+
+model = {kind}.from_pretrained("this folder")
+```
+
+Linear weights are {bits}-bit codes in affine groups of {size}, quantized by {algorithm}{merged}. Without the import
+transformers does not know them{warning}.
+"""
+_MERGED = ", with a merged adapter in one float32 shift per block of weights"
+_WARNING = ": transformers 5 takes such codes of 8 bits for weights, without an error"
+
+
+def write_card(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Describe a folder that a packed model was saved in, where it does not describe itself; no other model's.
+
+    Args:
+        model: a transformers model.
+    """
+    config = getattr(model, "config", None)
+    settings = getattr(config, "quantization_config", None)
+    stated = settings if isinstance(settings, dict) else getattr(settings, "to_dict", dict)()
+    file, kind = Path(folder, "README.md"), type(model).__name__
+    if stated.get("quant_method") != "group_quant" or file.exists():
+        return
+    name = str(getattr(config, "_name_or_path", "") or kind)
+    merged = any(getattr(module, "delta", None) is not None for module in model.modules())
+    of_the_hub = name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/", "~"))
+    text = _CARD.format(
+        base=f"base_model: {name}\n" if of_the_hub else "",
+        title=f"{Path(name).name}, {stated.get('bits')} bits" + ", with a merged adapter" * merged,
+        kind=kind if hasattr(transformers, kind) else "AutoModel",
+        bits=stated.get("bits"),
+        size=stated.get("group_size"),
+        algorithm=f'"{stated.get("algorithm")}"',
+        merged=_MERGED if merged else "",
+        warning=_WARNING if stated.get("bits") == 8 else "",
+    )
+    file.write_text(text, encoding="utf-8")
