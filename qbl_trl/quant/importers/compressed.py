@@ -77,9 +77,9 @@ class CompressedReader(FolderReader):
         words = self.shards.shape(f"{name}.weight_packed")[1]
         fitting = [bits for bits in range(1, 9) if words in (_dense(in_features, bits), _whole(in_features, bits))]
         stated, usual = self.own(name).get("num_bits"), [bits for bits in fitting if bits in ALLOWED_BITS]
-        if stated not in fitting and not usual:
+        if not fitting or (stated not in fitting and stated is not None and not usual):
             raise self.misshapen(name, "" if stated is None else f" (num_bits={stated})")
-        bits = stated if stated in fitting else usual[0]
+        bits = stated if stated in fitting else (usual or fitting)[0]
         return bits, out_features, in_features, self.shards.shape(f"{name}.weight_scale")[1]
 
     def own(self, name: str) -> dict[str, Any]:
