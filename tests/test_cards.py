@@ -1,5 +1,7 @@
 import pytest
+from transformers import LlamaForCausalLM
 
+from qbl_trl.cards import write_card
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.model_files import save_model
 from qbl_trl.quant.hf_quantizer import quantize_model_
@@ -36,3 +38,24 @@ def test_the_base_is_named_where_it_is_an_id_of_the_hub(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "base_model: some/model\n" in card
     assert "# model, 4 bits\n" in card
+
+
+class Derived(LlamaForCausalLM):
+    """Of a user."""
+
+
+@pytest.mark.parametrize(
+    ("auto_map", "opens"),
+    [
+        (None, 'LlamaForCausalLM.from_pretrained("this folder")'),
+        (
+            {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.Derived"},
+            'AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)',
+        ),
+    ],
+)
+def test_a_class_that_transformers_lacks_is_opened_by_its_code_or_as_what_it_derives_from(tmp_path, auto_map, opens):
+    model = quantize_model_(tiny_llama(), GroupQuantConfig())
+    model.__class__, model.config.auto_map = Derived, auto_map
+    write_card(model, tmp_path)
+    assert f"model = {opens}" in (tmp_path / "README.md").read_text()

@@ -81,8 +81,9 @@ def run(folder: Path, stories: list[dict[str, str]], output: Path, threads: int)
     shutil.rmtree(output, ignore_errors=True)
     train_started = time.time()
     launch = [sys.executable, "-m", "accelerate.commands.launch", "-q", *SINGLE, str(RECIPE)]
-    config = ROOT / "recipes" / "configs" / "demo.yaml"
-    if subprocess.run([*launch, "--config", str(config), "--output_dir", str(output)], cwd=ROOT).returncode:
+    launch += ["--config", str(ROOT / "recipes" / "configs" / "demo.yaml")]
+    launch += ["--use_cpu", "true", "--output_dir", str(output)]
+    if subprocess.run(launch, cwd=ROOT).returncode:
         raise SystemExit("demo: the training failed; why stands above")
     train_seconds = time.time() - train_started
 

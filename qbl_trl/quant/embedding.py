@@ -74,6 +74,8 @@ def embedding_scale(module: nn.Module) -> float | None:
     """
     if not isinstance(module, nn.Embedding) or module.max_norm is not None:
         return None
+    if [name for name, _ in module.named_parameters()] != ["weight"]:  # rows of its own, as T5Gemma 2 has one
+        return None
     if type(module).forward is nn.Embedding.forward:
         return 1.0
     scale = getattr(module, "embed_scale", None)

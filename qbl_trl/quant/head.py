@@ -4,12 +4,14 @@ A tied pair is one table: the head is a view of the embedding's tensors and adds
 modules_to_not_convert names stays in float, and with it the other, if the two are tied.
 """
 
+import inspect
 import re
 from collections.abc import Container
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qbl_trl.config import SCALE_DTYPES, GroupQuantConfig
 from qbl_trl.errors import ConfigError, MergeError
@@ -258,14 +260,33 @@ def to_pack(
     """The embedding and the head; None for what there is not, and for what stays in float."""
     table, head = _pair(model)
     no_table, no_head = (_stays(model, layer, config, packed) for layer in (table, head))
-    looks_up = no_table or (table is not None and embedding_scale(table) is not None)
-    if not looks_up or not (no_head or isinstance(head, nn.Linear | None)):
+    if not (no_table or type(table) is nn.Embedding or _scales_rows(model, table)) or not (
+        no_head or isinstance(head, nn.Linear | None)
+    ):
         raise ConfigError(
             "quantize_embeddings=True needs an embedding that looks rows up (and scales them) and an nn.Linear head, "
             f"{type(model).__name__} has {type(table).__name__} and {type(head).__name__}; set "
             "quantize_embeddings=False"
         )
     return None if no_table else table, None if no_head else head
+
+
+def _scales_rows(model: nn.Module, table: nn.Module) -> bool:
+    """Whether the embedding looks rows up and scales them, and nothing else of the model reads it.
+
+    An encoder and a decoder whose tables are apart read their own, and Gemma 4 with its towers a row of the weight.
+    """
+    own = {type(module) for module in model.modules() if isinstance(module, PreTrainedModel)}
+    read = any("embed_tokens.weight[" in _source(kind) for kind in own)
+    apart = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return not read and not apart and embedding_scale(table) is not None
+
+
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # of a class that was typed in
+        return ""
 
 
 def _pair(model: nn.Module) -> tuple[Any, Any]:

@@ -9,15 +9,19 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
 )
+from transformers.models.biogpt.modeling_biogpt import BioGptScaledWordEmbedding
 
 from qbl_trl import GroupQuantConfig
 from qbl_trl.errors import ConfigError
-from qbl_trl.quant.embedding import GroupQuantEmbedding
+from qbl_trl.generation import BEFORE_5
+from qbl_trl.quant.embedding import GroupQuantEmbedding, embedding_scale
 from qbl_trl.quant.head import quantize_embeddings_
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
@@ -186,3 +190,31 @@ def test_tables_that_scale_what_is_looked_up_are_packed_opened_and_made_float_ag
     assert torch.equal(logits(wide, IDS), logits(again, IDS))
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     assert (logits(wide, IDS) - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_scaled_tables_of_an_encoder_and_a_decoder_apart_are_refused():
+    settings = {"d_model": 64, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "vocab_size": 100, "scale_embedding": True}
+    settings |= {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    model = BartForConditionalGeneration(BartConfig(**settings, tie_word_embeddings=False))
+    with pytest.raises(ConfigError, match="set quantize_embeddings=False"):
+        quantize_model_(model, GroupQuantConfig(quantize_embeddings=True))
+
+
+@pytest.mark.skipif(BEFORE_5, reason="transformers 4.57 has no such model")
+def test_tables_of_which_a_model_reads_rows_itself_are_refused():
+    text = {**SIZES, **WIDTHS, "head_dim": 16, "num_key_value_heads": 2, "hidden_size_per_layer_input": 16}
+    text["vocab_size_per_layer_input"] = 100
+    config = AutoConfig.for_model("gemma4", text_config=text, vision_config=None, audio_config=None)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ConfigError, match="set quantize_embeddings=False"):
+        quantize_model_(model, GroupQuantConfig(quantize_embeddings=True))
+
+
+def test_a_table_with_rows_of_its_own_is_none_that_scales():
+    class WithRow(BioGptScaledWordEmbedding):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            self.own = nn.Parameter(torch.ones(4))
+
+    assert embedding_scale(BioGptScaledWordEmbedding(9, 4, None, embed_scale=2.0)) == 2
+    assert embedding_scale(WithRow(9, 4, None, embed_scale=2.0)) is None

@@ -11,7 +11,7 @@ from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError
 from qbl_trl.quant.affine import dequantize
 from qbl_trl.quant.importers import convert_checkpoint, describe_checkpoint, open_reader, read_layers
-from qbl_trl.quant.importers.reader import stored_group_size
+from qbl_trl.quant.importers.reader import split_words, stored_group_size
 from qbl_trl.quant.linear import GroupQuantLinear
 from tests.quant import foreign
 from tests.quant.foreign import (
@@ -165,6 +165,17 @@ def test_codes_of_other_bits_get_the_next_wider_place(tmp_path, tensors, quantiz
         assert torch.equal(layer.scales, scales)
         assert (layer.zeros is None) == (zeros == "half")
     torch.testing.assert_close(logits(model, tokens()), logits(reference, tokens()), rtol=0, atol=1e-5)  # float32 sums
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(("rows", "columns"), [(1, 160), (3, 160), (40, 96), (5, 7)])
+def test_words_are_split_along_either_side(bits, rows, columns):
+    codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8)
+    for whole in (False, True):
+        along = split_words(foreign.word_matrix(codes, bits, whole=whole), bits, 1, whole=whole)
+        across = split_words(foreign.word_matrix(codes.T, bits, whole=whole).T.contiguous(), bits, 0, whole=whole)
+        assert torch.equal(along[:, :columns], codes)
+        assert torch.equal(across[:rows], codes)
 
 
 def test_settings_that_stand_with_the_text_model_are_read(tmp_path):

@@ -76,10 +76,13 @@ class CompressedReader(FolderReader):
         out_features, in_features = self.part(name, "weight_shape").tolist()
         words = self.shards.shape(f"{name}.weight_packed")[1]
         fitting = [bits for bits in range(1, 9) if words in (_dense(in_features, bits), _whole(in_features, bits))]
-        stated, usual = self.own(name).get("num_bits"), [bits for bits in fitting if bits in ALLOWED_BITS]
-        if not fitting or (stated not in fitting and stated is not None and not usual):
-            raise self.misshapen(name, "" if stated is None else f" (num_bits={stated})")
-        bits = stated if stated in fitting else (usual or fitting)[0]
+        every = [group.get("weights") or {} for group in self.quantization["config_groups"].values()]
+        own = self.own(name)
+        stated = {weights.get("num_bits") for weights in ([own] if own else every)}
+        told = [bits for bits in fitting if bits in stated] + [bits for bits in fitting if bits in ALLOWED_BITS]
+        if not told:
+            raise self.misshapen(name, f" (num_bits={', '.join(map(str, stated))})")
+        bits = told[0]
         return bits, out_features, in_features, self.shards.shape(f"{name}.weight_scale")[1]
 
     def own(self, name: str) -> dict[str, Any]:

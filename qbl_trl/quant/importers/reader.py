@@ -74,13 +74,12 @@ def split_words(words: Tensor, bits: int, dim: int, *, whole: bool = False) -> T
     Args:
         whole: a word holds whole codes only, 32 // bits of them. Else one that does not fit goes on in the next word.
     """
-    moved = words.movedim(dim, -1).contiguous()
-    mask = (1 << bits) - 1
-    if whole:
-        codes = torch.stack([(moved >> shift) & mask for shift in range(0, 33 - bits, bits)], -1)
+    moved, mask = words.movedim(dim, -1), (1 << bits) - 1
+    if whole or 32 % bits == 0:
+        codes = (moved.unsqueeze(-1) >> torch.arange(0, 33 - bits, bits, dtype=torch.int32)) & mask
         return codes.flatten(-2).to(torch.uint8).movedim(-1, dim)
     count = moved.shape[-1] * 32 // bits
-    data = moved.view(torch.uint8)
+    data = moved.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     data = nn.functional.pad(data, (0, -data.shape[-1] % bits)).unflatten(-1, (-1, bits))  # of 8 codes each
     eight = (data.long() << torch.arange(0, 8 * bits, 8)).sum(-1)
     codes = torch.stack([((eight >> shift) & mask).to(torch.uint8) for shift in range(0, 8 * bits, bits)], -1)
