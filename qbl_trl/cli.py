@@ -176,6 +176,7 @@ def _dashed(argument: str) -> str:
 _FLAGS = {
     **FLAGS,
     "Pass tolerance=None": "Pass --tolerance none",
+    "write_checkpoint: ": "",
     'merge(model, lossy="requantize")': "--lossy requantize",
 }
 _LONGEST = 300  # characters of another library's message

@@ -169,3 +169,12 @@ def test_an_encoder_without_the_head_or_the_pooler_of_its_class_is_quantized_as_
     with torch.no_grad():
         torch.testing.assert_close(found(ids)[0], model(ids)[0], rtol=0, atol=0.1)
     assert main(["inspect", str(tmp_path / "q")]) == 0
+
+
+def test_a_file_that_is_there_is_named_without_the_name_of_a_function(tmp_path, capsys):
+    (tmp_path / "out.gguf").touch()
+    files = [str(tmp_path / "out.gguf"), "--to", "gguf", "--template", str(tmp_path / "base.gguf")]
+    assert main(["convert", "MODEL", *files]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"qbl-trl convert: {tmp_path / 'out.gguf'} exists already; ")
+    assert "--overwrite" in said

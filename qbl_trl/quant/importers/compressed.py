@@ -76,9 +76,7 @@ class CompressedReader(FolderReader):
         out_features, in_features = self.part(name, "weight_shape").tolist()
         words = self.shards.shape(f"{name}.weight_packed")[1]
         fitting = [bits for bits in range(1, 9) if words in (_dense(in_features, bits), _whole(in_features, bits))]
-        every = [group.get("weights") or {} for group in self.quantization["config_groups"].values()]
-        own = self.own(name)
-        stated = {weights.get("num_bits") for weights in ([own] if own else every)}
+        stated = {weights.get("num_bits") for weights in self._told(name)}
         told = [bits for bits in fitting if bits in stated] + [bits for bits in fitting if bits in ALLOWED_BITS]
         if not told:
             raise self.misshapen(name, f" (num_bits={', '.join(map(str, stated))})")
@@ -95,9 +93,7 @@ class CompressedReader(FolderReader):
 
     def zeros_kind(self, name: str) -> str:
         stored = f"{name}.weight_zero_point" in self.shards
-        every = [group.get("weights") or {} for group in self.quantization["config_groups"].values()]
-        own = self.own(name)
-        if not stored and not any(weights.get("symmetric", True) for weights in ([own] if own else every)):
+        if not stored and not any(weights.get("symmetric", True) for weights in self._told(name)):
             raise CheckpointError(f"{self.folder}: symmetric=false, but {name} has no weight_zero_point")
         return "packed" if stored else "none"
 
@@ -126,6 +122,11 @@ class CompressedReader(FolderReader):
                 zeros = split_words(zeros, bits, 0, whole=whole)[:rows]
         affine = Affine(codes, scales, zeros)
         return build(affine, bits=bits, own_size=own_size, group_size=size, symmetric=symmetric, bias=self.bias(name))
+
+    def _told(self, name: str) -> list[dict[str, Any]]:
+        """Settings of a layer's weights; where no group names it, those of every group."""
+        own = self.own(name)
+        return [own] if own else [group.get("weights") or {} for group in self.quantization["config_groups"].values()]
 
     def _names(self, target: str, name: str) -> bool:
         """Whether a target of a group is this layer: by name, or by a regular expression behind `re:`."""
