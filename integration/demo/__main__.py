@@ -26,7 +26,7 @@ from integration.demo.packages import DemoDataError
 from integration.demo.smollm2 import smollm2
 from integration.demo.stories import R8_LABELS, reuters_r8, sample, sft_rows
 from qbl_trl import GroupQuantConfig, export_onnx, verify
-from qbl_trl.errors import ConfigError
+from qbl_trl.errors import ConfigError, said
 from qbl_trl.folders import check_free
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,13 +39,14 @@ DECODE_TOKENS = 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--output", type=Path, help="a new or empty folder (default: outputs/demo, made anew)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --output holds")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="for torch and ONNX Runtime alike")
     args = parser.parse_args()
     output = args.output or ROOT / "outputs" / "demo"
     try:
-        check_free(output, overwrite=args.output is None)
+        check_free(output, args.overwrite or args.output is None)
     except ConfigError as error:
-        raise SystemExit(f"demo: {error}") from error
+        raise SystemExit(f"demo: {said(error)}") from error
     # torch and ONNX Runtime each start a pool; left alone, the two fight over the same cores.
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)

@@ -148,15 +148,17 @@ def changes_with_length(module: nn.Module) -> bool:
 
 def steady_length(model: nn.Module) -> float:
     """The longest text of which every token has the angles it has in all shorter ones."""
-    tables = [part for module in model.modules() if is_rotary(module) for part in by_type(module).values()]
-    changes = [_switch(table) or _limit(table) for table in tables]
+    changes = [_switch(table) or _limit(table) for table in _tables(model)]
     return min((change for change in changes if change), default=float("inf"))
 
 
 def fixed_length(model: nn.Module) -> float:
     """The longest text whose angles a table can hold: beyond, torch computes all of them anew at every length."""
-    tables = [part for module in model.modules() if is_rotary(module) for part in by_type(module).values()]
-    return min((limit for limit in map(_limit, tables) if limit is not None), default=float("inf"))
+    return min((limit for limit in map(_limit, _tables(model)) if limit is not None), default=float("inf"))
+
+
+def _tables(model: nn.Module) -> list[nn.Module]:
+    return [part for module in model.modules() if is_rotary(module) for part in by_type(module).values()]
 
 
 def lower_rotary_tables(editor: Editor, rotary: dict[str, Rotary], max_length: int) -> None:
