@@ -178,7 +178,10 @@ class PackedWeight(nn.Module):
         Returns:
             Whether it was done; False where a matrix product is faster, and `out` (T, out_features) is untouched.
         """
-        return self.bits == 4 and native.multiply(x, self.weight.data, self.scales, self.zeros, self.group_size, out)
+        codes, scales, zeros = self.stored
+        if gpu.multiply(x, codes.data, scales, zeros, self.bits, self.group_size, out):
+            return True
+        return self.bits == 4 and native.multiply(x, codes.data, scales, zeros, self.group_size, out)
 
     def set_delta(self, delta: Tensor | None, in_factor: int | None = None, out_factor: int | None = None) -> None:
         """Replace the merged block delta in place (None removes it); codes, scales and zeros stay as they are.

@@ -1,4 +1,4 @@
-"""The kernel of `qbl_trl.quant.gpu`: s (q - z), one program for a block of columns of one row. Imports triton."""
+"""The kernels of `qbl_trl.quant.gpu`: s (q - z) written out, or summed with a token at once. Imports triton."""
 # mypy: ignore-errors
 
 import triton
@@ -36,3 +36,53 @@ def dequantize_kernel(
     else:
         z = tl.load(zeros + row * zero_columns + j, mask=inside, other=0).to(tl.float32)
     tl.store(out + row * columns + k, ((q - z) * s).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def multiply_kernel(
+    x,  # (T, columns) float
+    codes,  # (N, row_bytes) uint8, packed along K, the first code in the lowest bits
+    scales,  # (N, groups) float
+    zeros,  # (N, zero_columns): packed uint8, or float; not read where ZEROS is 0
+    out,  # (T, N) float
+    rows,
+    columns,
+    row_bytes,
+    groups,
+    zero_columns,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZEROS: tl.constexpr,  # 0: all in the middle, 1: packed codes, 2: floats
+    ROWS: tl.constexpr,  # outputs of one program
+    GROUPS: tl.constexpr,  # groups of each that are read at once
+):
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(1).to(tl.int64)
+    asked = (n < rows)[:, None]
+    per_byte: tl.constexpr = 8 // BITS
+    width: tl.constexpr = GROUP // per_byte  # bytes of a group
+    mask: tl.constexpr = (1 << BITS) - 1
+    sums = tl.zeros((ROWS, GROUPS, width), tl.float32)
+    for first in range(0, groups, GROUPS):
+        j = first + tl.arange(0, GROUPS)
+        inside = j < groups
+        known = asked & inside[None, :]
+        s = tl.load(scales + n[:, None] * groups + j[None, :], mask=known, other=0).to(tl.float32)
+        if ZEROS == 0:
+            z = tl.full((ROWS, GROUPS), 1 << (BITS - 1), tl.float32)
+        elif ZEROS == 1:
+            packed = tl.load(zeros + n[:, None] * zero_columns + (j * BITS // 8)[None, :], mask=known, other=0)
+            z = ((packed.to(tl.int32) >> (j * BITS % 8)[None, :]) & mask).to(tl.float32)
+        else:
+            z = tl.load(zeros + n[:, None] * zero_columns + j[None, :], mask=known, other=0).to(tl.float32)
+        byte = j[:, None] * width + tl.arange(0, width)[None, :]
+        read = n[:, None, None] * row_bytes + byte[None, :, :]
+        stored = tl.load(codes + read, mask=known[:, :, None], other=0).to(tl.int32)
+        for i in tl.static_range(per_byte):
+            q = ((stored >> (BITS * i)) & mask).to(tl.float32)
+            weight = ((q - z[:, :, None]) * s[:, :, None]).to(x.dtype.element_ty)
+            k = byte * per_byte + i
+            value = tl.load(x + token * columns + k, mask=inside[:, None] & (k < columns), other=0)
+            sums += weight.to(tl.float32) * value.to(tl.float32)[None, :, :]
+    found = tl.sum(tl.sum(sums, 2), 1)
+    tl.store(out + token * rows + n, found.to(out.dtype.element_ty), mask=n < rows)
