@@ -65,7 +65,7 @@ def _check_replaces_no_source(output: Path) -> None:
     from qbl_trl.json_files import json_if_there
 
     stored = json_if_there(output / "config.json")
-    if stored and stored.get("quantization_config", {}).get("quant_method") != QUANT_METHOD:
+    if stored and (stored.get("quantization_config") or {}).get("quant_method") != QUANT_METHOD:
         raise ConfigError(
             f"{output} holds a model that --from did not write, and stays as it is. The order is: qbl-trl quantize "
             "--from CHECKPOINT OUTPUT"

@@ -264,7 +264,7 @@ class GroupQuantConfig(QuantizationConfigMixin):
     modules_to_not_convert: list[str] | None = None
     scale_dtype: str = "float16"
     quantize_embeddings: bool = False
-    calibration: Any = None
+    calibration: Any = field(default=None, compare=False, repr=False)
     zeros: str | None = None
     in_factor: int | None = None
     out_factor: int | None = None

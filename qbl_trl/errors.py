@@ -41,12 +41,12 @@ OTHERS_DEPLOYED = (
 )
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
-_EXPORT_PACKAGES = {"onnx", "onnx_ir", "onnxruntime", "optimum"}
+EXPORT_PACKAGES = {"ml_dtypes", "onnx", "onnx_ir", "onnxruntime", "optimum"}
 
 
 def explain_missing(what: str, error: ModuleNotFoundError) -> None:
     """Raise PackageError with what to install, if the module that is missing comes with an extra for exports."""
-    if error.name is not None and error.name.partition(".")[0] in _EXPORT_PACKAGES:
+    if error.name is not None and error.name.partition(".")[0] in EXPORT_PACKAGES:
         from qbl_trl.generation import BEFORE_5  # here: a command line's help is there before transformers is
 
         extra = "onnx" if BEFORE_5 else "onnx5"

@@ -23,13 +23,15 @@ _RACED = (errno.ENOENT, *_FILLED)  # another process took a folder away, or put 
 def check_free(folder: str | os.PathLike[str], overwrite: bool = False, error: type[QblError] = ConfigError) -> Path:
     """The folder as a Path, if something may be written there. What killed processes left beside it is removed.
 
+    A leading ~ is the user's home, as in a shell.
+
     Raises:
         ConfigError (or the `error` given): if it is no path, is a file, holds files and `overwrite` is false, or
             nothing can be written where it would lie.
     """
     if not isinstance(folder, str | os.PathLike):
         raise error(f"{folder!r} is no path of a folder to write into")
-    path = Path(folder)
+    path = Path(os.path.expanduser(folder))
     try:
         there = path.exists()
     except (OSError, ValueError) as reason:  # too long, or with a zero in it
@@ -63,7 +65,7 @@ def check_apart(
     Raises:
         ConfigError (or the `error` given): naming both.
     """
-    path = Path(folder).resolve()
+    path = Path(os.path.expanduser(folder)).resolve()
     for given in inputs:
         if given is not None and Path(given).exists() and Path(given).resolve().is_relative_to(path):
             raise error(f"{folder} would replace {given}, which it is made from; choose another folder")

@@ -16,7 +16,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qbl_trl.adapter.bases import describe, float_weight, foreign_kind
+from qbl_trl.adapter.bases import BNB4, describe, float_weight, foreign_kind
 from qbl_trl.adapter.checkpointing import stop_checkpointing_
 from qbl_trl.adapter.layer import BalancedLinear, adapter_layers
 from qbl_trl.adapter.merged import check_weights_of_their_own
@@ -291,7 +291,7 @@ def _one_format_(model: nn.Module, settings: GroupQuantConfig, lossy: str | None
             except CheckpointError as error:
                 if not lossy:
                     raise MergeError(f'{error}. Or merge(model, lossy="requantize"), which reports its loss') from error
-        elif kind not in ("bitsandbytes 4-bit", "bitsandbytes 8-bit") or not requantized:
+        elif kind not in (BNB4, "bitsandbytes 8-bit") or not requantized:
             continue
         again, loss = _quantize_again(float_weight(layer), layer, settings)
         replace(model, name, again)

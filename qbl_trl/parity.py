@@ -9,8 +9,8 @@ Positions masked out are not compared. Nothing here imports ONNX Runtime: a fold
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from qbl_trl.arithmetic import plain_arithmetic, plain_defaults
 from qbl_trl.errors import ConfigError, explain_missing
 from qbl_trl.loading import load_adapter, open_whole
-from qbl_trl.wrapped import unwrap
+from qbl_trl.wrapped import evaluating, unpatched_forward, unwrap
 
 Logits = Callable[[Tensor, Tensor], Tensor]
 
-PATCHES = ("forward", "_original_forward")  # what trainers set on a module itself, hiding its class's own
 TIE = 1e-3  # logits: what float32 sums in another order may turn round
 _ROWS_AT_ONCE = 256  # positions whose distributions are held in float64 at the same time
 
@@ -252,34 +251,10 @@ def _torch_logits(model: nn.Module) -> Logits:
         device = next(model.parameters()).device
         mixed = any("_original_forward" in vars(part) for part in (model, inner))  # Accelerate's mixed precision
         own = unpatched_forward(inner) if mixed else nullcontext()
-        with _evaluating(model), torch.no_grad(), own, plain_arithmetic(device.type):
+        with evaluating(model), torch.no_grad(), own, plain_arithmetic(device.type):
             return run(input_ids.to(device), attention_mask.to(device))
 
     return logits
-
-
-@contextmanager
-def unpatched_forward(model: nn.Module) -> Iterator[None]:
-    """While open, the model runs by its classes' own `forward`, in its own precision."""
-    own = [vars(module) for module in model.modules() if "_hf_hook" not in vars(module)]
-    patched = [(attributes, name, attributes.pop(name)) for attributes in own for name in PATCHES if name in attributes]
-    try:
-        yield
-    finally:
-        for attributes, name, value in patched:
-            attributes[name] = value
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off while open; every module gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @plain_defaults()

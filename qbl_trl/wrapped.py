@@ -1,11 +1,15 @@
-"""The transformers model under whatever wraps it."""
+"""The transformers model under whatever wraps it, and run as it is by itself."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
+
+PATCHES = ("forward", "_original_forward")  # what trainers set on a module itself, hiding its class's own
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -42,3 +46,27 @@ def base_folder(model: nn.Module) -> Path | None:
 def is_decoder(model: nn.Module) -> bool:
     """Whether a transformers model, without its wrappers, writes text by itself: no classifier, no encoder-decoder."""
     return isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder
+
+
+@contextmanager
+def unpatched_forward(model: nn.Module) -> Iterator[None]:
+    """While open, the model runs by its classes' own `forward`, in its own precision."""
+    own = [vars(module) for module in model.modules() if "_hf_hook" not in vars(module)]
+    patched = [(attributes, name, attributes.pop(name)) for attributes in own for name in PATCHES if name in attributes]
+    try:
+        yield
+    finally:
+        for attributes, name, value in patched:
+            attributes[name] = value
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off while open; every module gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

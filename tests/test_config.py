@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from peft import LoraConfig, PeftConfig
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig
@@ -124,3 +125,9 @@ def test_numbers_of_numpy_become_those_that_a_file_takes(tmp_path):
     assert (again.rank_pattern, again.alpha_pattern) == ({"q_proj": 3}, {"q_proj": 2.0})
     stored = GroupQuantConfig(bits=np.int64(4), group_size=np.int32(32))
     assert (type(stored.bits), type(stored.group_size)) == (int, int)
+
+
+def test_texts_of_a_calibration_are_neither_compared_nor_printed():
+    one, other = (GroupQuantConfig(algorithm="gptq", calibration=[torch.full((2, 9), token)]) for token in (1, 2))
+    assert one == other
+    assert "tensor" not in repr(one)

@@ -181,6 +181,16 @@ def test_files_that_come_while_the_block_runs_stay(tmp_path, monkeypatch, here):
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_tilde_is_the_home_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    with new_folder("~/out") as draft:
+        (draft / "file").write_text("")
+    assert (tmp_path / "home" / "out" / "file").is_file()
+    assert check_free("~/other") == tmp_path / "home" / "other"
+    assert not (tmp_path / "~").exists()
+
+
 def test_a_name_that_no_file_system_takes_is_named():
     with pytest.raises(ConfigError, match="cannot be a folder"):
         check_free("n" * 5000)

@@ -2,11 +2,15 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from qbl_trl.errors import EXPORT_PACKAGES
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qbl_trl"
 
@@ -151,3 +155,9 @@ def test_without_the_onnx_packages_every_name_imports_and_export_says_what_to_in
         "    raise SystemExit('it ran')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_the_extras_bring_is_what_a_missing_package_is_explained_by():
+    extras = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    brought = {re.match(r"[\w-]+", entry).group().replace("-", "_") for entry in extras["onnx"] + extras["onnx5"]}
+    assert brought - {"transformers", "optimum_onnx", "onnxruntime_genai"} == EXPORT_PACKAGES

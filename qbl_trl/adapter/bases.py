@@ -21,6 +21,8 @@ from qbl_trl.quant.importers.modules import LAYER_KINDS, take_over
 from qbl_trl.quant.importers.subclasses import kind_of_weight, sizes
 from qbl_trl.quant.linear import GroupQuantLinear
 
+BNB4 = "bitsandbytes 4-bit"
+
 
 @dataclass(frozen=True)
 class Base:
@@ -121,7 +123,7 @@ def quantize_hint() -> str:
 
 
 _FOREIGN = (
-    ("bitsandbytes 4-bit", "bitsandbytes.nn", ("Linear4bit",)),
+    (BNB4, "bitsandbytes.nn", ("Linear4bit",)),
     ("bitsandbytes 8-bit", "bitsandbytes.nn", ("Linear8bitLt",)),
     ("hqq", "hqq.core.quantize", ("HQQLinear",)),
     ("awq", "gptqmodel.nn_modules.qlinear", ("AWQuantLinear",)),  # before its parent

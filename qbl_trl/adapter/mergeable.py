@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from qbl_trl.adapter.bases import Base, describe
+from qbl_trl.adapter.bases import BNB4, Base, describe
 from qbl_trl.errors import CheckpointError, MergeError
 from qbl_trl.quant.blocks import add_deltas
 from qbl_trl.quant.head import share_tensors_
@@ -87,7 +87,7 @@ class MergesIntoBase(LoraLayer):
                     'quantization_aware=True, or merge(model, lossy="requantize"), which reports its loss'
                 )
             if (kind := describe(layer).kind) not in ("float", "group_quant"):
-                exact = "Export the model with its adapter instead (exact), or " if kind == "bitsandbytes 4-bit" else ""
+                exact = "Export the model with its adapter instead (exact), or " if kind == BNB4 else ""
                 raise MergeError(
                     f'a {kind} weight cannot take an adapter without loss. {exact}merge(model, lossy="requantize") '
                     "dequantizes, adds and quantizes again, and reports the loss"

@@ -82,16 +82,21 @@ class _LastPooled(threading.local):
 
     source: weakref.ref[Tensor] | None = None
     key: tuple[Any, ...] = ()
-    pooled: Tensor
+    pooled: Tensor | None = None
 
     def sum_neighbours(self, x: Tensor, factor: int, dtype: torch.dtype) -> Tensor:
         if factor == 1 or x.grad_fn is None or torch.is_inference_mode_enabled():
             return sum_neighbours(x, factor, dtype)
         key = (x._version, factor, dtype)
-        if self.source is None or self.source() is not x or self.key != key:
+        if self.pooled is None or self.source is None or self.source() is not x or self.key != key:
             self.pooled = sum_neighbours(x, factor, dtype)
-            self.source, self.key = weakref.ref(x), key
+            self.source, self.key = weakref.ref(x, self._forget), key
         return self.pooled
+
+    def _forget(self, source: weakref.ref[Tensor]) -> None:
+        """Called in the thread that lets go of an x, which may be another one's: that keeps what it remembers."""
+        if self.source is source:
+            self.source = self.pooled = None
 
 
 _last = _LastPooled()

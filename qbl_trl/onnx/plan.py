@@ -36,6 +36,7 @@ class Plan:
         readable: tokens that the model reads before its positions change with the length.
         texts: token ids (B, S) of the calibration; None: the model's own.
         bases: kinds of linear layers. No layer is kept: it would keep the model's weights.
+        adapted: whether there is an adapter over any of them.
     """
 
     dtype: torch.dtype
@@ -44,6 +45,7 @@ class Plan:
     readable: int
     texts: list[Tensor] | None
     bases: frozenset[type]
+    adapted: bool
 
     @classmethod
     def of(cls, held: Held, asked: Asked, texts: list[Tensor] | None) -> Self:
@@ -57,6 +59,7 @@ class Plan:
         warn_of_towers(held.decoder())
         layers = choose_branches(held.linears(), asked.lowering)  # refuses what has no factors any more
         bases = frozenset(type(source.base) for source in layers.values())
+        adapted = any(source.branches for source in layers.values())
         del layers  # they hold the model's weights
         if asked.prompt_weights is not None and bases <= {DenseBase}:
             raise ExportError(
@@ -78,7 +81,7 @@ class Plan:
             check_texts(texts, held.config.get_text_config().vocab_size, readable)
         if asked.embedding_bits is not None:
             check_tables(held.decoder(), asked.embedding_bits)
-        return cls(dtype, exact, wanted, readable, texts, bases)
+        return cls(dtype, exact, wanted, readable, texts, bases, adapted)
 
     @property
     def is_exact(self) -> bool:
@@ -93,6 +96,8 @@ class Plan:
                 "accuracy_level=4 changed nothing: 8-bit activations are for layers of integer codes, which this model "
                 "has none of"
             )
+        if asked.lowering == "low_rank" and not self.adapted:
+            logger.warning('lowering="low_rank" changed nothing: it keeps the factors of an adapter, and there is none')
         if self.bases <= {DenseBase}:
             logger.warning(
                 "no layer of this model is quantized: the graph holds it in %s. For 4 bits load it (or the base of an "

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from qbl_trl.adapter.bases import BNB4, foreign_kind
 from qbl_trl.onnx.layers import Bnb4Base
-from qbl_trl.onnx.sources import is_bnb4, linear_source
+from qbl_trl.onnx.sources import linear_source
 from qbl_trl.quant.embedding import GroupQuantEmbedding
 from qbl_trl.quant.modules import copied, plain_forward_
 from qbl_trl.quant.packed import PackedWeight
@@ -16,7 +17,7 @@ def float32_reference(model: nn.Module) -> nn.Module:
     bitsandbytes layers are always replaced by their dequantized equals: their own eval-mode forward may repack the
     codes on CPUs, and what would be exported afterwards is garbage.
     """
-    foreign = any(is_bnb4(module) for module in model.modules())
+    foreign = {module: name for name, module in model.named_modules() if foreign_kind(module) == BNB4}
     own = getattr(model.config, "_attn_implementation", None)  # flash attention computes in half precision
     elsewhere = own not in (None, "eager", "sdpa", "flex_attention")
     floats = [p for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()]
@@ -25,7 +26,7 @@ def float32_reference(model: nn.Module) -> nn.Module:
     if whole and not elsewhere:
         return model
     others: dict[nn.Module, nn.Module] = {module: _Shared(module) for module in _packed(model)}
-    others |= {module: _Dequantized(name, module) for name, module in model.named_modules() if is_bnb4(module)}
+    others |= {module: _Dequantized(name, module) for module, name in foreign.items()}
     made = plain_forward_(copied(model, lambda tensor: tensor if whole else None, others))
     if elsewhere:
         made.config._attn_implementation = "eager"  # type: ignore[union-attr]

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qbl_trl.adapter.bases import foreign_kind
+from qbl_trl.adapter.bases import BNB4, foreign_kind
 from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.errors import CheckpointError, ExportError
 from qbl_trl.onnx.layers import (
@@ -29,8 +29,7 @@ from qbl_trl.quant.embedding import GroupQuantEmbedding, embedding_scale
 from qbl_trl.quant.importers.modules import LAYER_KINDS, take_over
 from qbl_trl.quant.linear import GroupQuantLinear
 from qbl_trl.quant.packed import PackedWeight
-from qbl_trl.quant.targets import read_elsewhere
-from qbl_trl.random_state import same_random_state
+from qbl_trl.quant.targets import is_linear, read_elsewhere
 
 Taken = dict[nn.Module, GroupQuantLinear]  # layers of other libraries -> the same as ours
 
@@ -67,7 +66,7 @@ def linear_source(name: str, module: nn.Module, taken: Taken | None = None) -> L
         return LinearSource(
             name, rows, columns, DenseBase(TensorRef.of(module.weight), True), TensorRef.of(module.bias)
         )
-    if is_bnb4(module):
+    if foreign_kind(module) == BNB4:
         return _bnb4_source(name, module)
     if isinstance(module, nn.Linear) and is_plain(module):
         dense = DenseBase(TensorRef.of(module.weight))
@@ -79,18 +78,7 @@ def linear_source(name: str, module: nn.Module, taken: Taken | None = None) -> L
 
 def is_plain(layer: nn.Linear) -> bool:
     """Whether a layer computes W x + b: by its class, or, where that has a forward of its own, by its output."""
-    if type(layer).forward is nn.Linear.forward:
-        return True
-    if _is_foreign_quantized(layer):
-        return False
-    x = torch.randn(2, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.weight)
-    try:
-        with torch.no_grad(), same_random_state():  # a router in training mode may draw some
-            y = layer(x)
-            expected = nn.functional.linear(x, layer.weight, layer.bias)
-    except (RuntimeError, TypeError):
-        return False
-    return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, rtol=1e-3, atol=1e-5)
+    return type(layer).forward is nn.Linear.forward or is_linear(layer)
 
 
 def embedding_source(name: str, module: nn.Module) -> EmbeddingSource | None:
@@ -171,11 +159,6 @@ def _branch(layer: BalancedLinear, adapter: str) -> Branch:
         return BlockDelta(TensorRef.of(layer.block_delta(adapter)), p, e)
     down, up = layer.lora_A[adapter].weight.data, layer.lora_B[adapter].weight.data
     return LowRank(down, up, layer.gain(adapter), p, e)
-
-
-def is_bnb4(module: nn.Module) -> bool:
-    """Whether bitsandbytes holds a layer in 4 bits."""
-    return type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes")
 
 
 def _bnb4_source(name: str, module: Any) -> LinearSource:

@@ -104,9 +104,10 @@ def calibrating(model: nn.Module) -> Iterator[None]:
 
     A cache would keep what a block was given, and grow each time that the block is replayed.
     """
-    was_training = model.training
-    configs = [part for part in _configs(getattr(model, "config", None)) if hasattr(part, "use_cache")]
+    held = (part for module in model.modules() for part in _configs(getattr(module, "config", None)))
+    configs = list({id(part): part for part in held if hasattr(part, "use_cache")}.values())
     kept = [part.use_cache for part in configs]
+    training = {name for name, module in model.named_modules() if module.training}  # by name: layers are replaced
     model.eval()
     for part in configs:
         part.use_cache = False
@@ -114,13 +115,17 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for name, module in model.named_modules():
+            module.training = name in training
         for part, use_cache in zip(configs, kept, strict=True):
             part.use_cache = use_cache
 
 
 def _configs(config: Any) -> Iterator[Any]:
-    """A configuration and those in it: of towers, and of the text that a model of images writes."""
+    """A configuration and those in it: of towers, and of the text that a model of images writes.
+
+    Parts of a model may hold copies of their own (the decoder of T5).
+    """
     if isinstance(config, PretrainedConfig):
         yield config
         for part in vars(config).values():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qbl_trl.generation import BEFORE_5
-from qbl_trl.parity import PATCHES
+from qbl_trl.wrapped import PATCHES
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -18,8 +18,9 @@ _COUNTED = {2: CustomDtype.INT2, 4: CustomDtype.INT4, 8: torch.int8}
 
 def bytes_per_weight(config: GroupQuantConfig) -> float:
     """Of a layer that is quantized now: its code, and its share of a scale and of a zero point."""
-    beside = SCALE_DTYPES[config.scale_dtype].itemsize + (0 if config.symmetric else config.bits / 8)
-    return config.bits / 8 + beside / config.group_size
+    scale = SCALE_DTYPES[config.scale_dtype].itemsize
+    zero = 0 if config.symmetric else scale if config.algorithm == "hqq" else config.bits / 8
+    return config.bits / 8 + (scale + zero) / config.group_size
 
 
 def counted_types(names: Iterable[str], config: GroupQuantConfig) -> dict[str, Any]:

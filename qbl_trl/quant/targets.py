@@ -19,6 +19,7 @@ from qbl_trl.config import GroupQuantConfig
 from qbl_trl.quant.experts import Experts
 from qbl_trl.quant.modules import copied, on_meta, same_module_name
 from qbl_trl.quant.read_weights import read_by_others
+from qbl_trl.random_state import same_random_state
 
 _READ_ELSEWHERE = {  # where no pattern of `read_weights.py` sees it
     "inkling2_text": ("weight_proj",),  # stored under a name that has no place for scales
@@ -111,7 +112,7 @@ def is_linear(module: nn.Module) -> bool:
     }
     expected = nn.functional.linear(x, small.weight, small.bias)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), same_random_state():  # a router in training mode may draw some
             y = small(x)
     except Exception:  # whatever it needs beyond a weight and a bias
         return False

@@ -84,7 +84,7 @@ def check_request(
         )
     if format not in FORMATS:
         raise ConfigError(f"write_checkpoint: format={format!r} is not known; allowed: {', '.join(FORMATS)}")
-    path = Path(output)
+    path = Path(os.path.expanduser(output))
     if format == "hqq" and template is not None:
         raise ConfigError('write_checkpoint: template= is for format="gguf"; leave it out for "hqq"')
     if format == "hqq":

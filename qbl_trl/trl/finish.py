@@ -15,7 +15,7 @@ from qbl_trl.errors import MergeError, QblError, first_line
 from qbl_trl.folders import new_folder
 from qbl_trl.merging import merge, unwrap
 from qbl_trl.model_files import save_model
-from qbl_trl.parity import compare, logits_of, unpatched_forward
+from qbl_trl.parity import compare, logits_of
 from qbl_trl.quant.embedding import GroupQuantEmbedding
 from qbl_trl.quant.head import input_table
 from qbl_trl.quant.packed import PackedWeight
@@ -24,6 +24,7 @@ from qbl_trl.tokenizers import save_tokenizer
 from qbl_trl.trl.layers import active_layers
 from qbl_trl.trl.refusals import why_not_merged
 from qbl_trl.trl.rounding import round_deltas_, rounded
+from qbl_trl.wrapped import unpatched_forward
 
 logger = logging.getLogger(__name__)
 

@@ -1,11 +1,13 @@
 """The fused products and their hand-written gradients, against loops and float64 autograd."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qbl_trl.adapter.products import add_expanded, plus_expanded, pool, project, sum_neighbours
+from qbl_trl.adapter.products import _last, add_expanded, plus_expanded, pool, project, sum_neighbours
 from tests.adapter.naive import naive_pool
 
 FACTORS = [1, 2, 3, 8, 32]
@@ -114,3 +116,12 @@ def test_an_input_without_gradient_asks_the_base_layer_for_none(function):
     assert not passed.requires_grad
     passed, _ = function(torch.randn(5, 8, requires_grad=True), weight)
     assert passed.requires_grad
+
+
+def test_what_was_pooled_last_goes_with_what_it_was_pooled_from():
+    x = torch.randn(4, 8, requires_grad=True) * 1
+    pooled = pool(x, 2, torch.float32)[1]
+    assert _last.pooled is not None
+    del x, pooled
+    gc.collect()
+    assert _last.pooled is None

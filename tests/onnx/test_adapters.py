@@ -71,6 +71,18 @@ def test_a_bitsandbytes_base_keeps_its_codes(tmp_path, codebook, nested, storage
         PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
 
 
+def test_a_layer_that_bitsandbytes_names_by_its_codebook_keeps_its_codes(tmp_path):
+    bnb = pytest.importorskip("bitsandbytes")
+    model = tiny_llama()
+    layer = model.model.layers[0].mlp.up_proj
+    packed = bnb.nn.LinearNF4(64, 96, bias=False)
+    packed.load_state_dict(layer.state_dict())
+    model.model.layers[0].mlp.up_proj = packed.to("cpu")
+    report = export_onnx(model, tmp_path / "out")
+    assert report.parity.max_abs_difference < 2e-5
+    assert ("MatMulBnb4", "none") in kinds(report)
+
+
 def test_a_plain_lora_over_4_bits_is_traced_as_it_is(tmp_path):
     base = quantize(tiny_llama(), p=None)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))

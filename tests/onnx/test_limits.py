@@ -7,8 +7,9 @@ import weakref
 import pytest
 import torch
 import transformers
+from peft import get_peft_model
 
-from qbl_trl import GroupQuantConfig, export_onnx, verify
+from qbl_trl import GroupQuantConfig, QBLoRAConfig, export_onnx, verify
 from qbl_trl.errors import ExportError
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.onnx.companions import Held
@@ -286,6 +287,25 @@ def test_8_bit_activations_where_no_layer_holds_integer_codes_are_said_to_change
     caplog.clear()
     export_onnx(tiny_llama(), tmp_path / "packed", accuracy_level=4, embedding_bits=8)  # the head has codes
     assert "changed nothing" not in caplog.text
+
+
+def test_keeping_the_factors_of_no_adapter_is_said_to_change_nothing(tmp_path, caplog):
+    export_onnx(tiny_llama(), tmp_path / "plain", lowering="low_rank")
+    assert 'lowering="low_rank" changed nothing' in caplog.text
+    caplog.clear()
+    export_onnx(get_peft_model(tiny_llama(), QBLoRAConfig(r=4)), tmp_path / "adapted", lowering="low_rank")
+    assert "changed nothing" not in caplog.text
+
+
+class Louder(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 1.0005
+
+
+def test_a_layer_that_computes_a_little_more_than_a_product_is_traced(tmp_path):
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj.__class__ = Louder
+    assert export_onnx(model, tmp_path / "out").parity.max_abs_difference < 1e-5
 
 
 OWN = ["stablelm, which calls torch's attention", "bloom, whose heads lie in turns", "mpt, whose bias is a table"]

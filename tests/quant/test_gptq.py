@@ -3,6 +3,7 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 from qbl_trl.config import GroupQuantConfig
 from qbl_trl.errors import ConfigError
@@ -253,12 +254,28 @@ def test_layers_outside_the_blocks_and_unused_layers_are_quantized_too():
     assert isinstance(model.unused, GroupQuantLinear)
 
 
+def test_a_decoder_with_a_configuration_of_its_own_keeps_no_cache_either(monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 100}
+    walked = T5ForConditionalGeneration(T5Config(**sizes)).eval()
+    whole = copy.deepcopy(walked)
+    targets = [name for name in linear_names(walked) if not name.endswith("wo")]  # which T5 reads the type of
+    texts = [{"input_ids": tokens(3, 12, seed), "decoder_input_ids": tokens(3, 10, seed)} for seed in (0, 1)]
+    gptq_model_(walked, config(calibration=texts), targets)
+    monkeypatch.setattr(calibration, "find_chain", lambda *_: [])
+    gptq_model_(whole, config(calibration=texts), targets)
+    for name in targets:
+        assert torch.equal(whole.get_submodule(name).weight, walked.get_submodule(name).weight), name
+
+
 def test_mode_and_cache_setting_are_put_back():
     model = tiny_llama().train()
+    model.model.layers[1].eval()
     gptq_model_(model, config(), linear_names(model))
     assert model.training
     assert model.config.use_cache
     assert model.model.layers[0].mlp.up_proj.training
+    assert not model.model.layers[1].mlp.up_proj.training
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from qbl_trl.errors import CheckpointError, ConfigError
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.quant.placing import bytes_per_weight
 from tests.quant.test_experts import mixture
 from tests.tiny import SIZES, logits, tiny_gpt2, tiny_llama, tokens
 
@@ -173,6 +174,15 @@ def test_a_map_that_is_made_by_itself_counts_the_bytes_that_layers_will_have(tmp
     settings = {"device_map": "auto", "max_memory": room, "offload_folder": str(tmp_path / "disk")}
     placed = load(tmp_path, quantization_config=GroupQuantConfig(), **settings)
     assert torch.equal(logits(placed, tokens()), logits(model, tokens()))
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "hqq"])
+@pytest.mark.parametrize("settings", [{"group_size": 16}, {"scale_dtype": "float32"}, {"bits": 2}])
+def test_what_a_map_counts_for_a_weight_is_what_it_takes(algorithm, settings):
+    config = GroupQuantConfig(algorithm=algorithm, **settings)
+    layer = quantize_model_(tiny_llama(hidden_size=128), config).model.layers[0].self_attn.q_proj
+    taken = sum(tensor.nbytes for tensor in (layer.weight, layer.scales, layer.zeros))
+    assert taken / (layer.in_features * layer.out_features) == bytes_per_weight(config)
 
 
 def test_a_weight_of_another_shape_than_the_configuration_says_is_not_quantized(tmp_path):
