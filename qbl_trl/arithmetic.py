@@ -1,14 +1,16 @@
 """Products in the dtype they are written in, whatever a training run allows itself: what comparisons are made in.
 
-And whether a product is followed by what knows no autograd function.
+And in float64, wherever they lie; and whether a product is followed by what knows no autograd function.
 """
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 _BACKENDS: tuple[Any, ...] = tuple(  # none before torch 2.9; mixing them with the older setting is an error there
@@ -20,6 +22,23 @@ _BACKENDS: tuple[Any, ...] = tuple(  # none before torch 2.9; mixing them with t
 
 _DEFAULTS = threading.Lock()
 _before: list[torch.dtype] = []  # the caller's first, then one for each that came while it was open
+
+
+def in_float64(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in float64, where they are, or on the CPU where their device has none (MPS, some XPUs)."""
+    here = all(_has_float64(tensor.device.type) for tensor in tensors)
+    return [(tensor if here else tensor.cpu()).double() for tensor in tensors]
+
+
+@functools.cache
+def _has_float64(device_type: str) -> bool:
+    if device_type in ("cpu", "cuda", "meta"):
+        return True
+    try:
+        torch.zeros(1, device=device_type).double()
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return True
 
 
 def follows_no_function() -> bool:

@@ -23,6 +23,7 @@ from qbl_trl.adapter.factors import choose_factors, record_factors_, warn_of_unm
 from qbl_trl.adapter.mergeable import MergesIntoBase
 from qbl_trl.adapter.products import add_expanded, pool
 from qbl_trl.adapter.projections import ExpandedLinear, PooledLinear, compute_dtype
+from qbl_trl.arithmetic import in_float64
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import OTHERS_DEPLOYED, ConfigError
 from qbl_trl.quant.blocks import expand_delta
@@ -192,17 +193,16 @@ class BalancedLinear(nn.Module, MergesIntoBase):
                 self.scaling[name] /= scale
 
     def block_delta(self, adapter_name: str) -> Tensor:
-        """D = gain * B A, (N / e, K / p) float32, rounded once: the product is formed in float64 where there is one."""
+        """D = gain * B A, (N / e, K / p) float32, rounded once: the product is formed in float64."""
         factors = [
             layers[adapter_name].weight
             for layers in (self.lora_block, self.lora_B, self.lora_A)
             if adapter_name in layers
         ]
-        wide = torch.float32 if factors[0].device.type == "mps" else torch.float64
-        product = factors[0].to(wide)
-        for factor in factors[1:]:
-            product = product @ factor.to(wide)
-        return (product * self.gain(adapter_name)).float()
+        product, *others = in_float64(*factors)
+        for factor in others:
+            product = product @ factor
+        return (product * self.gain(adapter_name)).float().to(factors[0].device)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW as the base stores its weight: (N, K) float32, or (K, N) for Conv1D."""

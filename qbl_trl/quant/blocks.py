@@ -19,6 +19,7 @@ import math
 import torch
 from torch import Tensor
 
+from qbl_trl.arithmetic import in_float64
 from qbl_trl.errors import FoldError
 
 
@@ -75,8 +76,9 @@ def fold(zeros: Tensor, scales: Tensor, delta: Tensor, in_factor: int, out_facto
             f"zeros {tuple(zeros.shape)}, scales {tuple(scales.shape)} and delta {tuple(delta.shape)} with "
             f"in_factor={in_factor}, out_factor={out_factor}, group_size={group_size} do not describe one layer"
         )
-    shift = expand_delta(delta.double(), groups_per_block, out_factor) / scales.double()
-    return (zeros.double() - shift).float()
+    wide_delta, wide_scales, wide_zeros = in_float64(delta, scales, zeros)
+    shift = expand_delta(wide_delta, groups_per_block, out_factor) / wide_scales
+    return (wide_zeros - shift).float().to(zeros.device)
 
 
 def add_deltas(

@@ -47,7 +47,7 @@ def q4_1_blocks(layer: GroupQuantLinear, name: str) -> tuple[Tensor, float]:
             f"write_checkpoint: {name} has {layer.bits} bits, groups of {layer.group_size}, {layer.scales.dtype} "
             "scales; GGUF Q4_1 holds 4 bits in groups of 32 (or 64, 128, 256, repeated) with float16 scales"
         )
-    codes, scales, zeros = folded(layer)
+    codes, scales, zeros = (part.cpu() for part in folded(layer))
     repeats = layer.group_size // _GROUP
     groups = layer.in_features // _GROUP
     scales, zeros = (part.repeat_interleave(repeats, 1)[:, :groups] for part in (scales, zeros))

@@ -96,7 +96,7 @@ class GroupQuantizer(HfQuantizer):
 
     def adjust_max_memory(self, max_memory: dict[str, Any]) -> dict[str, Any]:
         """Room for scales and zero points beside the codes, where these are not counted."""
-        counted = self.pre_quantized or not BEFORE_5
+        counted = self.pre_quantized or not BEFORE_5 or self.quantization_config.algorithm == "gptq"
         return max_memory if counted else room_for_codes(max_memory, self.quantization_config)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

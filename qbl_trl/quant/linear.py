@@ -16,7 +16,9 @@ from qbl_trl.errors import ConfigError
 from qbl_trl.quant.blocks import add_expanded, pool
 from qbl_trl.quant.packed import ALL_ROWS, PackedWeight
 
-_BLOCK_WEIGHTS = 1 << 22  # 16 MB of float32: stays in the last cache, and large enough for a full-speed product
+# How many weights are float at once: on a CPU 16 MB, which stay in the last cache, and are enough for a full-speed
+# product; elsewhere a gigabyte at most with all that plain torch makes on the way, which a large head would exceed.
+_BLOCK_WEIGHTS, _BLOCK_ELSEWHERE = 1 << 22, 1 << 27
 
 
 class GroupQuantLinear(PackedWeight, nn.Linear):  # type: ignore[misc]
@@ -62,10 +64,9 @@ class GroupQuantLinear(PackedWeight, nn.Linear):  # type: ignore[misc]
             table.as_head_(self)  # type: ignore[operator]
 
     def row_blocks(self, device: torch.device) -> list[tuple[int, int]]:
-        """Row ranges whose float weight fits a processor's last cache; one range for all rows on an accelerator."""
-        if device.type != "cpu":
-            return [(0, self.out_features)]
-        step = max(_BLOCK_WEIGHTS // self.in_features, 1)
+        """Row ranges whose float weight fits a processor's last cache, or is no burden on an accelerator."""
+        weights = _BLOCK_WEIGHTS if device.type == "cpu" else _BLOCK_ELSEWHERE
+        step = max(weights // self.in_features, 1)
         return [(row, min(row + step, self.out_features)) for row in range(0, self.out_features, step)]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.merging import unwrap
 from qbl_trl.quant.head import input_table
-from qbl_trl.trl import checkpoints, finish, gather, refusals, run_record
+from qbl_trl.trl import checkpoints, finish, gather, refusals, replicas, run_record
 from qbl_trl.trl.inject import Unadapted, find_trainer, is_adapted, place_
 from qbl_trl.trl.layers import active, active_layers
 from qbl_trl.trl.merged_loss import check_merged_loss, merged_loss
@@ -142,6 +142,9 @@ class QBLoRACallback(TrainerCallback):
         trainer = find_trainer(model)
         self.check_outputs(args)
         refusals.check_teacher(args)
+        chosen = {f"stored_delta={self.outputs.stored_delta!r}": self.outputs.stored_delta is not None}
+        chosen["eval_merged_loss=True"] = self.eval_merged_loss
+        replicas.check_one_device(args, [option for option, is_set in chosen.items() if is_set])
         if self.outputs.onnx is not None:
             refusals.check_decoder(model)
         base = base_folder(model)
@@ -173,6 +176,7 @@ class QBLoRACallback(TrainerCallback):
         self._meet_late(model, anew=getattr(self._trainer, "model_init", None) is not None)
         if state.global_step:
             check_resumed(find_trainer(model) or self._trainer, model)
+        replicas.keep_scales_apart_(getattr(self._trainer, "model_wrapped", None))
         self._layers = active_layers(model)  # sharding may have replaced modules
         refusals.check_trains(model)
         self._moved = False

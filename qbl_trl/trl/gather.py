@@ -34,7 +34,7 @@ class Gatherer:
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
-        self._twin = None if model is None else without_weights(model)
+        self._twin = None if model is None else without_weights(model)  # stays so: what is gathered fills copies
 
     def whole(self, model: nn.Module, is_main: bool) -> nn.Module | None:
         """The model itself if it is whole; else its twin with every weight, on the CPU of the main process.
@@ -57,12 +57,14 @@ class Gatherer:
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if not is_main:
             return None
-        named = dict(self._twin.named_parameters(remove_duplicate=False))
+        # Sharding moves buffers to its device in place, the twin's with them.
+        made = copied(self._twin, lambda tensor: tensor if isinstance(tensor, nn.Parameter) else tensor.cpu())
+        named = dict(made.named_parameters(remove_duplicate=False))
         filled = {name: value for name, value in weights.items() if name in named}
-        self._twin.load_state_dict(filled, strict=False, assign=True)
-        for name, parameter in self._twin.named_parameters():
+        made.load_state_dict(filled, strict=False, assign=True)
+        for name, parameter in made.named_parameters():
             parameter.requires_grad_(named[name].requires_grad)
-        return self._twin
+        return made
 
 
 __all__ = ["PARTITIONED", "Gatherer", "is_partitioned", "without_weights"]

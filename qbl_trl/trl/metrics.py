@@ -53,7 +53,7 @@ class LayerMetrics:
 
 @torch.no_grad()
 def measure(layers: dict[str, BalancedLinear]) -> list[LayerMetrics]:
-    """Measure every layer; one transfer from the device for all. Under FSDP, every process must call this."""
+    """Measure every layer, with two transfers from the device for each. Under FSDP, every process must call this."""
     rows, quantized = [], []
     for layer in layers.values():
         delta, (p, e) = _delta(layer)
@@ -160,9 +160,9 @@ def _norms(delta: Tensor) -> tuple[Tensor, Tensor]:
     total = gram.diagonal().sum()
     if not torch.isfinite(total):
         return total, total
+    gram = gram.cpu() if gram.device.type == "mps" else gram  # which has no such decompositions
     if gram.shape[0] <= _EXACT_UP_TO:
         return total, torch.linalg.eigvalsh(gram)[-1]
-    gram = gram.cpu() if gram.device.type == "mps" else gram  # which has no such decompositions
     vectors = [gram[:, gram.diagonal().argmax()]]
     for _ in range(_KRYLOV - 1):
         vectors.append(gram @ (vectors[-1] / vectors[-1].norm().clamp_min(1e-30)))

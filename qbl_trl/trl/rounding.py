@@ -52,13 +52,12 @@ class DeltaRounding:
     Attributes:
         rounding: whether it is felt; until then nothing is added, in a graph of the same form, so that a compiled model
             need not be compiled again (and would not notice hooks that came later).
-        cost: ||Q(D) - D|| / ||D|| over all layers, at the last refresh.
     """
 
     def __init__(self, layers: dict[str, BalancedLinear], stored: str, rounding: bool = True) -> None:
         self.stored = stored
         self.rounding = rounding
-        self.cost = 0.0
+        self._sums: list[tuple[Tensor, Tensor]] = []  # of squares, left on the device: each step makes them anew
         self._layers = layers
         self._trained = {name: active(layer) for name, layer in layers.items()}  # a reference may be another adapter
         self._change: dict[str, Tensor] = {}
@@ -80,15 +79,19 @@ class DeltaRounding:
         while self._handles:
             self._handles.pop().remove()
 
+    @property
+    def cost(self) -> float:
+        """||Q(D) - D|| / ||D|| over all layers, at the last refresh."""
+        lost, total = (sum(float(part[at]) for part in self._sums) for at in (0, 1))
+        return (lost / total) ** 0.5 if total else 0.0
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Round the present weights. Under FSDP, every process must call this."""
-        lost = total = 0.0
+        self._sums = []
         for name, layer in self._layers.items():
             delta = self._round(name, layer)
-            lost += float(self._change[name].square().sum())
-            total += float(delta.square().sum())
-        self.cost = (lost / total) ** 0.5 if total else 0.0
+            self._sums.append((self._change[name].square().sum(), delta.square().sum()))
 
     def _round(self, name: str, layer: BalancedLinear) -> Tensor:
         """The present delta of a layer, whose change by rounding is what is added from now on."""

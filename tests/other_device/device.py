@@ -1,7 +1,8 @@
 """A device beside the CPU that needs no hardware: its tensors meet the CPU's as little as a GPU's do.
 
 Each of its tensors holds one of the CPU, which does the arithmetic; results have the CPU's bits. What reads a tensor's
-memory by its address, an operator that is given tensors of both devices, and `numpy()` fail as they do on a GPU.
+memory by its address, an operator that is given tensors of both devices, and `numpy()` fail as they do on a GPU, and
+so does float64, which MPS and some XPUs have not.
 Registered for the whole process and seen while `present()` is open, by the thread that opened it.
 """
 
@@ -121,6 +122,8 @@ def _placed(made: Any, same: dict[int, OtherTensor]) -> Any:
     """A result on the device; what an operator changed in place is the tensor it was given."""
     if not isinstance(made, Tensor) or isinstance(made, OtherTensor):
         return made
+    if made.dtype == torch.float64:
+        raise TypeError(f"{DEVICE} has no float64")
     return same.get(id(made)) if id(made) in same else OtherTensor(made)
 
 

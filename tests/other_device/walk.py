@@ -7,13 +7,16 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qbl_trl import GroupQuantConfig, QBLoRACallback, QBLoRAConfig, export_onnx, merge, verify
+from qbl_trl.quant.float_offsets import folded
 from qbl_trl.quant.hf_quantizer import quantize_model_
+from qbl_trl.trl import gather
 from tests.other_device.device import DEVICE, NAME, present, register
 from tests.tiny import logits, tiny_llama, tokens
 
@@ -68,7 +71,39 @@ def core(folder: Path) -> None:
             close(logits(AutoModelForCausalLM.from_pretrained(folder / f"merged-{number}"), IDS), expected)
             export_onnx(folder / f"merged-{number}", folder / f"graph-{number}")
             assert verify(merged, folder / f"graph-{number}", ids).max_abs_difference < 1e-4
+            first, second = (one.model.layers[0].mlp.up_proj for one in (merged, merge(trained("cpu", config))))
+            close(folded(first).zeros, folded(second).zeros)
             close(logits(merged.dequantize(), ids), expected)
+    sums_of_adapters()
+    gathered()
+
+
+def sums_of_adapters() -> None:
+    """Two adapters as one, as on the CPU."""
+    made = []
+    for device in (DEVICE, "cpu"):
+        model = trained(device, CONFIGS[0])
+        torch.manual_seed(2)
+        model.add_adapter("second", QBLoRAConfig(quantization_aware=True, r=4, init_lora_weights=False))
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both", combination_type="svd")
+        model.set_adapter("both")
+        made.append(logits(model.eval(), IDS.to(device)))
+    close(*made)
+
+
+def gathered() -> None:
+    """A model that was sharded there, whole on the CPU: sharding moves buffers in place."""
+    expected = logits(trained("cpu", CONFIGS[0]), IDS)
+    model = trained("cpu", CONFIGS[0]).to(DEVICE)
+    gatherer = gather.Gatherer(model)  # whose buffers are the model's, there
+    weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    with (
+        mock.patch.object(gather, "is_sharded", lambda _: True),
+        mock.patch.object(gather, "get_model_state_dict", lambda *_, **__: weights),
+    ):
+        whole = gatherer.whole(model, True)
+    assert {tensor.device.type for tensor in (*whole.parameters(), *whole.buffers())} == {"cpu"}
+    close(logits(merge(whole), IDS), expected)
 
 
 def trainer(folder: Path) -> None:
