@@ -1,7 +1,10 @@
-"""Graphs in which an If chooses at every layer (`grouped.py`), and the same with every layer as one branch has it."""
+"""Graphs that choose: by one If around all of it, or by an If at every layer (`grouped.py`), and then the same with all
+layers as one of the branches has them.
+"""
 
 from collections.abc import Iterable, Iterator
 
+from onnx import helper
 from onnx.onnx_pb import GraphProto, NodeProto
 
 from qbl_trl.onnx.protos import renamed, subgraphs
@@ -41,6 +44,34 @@ def _branches(node: NodeProto) -> dict[str, GraphProto]:
 def _inlined(node: NodeProto, branch: GraphProto) -> Iterator[NodeProto]:
     names = {inner.name: outer for inner, outer in zip(branch.output, node.output, strict=True)}
     return (renamed(inner, names) for inner in branch.node)
+
+
+def as_branch(graph: GraphProto, name: str, nodes: Iterable[NodeProto]) -> GraphProto:
+    """Nodes that make a graph's outputs as a branch of an If in it, which reads its inputs and initializers."""
+    branch = GraphProto(name=name, node=nodes, output=graph.output)
+    _rename(branch, f"{name}/", {value.name for value in [*graph.input, *graph.initializer]})
+    return branch
+
+
+def choose_(graph: GraphProto, first: Iterable[NodeProto], asked: str, then: GraphProto, other: GraphProto) -> None:
+    """Make a graph If(asked): `then`, else `other`, after the nodes by which `asked` is known."""
+    outputs, first = [value.name for value in graph.output], list(first)
+    for part in (graph.node, graph.value_info):
+        del part[:]
+    branches = {"then_branch": then, "else_branch": other}
+    graph.node.extend([*first, helper.make_node("If", [asked], outputs, name="choice", **branches)])
+
+
+def _rename(graph: GraphProto, prefix: str, outer: set[str]) -> None:
+    """A prefix for every value but those of the graph around both branches."""
+    for value in (*graph.input, *graph.initializer, *graph.value_info, *graph.output):
+        value.name = prefix + value.name
+    for node in graph.node:
+        node.name = prefix + node.name
+        for names in (node.input, node.output):
+            names[:] = [name if not name or name in outer else prefix + name for name in names]
+        for inner in subgraphs(node):
+            _rename(inner, prefix, outer)
 
 
 def values_read(node: NodeProto) -> Iterator[str]:

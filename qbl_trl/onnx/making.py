@@ -27,6 +27,7 @@ from qbl_trl.onnx.skeleton import Unfusable, build_skeleton, fused_attention_tra
 from qbl_trl.onnx.tables import has_packed_head, head_inputs, packed_tables
 from qbl_trl.onnx.threads import TRACING
 from qbl_trl.onnx.trace import Untraceable, trace
+from qbl_trl.onnx.unpadded import choose_unpadded
 from qbl_trl.parity import ParityReport, compare
 
 _DIGITS_SHARE = 2.0  # times what 8-bit activations cost: beyond, a delta stays in float
@@ -188,7 +189,9 @@ def _as_wanted(
 def _build(held: Held, options: Options, folder: Path) -> Built:
     graph, made = _trace_and_rewrite(held, options)
     save(graph, folder)
-    write_right_padded(folder / MODEL_FILE, folder / GENAI_FILE)
+    write_right_padded(folder / MODEL_FILE, folder / GENAI_FILE, options.provider)
+    if options.provider == "cuda":
+        choose_unpadded(folder / MODEL_FILE)
     operators = dict(Counter(node.op_type for node in graph.graph.all_nodes()))
     fallbacks = cuda_fallbacks(graph) if options.provider == "cuda" else ()
     return Built(made.layers, operators, fallbacks, made.attention, made.reason)

@@ -23,7 +23,7 @@ from onnx import helper
 from onnx.onnx_pb import GraphProto, ModelProto, NodeProto
 
 from qbl_trl.onnx import protos
-from qbl_trl.onnx.choices import GROUPED, WHOLE, condition, needed, settled
+from qbl_trl.onnx.choices import GROUPED, WHOLE, as_branch, choose_, condition, needed, settled
 from qbl_trl.onnx.int8_prompts import read_in_8_bits
 from qbl_trl.onnx.int8_weights import Int8Weights
 from qbl_trl.onnx.last import uncut
@@ -52,17 +52,13 @@ def _split(model: ModelProto, steps: int, prompts: int, weights: Int8Weights | N
     graph = model.graph
     chosen = condition(graph)
     first = _one_token(graph) if chosen is None else needed(graph.node, [chosen])
-    outer = {value.name for value in [*graph.input, *graph.initializer]}
-    branches = {
-        "then_branch": _branch(graph, GROUPED, STEPS, steps, outer),
-        "else_branch": _branch(graph, WHOLE, PROMPTS, prompts if weights is None else steps, outer),
-    }
+    made = needed(uncut(settled(graph, GROUPED)), (value.name for value in graph.output))
+    step, prompt = as_branch(graph, STEPS, made), as_branch(graph, PROMPTS, settled(graph, WHOLE))
+    _set_level(step.node, steps)
+    _set_level(prompt.node, prompts if weights is None else steps)
     if weights is not None:
-        read_in_8_bits(branches["else_branch"], graph, weights)
-    outputs = [value.name for value in graph.output]
-    for part in (graph.node, graph.value_info):
-        del part[:]
-    graph.node.extend([*first, helper.make_node("If", [chosen or "one_token"], outputs, name="length", **branches)])
+        read_in_8_bits(prompt, graph, weights)
+    choose_(graph, first, chosen or "one_token", step, prompt)
 
 
 def _one_token(graph: GraphProto) -> list[NodeProto]:
@@ -71,29 +67,6 @@ def _one_token(graph: GraphProto) -> list[NodeProto]:
         protos.node("Shape", ["input_ids"], "tokens", start=1, end=2),
         protos.node("Equal", ["tokens", "one"], "one_token"),
     ]
-
-
-def _branch(graph: GraphProto, kind: str, name: str, level: int, outer: set[str]) -> GraphProto:
-    branch, nodes = GraphProto(name=name), settled(graph, kind)
-    if name == STEPS:
-        nodes = needed(uncut(nodes), (value.name for value in graph.output))
-    branch.node.extend(nodes)
-    branch.output.extend(graph.output)
-    _rename(branch, f"{name}/", outer)
-    _set_level(branch.node, level)
-    return branch
-
-
-def _rename(graph: GraphProto, prefix: str, outer: set[str]) -> None:
-    """A prefix for every value but those of the graph around both branches."""
-    for value in (*graph.input, *graph.initializer, *graph.value_info, *graph.output):
-        value.name = prefix + value.name
-    for node in graph.node:
-        node.name = prefix + node.name
-        for names in (node.input, node.output):
-            names[:] = [name if not name or name in outer else prefix + name for name in names]
-        for inner in protos.subgraphs(node):
-            _rename(inner, prefix, outer)
 
 
 def _set_level(nodes: Iterable[NodeProto], level: int) -> None:

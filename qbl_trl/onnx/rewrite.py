@@ -25,6 +25,7 @@ from qbl_trl.onnx.rotary import lower_rotary_tables
 from qbl_trl.onnx.shapes import answer_shapes, join_reshapes
 from qbl_trl.onnx.skeleton import Skeleton
 from qbl_trl.onnx.unasked import let_unasked_experts_rest
+from qbl_trl.onnx.weights import in_smaller_groups
 
 # They count the mask where nobody gives them positions; ORTModelForCausalLM would give places that count padding.
 _COUNTS_MASK = ("biogpt",)
@@ -96,6 +97,10 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> Rewritten:
         ExportError: if a layer cannot be lowered as asked.
     """
     editor = Editor(model, options.dtype)
+    linears, embeddings = skeleton.linears, skeleton.embeddings
+    if options.provider == "cuda":
+        linears = {name: in_smaller_groups(one, one.in_features) for name, one in linears.items()}
+        embeddings = {name: in_smaller_groups(one, one.embedding_dim) for name, one in embeddings.items()}
     answer_shapes(editor, skeleton)
     if skeleton.model.config.model_type in _COUNTS_MASK:
         Masks(editor).answer_positions()
@@ -109,8 +114,8 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> Rewritten:
     if options.last_logits:
         keep_last(editor)
     lower_norms(editor, skeleton.norms)
-    shared = lower_embeddings(editor, skeleton.embeddings)
-    linears = pack_projections(editor, choose_branches(skeleton.linears, options.lowering))
+    shared = lower_embeddings(editor, embeddings)
+    linears = pack_projections(editor, choose_branches(linears, options.lowering))
     accept_guessed_caches(editor, served(skeleton.model.config))
     lowering = LinearLowering(
         editor,

@@ -25,20 +25,27 @@ from qbl_trl.onnx.layer_caches import STATES
 from qbl_trl.onnx.masks import BIASED
 
 
-def write_right_padded(source: Path, target: Path) -> None:
-    """Write the graph of a file for texts that are padded on the right; no file where it cannot count them by rows."""
+def write_right_padded(source: Path, target: Path, provider: str) -> None:
+    """Write the graph of a file for texts that are padded on the right; no file where it cannot count them by rows.
+
+    On a CPU it needs the lengths of queries for that. On CUDA it does without: a prompt is then read from the start of
+    the cache, and of several texts only single tokens go on.
+    """
     model = onnx.load(source, load_external_data=False)
     graph = model.graph
     nodes = settled(graph, WHOLE)
     attentions = [node for node in nodes if node.op_type == "GroupQueryAttention"]
-    if not attentions or any(len(node.input) <= Input.QUERY_LENGTHS for node in attentions):
+    told = [len(node.input) > Input.QUERY_LENGTHS for node in attentions]
+    if not attentions or not (all(told) or provider == "cuda"):
         return
     biases = {name for node in attentions for name in node.input[Input.BIAS : Input.BIAS + 1]}
     biased = {name for name in biases if name.startswith(BIASED)}
-    for node in attentions:
+    for node, is_told in zip(attentions, told, strict=True):
         bias = node.input[Input.BIAS]
         node.input[Input.BIAS] = f"right/{bias}" if bias in biased else ""
-        node.input[Input.SEQUENCE_LENGTHS], node.input[Input.QUERY_LENGTHS] = "right/seqlens", "right/queries"
+        node.input[Input.SEQUENCE_LENGTHS] = "right/seqlens"
+        if is_told:
+            node.input[Input.QUERY_LENGTHS] = "right/queries"
     _state_sizes(graph)
     nodes = [*_counts(graph), *_without_padding(nodes, biased), *_placed_by_rows(nodes)]
     nodes = needed(nodes, (value.name for value in graph.output))

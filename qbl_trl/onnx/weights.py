@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from qbl_trl.errors import ExportError
-from qbl_trl.onnx.layers import BlockDelta, Branch, GroupBase, LinearSource, Made, TensorRef
+from qbl_trl.onnx.layers import BlockDelta, Branch, EmbeddingSource, GroupBase, LinearSource, Made, TensorRef
 from qbl_trl.quant.blocks import fold
 from qbl_trl.quant.packing import pack, unpack
 
 Reader = Callable[[], Tensor]
+Source = TypeVar("Source", LinearSource, EmbeddingSource)
+_LARGEST_ON_CUDA = 128
 
 
 def give(tensor: Tensor | TensorRef) -> Reader:
@@ -79,6 +82,37 @@ def with_whole_zeros(source: LinearSource, symmetric: bool = False) -> LinearSou
 
 def _is_constant_in_groups(branch: Branch, base: GroupBase) -> bool:
     return isinstance(branch, BlockDelta) and branch.in_factor % base.group_size == 0
+
+
+def in_smaller_groups(source: Source, columns: int) -> Source:
+    """The same weights in groups of 128 at most, where 4-bit codes have larger ones, with a scale for each part of one.
+
+    For one token ONNX Runtime's MatMulNBits knows no larger groups on CUDA, and fails as it runs.
+
+    Args:
+        columns: K.
+
+    Source: ONNX Runtime 1.31, contrib_ops/cuda/quantization/matmul_4bits_m1_impl.cuh.
+    """
+    base = source.base
+    if not isinstance(base, GroupBase) or base.bits != 4 or base.group_size <= _LARGEST_ON_CUDA:
+        return source
+    times, groups = base.group_size // _LARGEST_ON_CUDA, -(-columns // _LARGEST_ON_CUDA)
+    rows, whole = base.scales.shape
+
+    def parts(tensor: Tensor) -> Tensor:
+        return tensor.repeat_interleave(times, 1)[:, :groups].contiguous()
+
+    weight, zeros, width = base.weight, base.zeros, groups * _LARGEST_ON_CUDA // 2
+    if groups < whole * times:  # the last group was ragged
+        weight = Made(weight.parts, (rows, width), lambda: base.weight.read()[:, :width].contiguous())
+    if zeros is not None and zeros.floating:
+        zeros = Made(zeros.parts, (rows, groups), lambda: parts(base.zeros.read()))  # type: ignore[union-attr]
+    elif zeros is not None:
+        packed = (rows, -(-groups // 2))
+        zeros = Made(zeros.parts, packed, lambda: pack(parts(unpack(base.zeros.read(), 4, whole)), 4))  # type: ignore[union-attr]
+    scales = Made(base.scales.parts, (rows, groups), lambda: parts(base.scales.read()))
+    return replace(source, base=GroupBase(4, _LARGEST_ON_CUDA, weight, scales, zeros))
 
 
 def folded_zeros(name: str, base: GroupBase, branches: Sequence[Branch]) -> Reader:

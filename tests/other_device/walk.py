@@ -98,8 +98,8 @@ def gathered() -> None:
     gatherer = gather.Gatherer(model)  # whose buffers are the model's, there
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     with (
-        mock.patch.object(gather, "is_sharded", lambda _: True),
-        mock.patch.object(gather, "get_model_state_dict", lambda *_, **__: weights),
+        mock.patch.object(gather, "is_sharded", return_value=True),
+        mock.patch.object(gather, "get_model_state_dict", return_value=weights),
     ):
         whole = gatherer.whole(model, True)
     assert {tensor.device.type for tensor in (*whole.parameters(), *whole.buffers())} == {"cpu"}
