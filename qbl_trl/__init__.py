@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from qbl_trl.config import GroupQuantConfig, QBLoRAConfig
     from qbl_trl.merging import merge
     from qbl_trl.onnx.export import export_onnx
-    from qbl_trl.parity import verify
     from qbl_trl.trl.callback import QBLoRACallback
+    from qbl_trl.verifying import verify
 
 __version__ = "0.1.0"
 __all__ = ["GroupQuantConfig", "QBLoRACallback", "QBLoRAConfig", "export_onnx", "merge", "to_lora", "verify"]
@@ -30,7 +30,7 @@ _LAZY = {
     "export_onnx": "qbl_trl.onnx.export",
     "merge": "qbl_trl.merging",
     "to_lora": "qbl_trl.adapter.to_lora",
-    "verify": "qbl_trl.parity",
+    "verify": "qbl_trl.verifying",
 }
 
 

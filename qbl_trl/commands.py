@@ -11,7 +11,7 @@ from typing import Any
 
 from qbl_trl.allowed import SCALE_DTYPE_NAMES
 from qbl_trl.errors import FULL, OTHERS_DEPLOYED, ConfigError, first_line
-from qbl_trl.folders import refuse_graph
+from qbl_trl.folders import is_adapter, refuse_graph
 
 
 def quantize(args: argparse.Namespace) -> None:
@@ -133,7 +133,7 @@ def _check_holds_model(name: str) -> None:
     """A folder is opened for its weights."""
     folder = Path(name)
     refuse_graph(folder)
-    if (folder / "adapter_config.json").is_file():
+    if is_adapter(folder):
         from qbl_trl.config import QBLoRAConfig
         from qbl_trl.loading import saved_adapter
 
@@ -153,7 +153,7 @@ def inspect(args: argparse.Namespace) -> None:
 
     if args.against is not None:
         _check_exists(str(args.against.absolute()))
-    adapter = Path(args.model, "adapter_config.json").is_file()
+    adapter = is_adapter(args.model)
     model = load_adapter(args.model).unload() if adapter else _load(args.model, whole=False)
     layers = summarize(model, args.against)
     print(_listed([Kind(layer.name, (layer,)) for layer in layers] if args.all else by_kind(layers)))
@@ -241,14 +241,15 @@ def export(args: argparse.Namespace) -> None:
 
 def verify(args: argparse.Namespace) -> int:
     from qbl_trl.parity import ParityReport, logits_of
-    from qbl_trl.parity import verify as compared
     from qbl_trl.texts import read_texts, token_ids
+    from qbl_trl.verifying import opened
+    from qbl_trl.verifying import verify as compared
 
     missing = next((name for name in (args.reference, args.candidate) if not Path(name).is_dir()), None)
     if missing is not None:
-        raise ConfigError(f"verify: {missing} is no folder")
+        raise ConfigError(f"verify: {missing}: no such folder")
     ids = token_ids(args.reference, [args.text] if args.text_file is None else read_texts(args.text_file))
-    reference, candidate = logits_of(args.reference), logits_of(args.candidate)
+    reference, candidate = logits_of(opened(args.reference)), logits_of(opened(args.candidate))
     report = ParityReport.joined([compared(reference, candidate, row) for row in ids])
     print(report)
     if args.tolerance is not None and not report.max_abs_difference <= args.tolerance:

@@ -167,6 +167,11 @@ def _put(draft: Path, path: Path, old: Path, overwrite: bool) -> None:
             raise
 
 
+def is_adapter(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds an adapter, as PEFT writes it."""
+    return Path(folder, "adapter_config.json").is_file()
+
+
 def refuse_graph(folder: Path, error: type[QblError] = ConfigError) -> None:
     """Refuse an exported folder where a model is wanted.
 

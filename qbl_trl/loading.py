@@ -14,6 +14,7 @@ from typing import Any
 
 from qbl_trl.config import QUANT_METHOD, GroupQuantConfig, QBLoRAConfig, holds_merged
 from qbl_trl.errors import CheckpointError, ConfigError, QblError, first_line
+from qbl_trl.folders import is_adapter, refuse_graph
 from qbl_trl.module_names import name_here
 from qbl_trl.older_names import restore_settings_
 from qbl_trl.random_state import same_random_state
@@ -258,6 +259,24 @@ def _config_of_base(named: str, folder: Path, where: dict[str, str]) -> Any:
         ) from error
 
 
+def open_folder(folder: str | os.PathLike[str], dtype: Any, error: type[QblError] = ConfigError) -> Any:
+    """What a folder holds: a model, whole, or an adapter over its base (in float32).
+
+    Raises:
+        ConfigError (or the `error` given): if it holds neither.
+        CheckpointError: as `open_whole` and `load_adapter`.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise error(f"{folder}: no such folder")
+    if is_adapter(path):
+        return load_adapter(path)
+    refuse_graph(path, error)
+    if not (path / "config.json").is_file():
+        raise error(f"{folder} holds neither a model (config.json) nor an adapter (adapter_config.json)")
+    return open_whole(path, dtype=dtype)
+
+
 def saved_adapter(folder: str | os.PathLike[str]) -> Any:
     """The PeftConfig of an adapter folder.
 
@@ -267,7 +286,7 @@ def saved_adapter(folder: str | os.PathLike[str]) -> Any:
     """
     from peft import PeftConfig
 
-    if not Path(folder, "adapter_config.json").is_file():
+    if not is_adapter(folder):
         saved = sorted(Path(folder).glob("*/adapter_config.json"), key=lambda file: file.stat().st_mtime)
         instead = f"a folder in it does: {saved[-1].parent}" if saved else "name a folder that save_model wrote"
         raise ConfigError(f"{folder} holds no adapter (no adapter_config.json); {instead}")

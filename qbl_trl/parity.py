@@ -1,27 +1,19 @@
-"""Do two models compute the same function? Compare their logits on the same tokens.
+"""Do two models compute the same function? Their logits, and how far these are apart.
 
-    reference, candidate: a transformers or PEFT model, an ORTModelForCausalLM, a folder of any of these (an ONNX
-    folder is recognized by its .onnx file), or any callable (input_ids, attention_mask) -> logits (B, S, V).
-
-Positions masked out are not compared. Nothing here imports ONNX Runtime: a folder with a graph is opened by
-`qbl_trl.onnx.session`, looked up by name when it is needed.
+Positions masked out are not compared.
 """
 
-import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qbl_trl.arithmetic import plain_arithmetic, plain_defaults
-from qbl_trl.errors import ConfigError, explain_missing
-from qbl_trl.loading import load_adapter, open_whole
+from qbl_trl.arithmetic import plain_arithmetic
+from qbl_trl.errors import ConfigError
 from qbl_trl.wrapped import evaluating, unpatched_forward, unwrap
 
 Logits = Callable[[Tensor, Tensor], Tensor]
@@ -74,64 +66,6 @@ class ParityReport:
         )
 
 
-def verify(reference: Any, candidate: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> ParityReport:
-    """Compare two models on the same tokens; of a graph exported with logits="last", the last position only.
-
-    Of classifiers, whose logits are (B, C), a row is what a position is elsewhere.
-
-    A graph over a cache of 8 bits is run as it generates: half of the text as a prompt, the rest token by token, which
-    reads what was rounded. One that was exported with logits="last" reads all of it token by token.
-
-    Args:
-        reference, candidate: see the module's description.
-        input_ids: (B, S) or (S,) integers.
-        attention_mask: (B, S), 1 on real tokens; None means all are real.
-
-    Returns:
-        The differences, over all positions that are no padding.
-
-    Raises:
-        ConfigError: if an argument is nothing that gives logits, no token ids or no mask of them, or the logits do not
-            fit each other.
-    """
-    ids, mask = _tokens(input_ids, attention_mask)
-    first, second = logits_of(reference)(ids, mask), logits_of(candidate)(ids, mask)
-    if first.dim() == 3 and 1 in (first.shape[1], second.shape[1]) and ids.shape[1] > 1:  # a graph of last logits
-        first, second = _last(first, mask), _last(second, mask)
-        mask = mask.amax(1, keepdim=True)  # a row of padding alone has no last token
-    return compare(first, second, mask if first.dim() == 3 else None)
-
-
-def _tokens(input_ids: Any, attention_mask: Any) -> tuple[Tensor, Tensor]:
-    """Ids and mask, (B, S) int64: what every model and graph takes."""
-    ids = _tensor("input_ids", input_ids)
-    ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
-    if ids.dim() != 2 or not ids.numel() or ids.is_floating_point() or ids.dtype == torch.bool or bool((ids < 0).any()):
-        raise ConfigError(
-            f"verify: input_ids of {tuple(ids.shape)} {ids.dtype}; give token ids of (batch, tokens), at least one"
-        )
-    mask = torch.ones_like(ids) if attention_mask is None else _tensor("attention_mask", attention_mask)
-    mask = mask.unsqueeze(0) if mask.dim() == 1 else mask
-    if mask.shape != ids.shape:
-        raise ConfigError(f"verify: an attention_mask of {tuple(mask.shape)} does not cover ids of {tuple(ids.shape)}")
-    return ids.long(), mask.long()
-
-
-def _tensor(name: str, given: Any) -> Tensor:
-    try:
-        return given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"verify: {name} is {given!r:.40}; give a tensor of (batch, tokens) integers") from error
-
-
-def _last(logits: Tensor, mask: Tensor) -> Tensor:
-    """Logits of each row's last token that is no padding, (B, 1, V)."""
-    if logits.shape[1] == 1:
-        return logits
-    places = torch.arange(mask.shape[1], device="cpu") * mask.cpu()
-    return logits[torch.arange(len(logits), device="cpu"), places.argmax(1)].unsqueeze(1)
-
-
 def compare(reference: Tensor, candidate: Tensor, attention_mask: Tensor | None = None) -> ParityReport:
     """Compare logits (B, S, V), or (B, C) without a mask; see `ParityReport`.
 
@@ -168,13 +102,12 @@ def compare(reference: Tensor, candidate: Tensor, attention_mask: Tensor | None 
 
 
 def logits_of(source: Any) -> Logits:
-    """A function (input_ids, attention_mask) -> logits for anything `verify` accepts.
+    """A function (input_ids, attention_mask) -> logits of a transformers or PEFT model, an ORTModelForCausalLM, or any
+    callable that is one.
 
     Raises:
         ConfigError: if `source` is none of these.
     """
-    if isinstance(source, (str, PathLike)):
-        return logits_of(_open(Path(source)))
     if isinstance(source, nn.Module):
         return _torch_logits(source)
     if hasattr(source, "generate") and callable(getattr(source, "forward", None)):  # ORTModelForCausalLM
@@ -255,25 +188,3 @@ def _torch_logits(model: nn.Module) -> Logits:
             return run(input_ids.to(device), attention_mask.to(device))
 
     return logits
-
-
-@plain_defaults()
-def _open(folder: Path) -> Any:
-    if not folder.is_dir():
-        raise ConfigError(f"verify: {folder} is no folder")
-    if any(folder.glob("*.onnx")):
-        try:
-            session = importlib.import_module("qbl_trl.onnx.session")
-        except ModuleNotFoundError as error:
-            explain_missing(f"verify: {folder}", error)
-            raise
-        return session.opened(folder)
-    importlib.import_module("qbl_trl")  # registers our quantization config and adapter type
-    if (folder / "adapter_config.json").is_file():
-        return load_adapter(folder)
-    if (folder / "config.json").is_file():
-        return open_whole(folder, dtype=torch.float32)  # as adapters open
-    raise ConfigError(
-        f"verify: {folder} holds neither an ONNX graph (*.onnx), nor an adapter (adapter_config.json), nor a model "
-        "(config.json)"
-    )

@@ -266,7 +266,7 @@ def test_verify_reads_the_texts_of_a_file(tmp_path, capsys):
     each = [verify(*folders, tokenizer(text, return_tensors="pt").input_ids) for text in texts]
     assert found.strip() == str(ParityReport.joined(each))
     assert main(["verify", folders[0], str(tmp_path / "nowhere")]) == 1
-    assert "nowhere is no folder" in capsys.readouterr().err
+    assert "nowhere: no such folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["nan", "-1", "inf"])

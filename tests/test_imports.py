@@ -28,13 +28,13 @@ ROWS = [
     {"quant", "adapter"},
     {"merging"},
     {"trl", "onnx"},
+    {"verifying"},
     {"commands"},
     {"cli"},
 ]
 ALLOWED_SIBLINGS = {("adapter", "quant")}
-# Looks upwards by name, at the moment they are needed: a graph is verified where there is one, and exported at the end.
+# Looks upwards by name, at the moment they are needed: a graph is exported at the end of a training run.
 LATE = {
-    ("parity", "qbl_trl.onnx.session"),
     ("trl", "qbl_trl.onnx.asked"),
     ("trl", "qbl_trl.onnx.companions"),
     ("trl", "qbl_trl.onnx.trace"),

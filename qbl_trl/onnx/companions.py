@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import importlib
 import json
 import logging
 import tempfile
@@ -15,8 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from qbl_trl.errors import ExportError, first_line
-from qbl_trl.folders import refuse_graph
-from qbl_trl.loading import load_adapter, open_whole, saved_adapter
+from qbl_trl.folders import is_adapter
+from qbl_trl.loading import open_folder, saved_adapter
 from qbl_trl.model_files import valid_generation
 from qbl_trl.onnx.caches import served
 from qbl_trl.onnx.layers import LinearSource
@@ -88,13 +87,9 @@ class Held:
 def folders_of(model_or_path: Any) -> tuple[Any, ...]:
     """What a graph is made from: the folder that is given or was loaded, and that of an adapter's base."""
     if isinstance(model_or_path, (str, PathLike)):
-        base = saved_adapter(model_or_path).base_model_name_or_path if _is_adapter(model_or_path) else None
+        base = saved_adapter(model_or_path).base_model_name_or_path if is_adapter(model_or_path) else None
         return model_or_path, base or None
     return (base_folder(model_or_path),) if isinstance(model_or_path, torch.nn.Module) else ()
-
-
-def _is_adapter(folder: Any) -> bool:
-    return Path(folder, "adapter_config.json").is_file()
 
 
 def load_model(model_or_path: Any) -> torch.nn.Module:
@@ -107,15 +102,7 @@ def load_model(model_or_path: Any) -> torch.nn.Module:
         return without_launch(model_or_path)
     if not isinstance(model_or_path, (str, PathLike)):
         raise ExportError(f"export_onnx takes a model or a folder, not a {type(model_or_path).__name__}")
-    folder = Path(model_or_path)
-    importlib.import_module("qbl_trl")  # registers our quantization config and adapter type
-    if _is_adapter(folder):
-        adapted: torch.nn.Module = load_adapter(folder)
-        return adapted
-    refuse_graph(folder, ExportError)
-    if not (folder / "config.json").is_file():
-        raise ExportError(f"{folder} holds no model: neither config.json nor adapter_config.json is there")
-    model: torch.nn.Module = open_whole(folder, dtype="auto")
+    model: torch.nn.Module = open_folder(model_or_path, "auto", ExportError)
     return model
 
 

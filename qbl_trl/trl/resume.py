@@ -17,6 +17,7 @@ from qbl_trl.adapter.misplaced import layers_left_out, layers_with
 from qbl_trl.adapter.recorded import check_same_adapter, check_same_base, quantization
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
+from qbl_trl.folders import is_adapter
 from qbl_trl.loading import saved_adapter
 from qbl_trl.quant.checkpoint import read_files
 from qbl_trl.trl.inject import variables_of
@@ -65,7 +66,7 @@ def check_resumed(trainer: Trainer | None, model: nn.Module, folder: Any = None)
     trained = {name for layer in adapter_layers(model).values() for name in active(layer)}
     name = next(iter(trained)) if len(trained) == 1 else "default"
     own = folder if name == "default" else folder / name  # as PEFT saves it
-    if not (own / "adapter_config.json").is_file():
+    if not is_adapter(own):
         if (own / "adapter_model.safetensors").is_file():
             raise ConfigError(
                 f"{own} holds an adapter without adapter_config.json, so its settings are unknown; put that file back, "

@@ -1,4 +1,4 @@
-"""Graphs for CUDA, which no test here can run there: what ONNX Runtime's kernels ask of them, and that they are right."""
+"""Graphs for CUDA, which no test here can run there: what its kernels ask of them, and that they are right."""
 
 import json
 

@@ -271,7 +271,7 @@ def test_a_layer_without_an_exact_form_is_refused_by_name(tmp_path):
 def test_something_that_is_no_decoder_is_refused(tmp_path):
     with pytest.raises(ExportError, match="a Linear is no decoder"):
         export_onnx(torch.nn.Linear(2, 2), tmp_path / "out")
-    with pytest.raises(ExportError, match="holds no model"):
+    with pytest.raises(ExportError, match="holds neither a model"):
         export_onnx(tmp_path, tmp_path / "out")
     with pytest.raises(ExportError, match="takes a model or a folder, not a int"):
         export_onnx(3, tmp_path / "out")

@@ -18,7 +18,7 @@ def command(*arguments):
 
 
 def test_an_error_is_one_line(tmp_path):
-    with pytest.raises(SystemExit, match="nowhere holds no model") as stop:
+    with pytest.raises(SystemExit, match="nowhere: no such folder") as stop:
         command(tmp_path / "nowhere", tmp_path / "out").run()
     assert "\n" not in stop.value.code
     assert not (tmp_path / "out").exists()
