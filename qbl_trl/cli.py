@@ -9,6 +9,7 @@ import argparse
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get(SHOWN):
             raise
-        print(f"qbl-trl {args.command}: {_explained(error).removeprefix(f'{args.command}: ')}", file=sys.stderr)
+        print(f"qbl-trl {args.command}: {_explained(error, args)}", file=sys.stderr)
         return 1
 
 
@@ -173,21 +174,38 @@ def _dashed(argument: str) -> str:
     return "=".join([name.replace("_", "-"), *value]) if name.startswith("--") else argument
 
 
-_FLAGS = {
-    **FLAGS,
-    "Pass tolerance=None": "Pass --tolerance none",
-    "write_checkpoint: ": "",
-    'merge(model, lossy="requantize")': "--lossy requantize",
-}
 _LONGEST = 300  # characters of another library's message
+_FUNCTIONS = (
+    "GroupQuantConfig",
+    "QBLoRAConfig",
+    "convert_checkpoint",
+    "export_onnx",
+    "quantize",
+    "verify",
+    "write_checkpoint",
+)
+_OTHER_NAMES = {"format": "to"}  # of an argument of a function, here
 
 
-def _explained(error: Exception) -> str:
-    """One of our messages as it is; another library's with its type, and how to see where it came from."""
-    if isinstance(error, QblError | OSError):
-        return said(error, _FLAGS)
-    first = first_line(error)
-    return f"{type(error).__name__}: {first[:_LONGEST]} ({SHOWN}=1 shows where)"
+def _explained(error: Exception, args: argparse.Namespace) -> str:
+    """One of our messages in the words of a command line; another library's with its type, and how to see where it came
+    from."""
+    if not isinstance(error, QblError | OSError):
+        return f"{type(error).__name__}: {first_line(error)[:_LONGEST]} ({SHOWN}=1 shows where)"
+    text = said(error, {**FLAGS, 'merge(model, lossy="requantize")': "--lossy requantize"})
+    text = re.sub(rf"^({'|'.join([args.command, *_FUNCTIONS])}): ", "", text)
+    names = {**{name: name for name in vars(args)}, **_OTHER_NAMES}
+
+    def as_flag(found: re.Match[str]) -> str:
+        if re.search(r"\w\([^()]*$", text[: found.start()]) or found["name"] not in names:  # inside a call
+            return found[0]
+        flag = "--" + names[found["name"]].replace("_", "-")
+        if found["value"] in ("True", "False"):
+            return flag if found["value"] == "True" else f"no {flag}"
+        return f"{flag} {found['value'].lower() if found['value'] == 'None' else found['value']}"
+
+    text = re.sub(r'\b(?P<name>[a-z_0-9]+)=(?P<quote>["\']?)(?P<value>[\w.+-]*\w)(?P=quote)', as_flag, text)
+    return text.replace("set no --", "leave out --")
 
 
 def _refuse_ignored(args: argparse.Namespace) -> None:

@@ -379,6 +379,3 @@ def _regular_expression(name: str, value: Any) -> None:
 def _one_of(owner: str, name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{owner}: {name}={value!r} is not known; allowed: {', '.join(map(str, allowed))}")
-
-
-__all__ = ["GroupQuantConfig", "QBLoRAConfig"]

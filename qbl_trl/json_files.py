@@ -29,6 +29,3 @@ def json_if_there(path: Path) -> dict[str, Any]:
         CheckpointError: if the file is no JSON object.
     """
     return read_json(path) if path.is_file() else {}
-
-
-__all__ = ["json_if_there", "read_json"]

@@ -365,6 +365,3 @@ def _check_whole(model: Any, folder: Path, held: dict[str, tuple[int, ...]]) -> 
             f"{folder}: the file holds {len(surplus)} tensors for layers that have no adapter ({surplus[0]}, ...): "
             "adapter_config.json and the file, or the adapter and this base, do not belong together"
         )
-
-
-__all__ = ["adapter_weights", "load_adapter", "open_model", "open_whole", "saved_adapter"]

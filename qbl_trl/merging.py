@@ -315,6 +315,3 @@ def _plain_(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return plain_forward_(model).eval()
-
-
-__all__ = ["merge", "unwrap"]

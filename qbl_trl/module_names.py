@@ -33,6 +33,3 @@ def pattern_here(pattern: dict[str, Any], modules: Container[str]) -> dict[str, 
         here = name_here(name, modules)
         found[key if here == name else f"^{re.escape(here)}"] = value
     return found
-
-
-__all__ = ["name_here", "pattern_here"]

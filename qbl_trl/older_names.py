@@ -102,6 +102,3 @@ def _rope(config: Any, defaults: Any) -> dict[str, Any]:
 
 def _known(config: Any, *names: str) -> tuple[str, ...]:
     return tuple(name for name in names if hasattr(config, name))
-
-
-__all__ = ["restore_settings_"]

@@ -89,6 +89,3 @@ def _text(line: str, where: str) -> Text:
     raise ConfigError(
         f'{where}: no text; a line is a JSON string, or an object with "text", "prompt" and "completion", or "messages"'
     )
-
-
-__all__ = ["Text", "read_texts", "token_ids"]

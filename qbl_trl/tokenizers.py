@@ -162,14 +162,3 @@ def _named_tokens(settings: dict[str, Any]) -> dict[str, str]:
     """Tokens that a model names beyond the usual ones: image_token, say."""
     names = (name for name, value in settings.items() if name.endswith("_token") and isinstance(value, str))
     return {name: settings[name] for name in names if name not in PreTrainedTokenizerFast.SPECIAL_TOKENS_ATTRIBUTES}
-
-
-__all__ = [
-    "OF_THE_DISK",
-    "TOKENIZER_FILES",
-    "copy_files",
-    "holds_tokenizer",
-    "open_tokenizer",
-    "save_tokenizer",
-    "tokenizer_source",
-]

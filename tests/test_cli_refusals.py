@@ -178,3 +178,22 @@ def test_a_file_that_is_there_is_named_without_the_name_of_a_function(tmp_path, 
     said = capsys.readouterr().err
     assert said.startswith(f"qbl-trl convert: {tmp_path / 'out.gguf'} exists already; ")
     assert "--overwrite" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["export", "FLOAT", "OUT", "--prompt-accuracy-level", "0"], "--prompt-accuracy-level 0 changes nothing"),
+        (["quantize", "FLOAT", "OUT", "--algorithm", "hqq", "--symmetric"], "leave out --symmetric"),
+        (["convert", "FLOAT", "OUT", "--to", "awq"], "Exact: --to hqq or export to ONNX. Lossy: model.dequantize()"),
+        (["convert", "FLOAT", "OUT", "--to", "hqq"], "`qbl-trl quantize`, or loading it with GroupQuantConfig, packs"),
+        (["inspect", "FLOAT"], "in float; `qbl-trl quantize` packs it"),
+        (["export", "/no/where", "OUT"], "/no/where: no such folder"),
+    ],
+)
+def test_options_are_called_what_they_are_called_here(arguments, said, float_folder, tmp_path, capsys):
+    named = {"OUT": str(tmp_path / "out"), "FLOAT": str(float_folder)}
+    assert main([named.get(argument, argument) for argument in arguments]) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in line
+    assert "export_onnx" not in line

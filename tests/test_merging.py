@@ -19,9 +19,9 @@ from transformers import (
 from qbl_trl import GroupQuantConfig, QBLoRAConfig, merge, to_lora
 from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.errors import ConfigError, MergeError
-from qbl_trl.merging import unwrap
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
+from qbl_trl.wrapped import unwrap
 from tests.tiny import logits, tiny_gpt2, tiny_llama, tokens
 
 IDS = tokens()

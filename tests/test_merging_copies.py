@@ -141,6 +141,7 @@ def test_what_is_merged_in_inference_mode_trains_on():
         merged = merge(model)
     again = get_peft_model(merged, QBLoRAConfig(**settings)).train()
     again(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is not None for p in again.parameters() if p.requires_grad)
 
 
 def test_a_tied_head_of_a_model_of_torch_alone_leaves_its_embedding_as_it_is():

@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from integration.benchmarks import blocks, cells, claims, judging, models, render_results, running, tasks, turns
 from qbl_trl.config import GroupQuantConfig
-from qbl_trl.merging import unwrap
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.targets import target_layers
+from qbl_trl.wrapped import unwrap
 
 LAYERS, VOCABULARY = 4, 97
 

@@ -9,10 +9,11 @@ from integration.benchmarks import judging
 from integration.benchmarks.cells import METHODS, Cell
 from integration.benchmarks.models import split_of, task_, tokenizer_, trained_tensors
 from qbl_trl.adapter.layer import adapter_layers
-from qbl_trl.merging import merge, unwrap
+from qbl_trl.merging import merge
 from qbl_trl.quant.gptq import gptq_model_
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.targets import target_layers
+from qbl_trl.wrapped import unwrap
 
 CALIBRATION = 128  # training prompts
 

@@ -26,7 +26,7 @@ from integration.benchmarks.deployment import deployed
 from integration.benchmarks.models import adapted, split_of, task_, tokenizer_, trained_tensors
 from integration.demo.packages import default_cache
 from qbl_trl.adapter.layer import adapter_layers
-from qbl_trl.merging import unwrap
+from qbl_trl.wrapped import unwrap
 
 
 def train_(model: nn.Module, cell: Cell, split: judging.Split, task: tasks.Task) -> tuple[list[float], float]:

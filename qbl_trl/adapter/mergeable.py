@@ -145,8 +145,6 @@ class MergesIntoBase(LoraLayer):
         layer = self.get_base_layer()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            if name not in self.rank:
-                continue
             if isinstance(layer, GroupQuantLinear):
                 layer.set_delta(*self._before_merge.pop())
             else:

@@ -21,6 +21,3 @@ class Input(IntEnum):
     KEY_SCALE = 12
     VALUE_SCALE = 13
     QUERY_LENGTHS = 16
-
-
-__all__ = ["Input"]

@@ -37,7 +37,10 @@ def packed_layers(model: nn.Module) -> dict[str, GroupQuantLinear]:
     if other:
         raise ConfigError(f"write_checkpoint: {other[0]} is a packed embedding; only linear layers can be written")
     if not found:
-        raise ConfigError("write_checkpoint: the model has no GroupQuantLinear layer")
+        raise ConfigError(
+            "write_checkpoint: the model has no group-quantized layer; `qbl-trl quantize`, or loading it with "
+            "GroupQuantConfig, packs its layers"
+        )
     for name, module in found.items():
         floats = [t for t in (module.scales, module.zeros, module.delta) if t is not None and t.is_floating_point()]
         if not all(bool(values.isfinite().all()) for values in floats):

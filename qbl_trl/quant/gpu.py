@@ -162,6 +162,3 @@ def agrees(device: torch.device, bits: int, kind: int, dtype: torch.dtype) -> bo
     sums = x.float() @ dequantize(codes, powers, whole, 32)[:, :1201].T
     same = torch.equal(weight.cpu(), dequantize(codes, scales, zeros, 32).to(dtype)[:, :1201])
     return same and torch.equal(product.cpu(), sums.to(dtype))
-
-
-__all__ = ["agrees", "dequantize_rows", "multiply"]

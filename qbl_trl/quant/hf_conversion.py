@@ -1,18 +1,27 @@
 """Quantization on load as an operation of transformers 5's weight loading (that module does not exist before)."""
 
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
 from qbl_trl.errors import QblError
-from qbl_trl.quant.hf_quantizer import GroupQuantizer
+
+
+class Quantizer(Protocol):
+    """What is asked of the quantizer that a model is loaded with."""
+
+    failure: QblError | None
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str) -> bool: ...
+
+    def quantize_arrived_(self, model: nn.Module, name: str, weight: Tensor) -> None: ...
 
 
 class GroupQuantize(ConversionOps):  # type: ignore[misc]
     """Takes one float weight and puts the packed layer, or those of its experts, in place of what it belongs to."""
 
-    def __init__(self, hf_quantizer: GroupQuantizer) -> None:
+    def __init__(self, hf_quantizer: Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
     def convert(

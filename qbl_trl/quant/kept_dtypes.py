@@ -15,8 +15,8 @@ def keep_stored_dtypes() -> None:
     """
     from transformers import modeling_utils
 
-    original = getattr(modeling_utils, "_infer_parameter_dtype", None)
-    if original is None or getattr(original, "keeps_group_quant", False):
+    original: Any = modeling_utils._infer_parameter_dtype
+    if getattr(original, "keeps_group_quant", False):
         return
 
     def infer(model: nn.Module, param_name: str, *args: Any, **kwargs: Any) -> Any:

@@ -49,6 +49,3 @@ def spans(numbers: Iterable[int]) -> str:
 def _joined(names: Sequence[str]) -> str:
     places = zip(*(name.split(".") for name in names), strict=True)
     return ".".join(spans(map(int, parts)) if parts[0].isdigit() else parts[0] for parts in places)
-
-
-__all__ = ["Kind", "by_kind", "spans"]

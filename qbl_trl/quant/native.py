@@ -202,6 +202,3 @@ def _agrees(library: ctypes.CDLL) -> bool:
     if not same:
         logger.warning("the compiled kernels for 4-bit weights disagree with torch on this machine; they are not used")
     return same
-
-
-__all__ = ["dequantize_rows", "multiply"]

@@ -65,6 +65,3 @@ def _sources(kind: type[nn.Module]) -> Iterator[str]:
                     yield inspect.getsource(method)
             except (OSError, TypeError, ValueError):  # made without a file, or no function at all
                 continue
-
-
-__all__ = ["read_by", "read_by_others"]

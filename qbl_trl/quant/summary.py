@@ -20,7 +20,7 @@ class LayerSummary:
         bytes_per_weight: codes, scales, zeros and delta over out_features * in_features.
         delta: (in_factor, out_factor) of a merged adapter, or None.
         error: relative error against the float weights, ||W - W_q|| / ||W||, if those were given.
-        in_factors, out_factors: the factors an exact (quantization-aware) adapter can have here.
+        in_factors: those that an exact (quantization-aware) adapter can have here.
     """
 
     name: str
@@ -33,7 +33,6 @@ class LayerSummary:
     delta: tuple[int, int] | None
     error: float | None
     in_factors: tuple[int, ...]
-    out_factors: tuple[int, ...]
 
 
 def summarize(model: nn.Module, float_folder: str | Path | None = None) -> list[LayerSummary]:
@@ -48,7 +47,10 @@ def summarize(model: nn.Module, float_folder: str | Path | None = None) -> list[
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, GroupQuantLinear)}
     if not layers:
-        raise CheckpointError(f"{type(model).__name__} holds no group-quantized layer")
+        named = getattr(getattr(model, "config", None), "_name_or_path", "") or "the model"
+        raise CheckpointError(
+            f"{named} holds no group-quantized layer: a {type(model).__name__} in float; `qbl-trl quantize` packs it"
+        )
     floats = FloatWeights(float_folder, model) if float_folder else None
     if floats is not None and not floats:
         raise CheckpointError(f"{float_folder} holds no safetensors file with float weights")
@@ -82,7 +84,6 @@ def _summary(name: str, layer: GroupQuantLinear, error: float | None) -> LayerSu
         None if stored.in_factor is None or stored.out_factor is None else (stored.in_factor, stored.out_factor),
         error,
         tuple(p for p in range(g, k + 1, g) if k % p == 0),
-        tuple(e for e in (1, 2, 4, 8, 16, 32) if n % e == 0),
     )
 
 
@@ -100,6 +101,3 @@ def _error(name: str, layer: GroupQuantLinear, floats: FloatWeights) -> float:
             "another model"
         )
     return float((found - weight.float()).norm() / weight.float().norm())
-
-
-__all__ = ["LayerSummary", "float_parts", "summarize"]

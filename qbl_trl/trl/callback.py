@@ -24,7 +24,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
-from qbl_trl.merging import unwrap
 from qbl_trl.quant.head import input_table
 from qbl_trl.trl import checkpoints, finish, gather, refusals, replicas, run_record
 from qbl_trl.trl.inject import Unadapted, find_trainer, is_adapted, place_
@@ -36,7 +35,7 @@ from qbl_trl.trl.probe import probe
 from qbl_trl.trl.resume import check_before_loading_, check_resumed
 from qbl_trl.trl.rounding import DeltaRounding, check_rounding, forget_rounding
 from qbl_trl.trl.tokens import FirstTokens, random_tokens
-from qbl_trl.wrapped import base_folder
+from qbl_trl.wrapped import base_folder, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -401,6 +400,3 @@ class QBLoRACallback(TrainerCallback):
 def _names(layers: dict[str, BalancedLinear]) -> set[str]:
     """Of the adapters that take part in any of these layers."""
     return {name for layer in layers.values() for name in active(layer)}
-
-
-__all__ = ["REPORT", "QBLoRACallback"]

@@ -195,6 +195,3 @@ def _spread(ends: list[tuple[float, str, str]]) -> list[tuple[float, str, str]]:
     for y, colour, name in sorted(ends, key=lambda end: end[0]):
         moved.append((max(y, moved[-1][0] + 17) if moved else y, colour, name))
     return moved
-
-
-__all__ = ["Line", "bars", "decades", "heat_map", "line_chart", "number", "ticks"]

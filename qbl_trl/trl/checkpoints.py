@@ -196,6 +196,3 @@ def _noted(note: Path) -> dict[str, int]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{note} cannot be read ({error})") from error
     return files
-
-
-__all__ = ["check_checkpoint", "last_whole_checkpoint", "mark_whole", "set_aside_parts", "write_json"]

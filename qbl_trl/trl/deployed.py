@@ -107,6 +107,3 @@ def _compared(label: str, found: Mapping[str, Any]) -> tuple[str, ...]:
     kl = f"{found['kl_per_token']:.1e}" if "kl_per_token" in found else "-"
     largest, mean = (f"{found[name]:.1e}" for name in ("max_abs_difference", "mean_abs_difference"))
     return label, largest, mean, kl, agreement, str(found["tokens"])
-
-
-__all__ = ["export", "parity", "sizes"]

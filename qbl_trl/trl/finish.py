@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qbl_trl.errors import MergeError, QblError, first_line
 from qbl_trl.folders import new_folder
-from qbl_trl.merging import merge, unwrap
+from qbl_trl.merging import merge
 from qbl_trl.model_files import save_model
 from qbl_trl.parity import compare, logits_of
 from qbl_trl.quant.embedding import GroupQuantEmbedding
@@ -24,7 +24,7 @@ from qbl_trl.tokenizers import save_tokenizer
 from qbl_trl.trl.layers import active_layers
 from qbl_trl.trl.refusals import why_not_merged
 from qbl_trl.trl.rounding import round_deltas_, rounded
-from qbl_trl.wrapped import unpatched_forward
+from qbl_trl.wrapped import unpatched_forward, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +165,3 @@ def _dtypes(model: nn.Module) -> set[torch.dtype]:
     packed = {part.like.dtype for part in parts if isinstance(part, GroupQuantEmbedding)}
     given = {p.dtype for part in parts for p in part.parameters(recurse=False) if p.is_floating_point()}
     return packed | given | {p.dtype for p in model.parameters() if p.requires_grad}
-
-
-__all__ = ["export", "merge_and_verify", "sizes", "write_merged"]

@@ -65,6 +65,3 @@ class Gatherer:
         for name, parameter in made.named_parameters():
             parameter.requires_grad_(named[name].requires_grad)
         return made
-
-
-__all__ = ["PARTITIONED", "Gatherer", "is_partitioned", "without_weights"]

@@ -28,6 +28,3 @@ def active(layer: BalancedLinear) -> list[str]:
 def base_of(layer: BalancedLinear) -> nn.Module:
     """The frozen layer under the adapter."""
     return cast(nn.Module, layer.get_base_layer())  # type: ignore[operator]
-
-
-__all__ = ["active", "active_layers", "base_of"]

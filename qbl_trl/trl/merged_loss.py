@@ -85,6 +85,3 @@ def _close_bar(trainer: Trainer) -> None:
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, ProgressCallback):
             ProgressCallback.on_evaluate(callback, trainer.args, trainer.state, trainer.control)
-
-
-__all__ = ["check_merged_loss", "merged_loss"]

@@ -168,6 +168,3 @@ def _norms(delta: Tensor) -> tuple[Tensor, Tensor]:
         vectors.append(gram @ (vectors[-1] / vectors[-1].norm().clamp_min(1e-30)))
     space = torch.linalg.qr(torch.stack([vector / vector.norm().clamp_min(1e-30) for vector in vectors], 1))[0]
     return total, torch.linalg.eigvalsh(space.T @ gram @ space)[-1]
-
-
-__all__ = ["LayerMetrics", "check_finite", "is_finite", "measure", "summarize", "warn_of_untrained"]

@@ -152,6 +152,3 @@ def _exported(export: Mapping[str, Any]) -> str:
     found = [(name, export.get(key)) for name, key in figures.items()]
     parity = [f"largest logit difference{name} {one['max_abs_difference']:.1e}" for name, one in found if one]
     return "; ".join([f"Exported in {export['seconds']:.0f} s ({size(export['bytes'])})", *parity])
-
-
-__all__ = ["Outputs"]

@@ -105,6 +105,3 @@ def size(count: float) -> str:
 
 def _short(value: object) -> object:
     return f"{value:.3g}" if isinstance(value, float) else value
-
-
-__all__ = ["badge", "facts", "page", "scroll", "section", "size", "table"]

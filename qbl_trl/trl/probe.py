@@ -99,6 +99,3 @@ def _merged(twin: BalancedLinear, base: nn.Module, x: Tensor) -> Tensor:
         weight = twin.get_delta_weight(name)
         output = output + x.float() @ (weight if twin.base.transposed else weight.T)
     return output
-
-
-__all__ = ["probe"]

@@ -233,6 +233,3 @@ def _processes(count: int) -> str:
 
 def _number(value: Any) -> Any:
     return "-" if value is None else value
-
-
-__all__ = ["PAGE", "render", "shared_start", "write_report"]

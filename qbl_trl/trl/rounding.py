@@ -164,6 +164,3 @@ def check_rounding(layers: dict[str, BalancedLinear], stored: str | None) -> Non
                 f"{name}: stored_delta={stored!r} rounds the block delta that a merge over a GroupQuantConfig base "
                 "stores, and this layer stores none. Train one adapter with quantization_aware=True, or leave it out"
             )
-
-
-__all__ = ["STORED", "DeltaRounding", "check_rounding", "forget_rounding", "round_delta", "round_deltas_", "rounded"]

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from qbl_trl.adapter.layer import BalancedLinear
-from qbl_trl.merging import unwrap
 from qbl_trl.trl.checkpoints import write_json
 from qbl_trl.trl.layers import active
 from qbl_trl.trl.metrics import LayerMetrics
+from qbl_trl.wrapped import unwrap
 
 REPORT = "qblora_report.json"
 SCHEMA = 1
@@ -121,6 +121,3 @@ def _describe(layer: BalancedLinear) -> dict[str, Any]:
         "rank": layer.rank[name],
         "nominal_rank": layer.r[name],
     }
-
-
-__all__ = ["REPORT", "RunRecord"]

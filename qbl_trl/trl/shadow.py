@@ -64,6 +64,3 @@ def _either(layer: BalancedLinear, merged: nn.Module) -> Any:
         return cast(Tensor, merged(x, *args, **kwargs))
 
     return forward
-
-
-__all__ = ["computing_merged", "merged_base", "shadow"]

@@ -48,6 +48,3 @@ def _readers(model: nn.Module, table: nn.Module) -> list[nn.Module]:
 def random_tokens(vocabulary: int) -> Tensor:
     """Stand-in where no batch of ids was seen, (2, 32), always the same."""
     return torch.randint(vocabulary, (_ROWS, 32), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-
-
-__all__ = ["FirstTokens", "random_tokens"]

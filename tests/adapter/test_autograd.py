@@ -60,8 +60,11 @@ def test_an_input_with_a_gradient_may_be_stepped_through_its_data():
 def test_training_follows_inference_on_the_same_tensor():
     model, x = adapted(), torch.randn(4, 32)
     with torch.inference_mode():
-        model(x)
-    model(x).sum().backward()
+        answered = model(x)
+    trained = model(x)
+    trained.sum().backward()
+    torch.testing.assert_close(trained, answered.clone(), rtol=0, atol=0)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("kind", KINDS)

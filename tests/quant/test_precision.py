@@ -9,6 +9,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qbl_trl import GroupQuantConfig, QBLoRAConfig
+from qbl_trl.adapter.layer import adapter_layers
 from qbl_trl.errors import ConfigError
 from qbl_trl.loading import load_adapter
 from qbl_trl.quant.hf_quantizer import quantize_model_
@@ -110,7 +111,7 @@ def test_an_embedding_counts_where_it_is_packed(tmp_path):
 def test_one_adapter_configuration_serves_models_of_several_types(folder):
     config = QBLoRAConfig(quantization_aware=True, r=1)
     for dtype in (FLOAT, BRAIN):
-        get_peft_model(load(folder, dtype), config)
+        assert adapter_layers(get_peft_model(load(folder, dtype), config))
 
 
 def test_what_no_base_can_be_made_of_is_refused(folder):

@@ -209,7 +209,7 @@ def test_a_delta_that_varies_inside_a_group_is_refused(tmp_path):
     [
         (packed_llama, "exl2", "format='exl2' is not known"),
         (packed_llama, "gguf", "needs template="),
-        (tiny_llama, "hqq", "no GroupQuantLinear"),
+        (tiny_llama, "hqq", "no group-quantized layer"),
         (lambda: packed_llama(group_size=64, merged=False), "hqq", "no HQQ layout"),
     ],
 )

@@ -143,7 +143,10 @@ def test_a_best_model_by_a_figure_that_nobody_measures_is_refused_before_trainin
 
 
 def test_a_metric_that_is_only_called_alike_is_no_matter(tmp_path):
-    sft(tmp_path, QBLoRACallback(adapter()), eval_dataset=data.texts(4), metric_for_best_model="unmerged_loss")
+    trainer = sft(
+        tmp_path, QBLoRACallback(adapter()), eval_dataset=data.texts(4), metric_for_best_model="unmerged_loss"
+    )
+    assert trainer.args.metric_for_best_model == "unmerged_loss"
 
 
 def test_each_of_several_datasets_gets_its_own_merged_loss(tmp_path):

@@ -132,9 +132,9 @@ def test_a_checkpoint_does_not_go_on_with_more_or_fewer_layers(run, tmp_path):
 )
 def test_a_checkpoint_goes_on_under_the_same_settings_however_they_are_spelled(tmp_path, first, second):
     sft(tmp_path, QBLoRACallback(adapter(**first)), **SAVING).train()
-    sft(tmp_path, QBLoRACallback(adapter(**second)), **SAVING).train(
-        resume_from_checkpoint=str(tmp_path / "checkpoint-2")
-    )
+    again = sft(tmp_path, QBLoRACallback(adapter(**second)), **SAVING)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step > 2
 
 
 def test_rows_of_other_tokens_are_not_taken_for_those_that_were_trained(tmp_path):
