@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 
-from qbl_trl import export_onnx
 from qbl_trl.errors import one_line
-from qbl_trl.texts import read_texts, token_ids
+from qbl_trl.onnx import options
 from qbl_trl.tokenizers import holds_tokenizer, tokenizer_source
 
 
@@ -26,21 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", required=True, help="folder of a merged model, or of a trained adapter")
     parser.add_argument("--output", required=True, type=Path, help="a new or empty folder")
-    parser.add_argument("--provider", default="cpu", choices=("cpu", "cuda"), help="where the graph will run")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32, on cuda float16")
-    parser.add_argument(
-        "--accuracy_level", type=int, choices=(0, 4), help="4: 8-bit activations on CPU, faster and not exact"
-    )
-    parser.add_argument(
-        "--prompt_accuracy_level", type=int, choices=(0, 4), help="of prompts; 0 beside 4: float32, faster"
-    )
-    parser.add_argument("--prompt_weights", choices=("int8",), help="of prompts on CPU: fastest; a byte more a weight")
-    parser.add_argument("--embedding_bits", type=int, choices=(4, 8), help="of a float embedding and head: smaller")
-    parser.add_argument("--logits", default="all", choices=("all", "last"), help="generating needs the last")
-    parser.add_argument("--kv_cache_dtype", choices=("int8",), help="of keys and values, on CPU: smaller and faster")
-    parser.add_argument("--calibration", type=Path, help="texts to measure cache and head on: see qbl_trl/texts.py")
-    parser.add_argument("--tokenizer", help="folder or model id (default: what lies beside the model)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
+    options.add_settings(parser, between="_")
     parser.add_argument("--prompt", help="generate an answer with the exported folder")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="length of the answer")
     parser.add_argument("--threads", type=int, default=2, help="of ONNX Runtime; torch gets one")
@@ -52,22 +37,7 @@ def main(args: argparse.Namespace) -> None:
     words = args.tokenizer or tokenizer_source(args.model)
     if args.prompt and Path(words).is_dir() and not holds_tokenizer(words):
         raise SystemExit(f"--prompt needs a tokenizer, and {words} has none; name one with --tokenizer")
-    report = export_onnx(
-        args.model,
-        args.output,
-        provider=args.provider,
-        dtype=args.dtype,
-        accuracy_level=args.accuracy_level,
-        prompt_accuracy_level=args.prompt_accuracy_level,
-        prompt_weights=args.prompt_weights,
-        embedding_bits=args.embedding_bits,
-        kv_cache_dtype=args.kv_cache_dtype,
-        calibration=args.calibration and token_ids(words, read_texts(args.calibration)),
-        logits=args.logits,
-        overwrite=args.overwrite,
-        tokenizer=args.tokenizer,
-    )
-    print(report)
+    options.run(args)
     if args.prompt:
         optimum = importlib.util.find_spec("optimum.onnxruntime") if importlib.util.find_spec("optimum") else None
         answered = answer if optimum else answer_by_genai

@@ -122,25 +122,9 @@ def export_onnx(
         ExportError: if a setting, a layer, or the parity gate stands against it. Nothing is written then.
         ConfigError: if a batch of `calibration` is not token ids.
     """
-    began = time.perf_counter()
+    asked, began = Asked.of(locals()), time.perf_counter()
     target = check_free(output_dir, overwrite, ExportError)
     check_apart(target, *companions.folders_of(model_or_path), error=ExportError)
-    asked = Asked(
-        provider=provider,
-        dtype=dtype,
-        lowering=lowering,
-        attention=attention,
-        accuracy_level=accuracy_level,
-        prompt_accuracy_level=prompt_accuracy_level,
-        prompt_weights=prompt_weights,
-        embedding_bits=embedding_bits,
-        kv_cache_dtype=kv_cache_dtype,
-        calibration=calibration,
-        logits=logits,
-        max_length=max_length,
-        tolerance=tolerance,
-        tokenizer=tokenizer,
-    )
     tokenizer = companions.check_tokenizer(tokenizer)
     texts = None if calibration is None else [tokens_of(batch) for batch in batches_of(calibration)]
     with progress(4 + bool(kv_cache_dtype), "reading the model", "step") as bar:

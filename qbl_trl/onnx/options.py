@@ -1,10 +1,12 @@
-"""The options of an export on a command line: one list for `qbl-trl export` and `optimum-cli export qblora`."""
+"""Options of an export on a command line: one list for `qbl-trl export`, `optimum-cli export qblora`, the recipe."""
 
 import argparse
 import importlib
 import inspect
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 from qbl_trl.onnx.asked import (
     ATTENTIONS,
@@ -23,69 +25,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything `export_onnx` can be told from a shell."""
     parser.add_argument("model", help="folder of a quantized or merged model, or of a trained adapter")
     parser.add_argument("output", type=Path, help="a new or empty folder")
-    parser.add_argument(
-        "--provider", default="cpu", choices=tuple(DTYPES), help="where it will run (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the graph (default: float32; cuda: float16)"
-    )
-    parser.add_argument(
-        "--lowering",
+    add_settings(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser, between: str = "-") -> None:
+    """All of it but what is exported, and where to.
+
+    Args:
+        between: the words of a flag.
+    """
+
+    def add(flag: str, help: str, **settings: Any) -> None:
+        spelled = re.sub(r"--[a-z-]+", lambda found: "--" + found[0][2:].replace("-", between), help)
+        parser.add_argument("--" + flag.replace("-", between), help=spelled, **settings)
+
+    add("provider", default="cpu", choices=tuple(DTYPES), help="where it will run (default: %(default)s)")
+    add("dtype", choices=("float32", "float16", "bfloat16"), help="of the graph (default: float32; cuda: float16)")
+    add(
+        "lowering",
         default="auto",
         choices=LOWERINGS,
         help="how an adapter is written. auto, factored: beside the integer codes; float_zero_point: inside fractional "
         "zero points (merged adapters alone); low_rank: as its two matrices (adapters that are not merged)",
     )
-    parser.add_argument(
-        "--attention",
+    add(
+        "attention",
         default="auto",
         choices=ATTENTIONS,
         help="auto: the first that fits; gqa: GroupQueryAttention; attention: ONNX's Attention; standard: plain "
         "operators as traced (default: %(default)s)",
     )
-    parser.add_argument(
-        "--accuracy-level", type=int, choices=LEVELS, help="4: 8-bit activations on CPU, faster and not exact"
-    )
-    parser.add_argument(
-        "--prompt-accuracy-level",
+    add("accuracy-level", type=int, choices=LEVELS, help="4: 8-bit activations on CPU, faster and not exact")
+    add(
+        "prompt-accuracy-level",
         type=int,
         choices=LEVELS,
         help="where more than one token is read at once; 0 beside --accuracy-level 4: float32, weights twice in memory",
     )
-    parser.add_argument(
-        "--prompt-weights",
+    add(
+        "prompt-weights",
         choices=PROMPT_WEIGHTS[1:],
         help="of prompts on CPU: the fastest, for a byte more for every weight, not exact",
     )
-    parser.add_argument(
-        "--embedding-bits",
+    add(
+        "embedding-bits",
         type=int,
         choices=EMBEDDING_BITS[1:],
         help="of an embedding and a head that the model holds in float: smaller and faster, not exact",
     )
-    parser.add_argument(
-        "--kv-cache-dtype", choices=KV_CACHE_DTYPES[1:], help="of keys and values: a quarter of the memory, not exact"
-    )
-    parser.add_argument(
-        "--calibration",
+    add("kv-cache-dtype", choices=KV_CACHE_DTYPES[1:], help="of keys and values: a quarter of the memory, not exact")
+    add(
+        "calibration",
         type=Path,
         metavar="FILE",
         help="texts that --kv-cache-dtype and --embedding-bits are measured on, with blank lines between them, or a "
         '.jsonl of strings or of objects with "text", "prompt" and "completion", or "messages" (default: what the '
         "model writes, and tokens without meaning)",
     )
-    parser.add_argument(
-        "--logits", default="all", choices=LOGITS, help="positions the graph answers for; generating needs the last"
-    )
-    parser.add_argument(
-        "--tolerance",
+    add("logits", default="all", choices=LOGITS, help="positions the graph answers for; generating needs the last")
+    add(
+        "tolerance",
         type=tolerance_or_none,
         default=TOLERANCE,
         help="largest logit difference, or none (default: %(default)s)",
     )
-    parser.add_argument("--max-length", type=int, help="positions of the rotary tables (default: the model's own)")
-    parser.add_argument("--tokenizer", help="folder or model id (default: what lies beside the model)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
+    add("max-length", type=int, help="positions of the rotary tables (default: the model's own)")
+    add("tokenizer", help="folder or model id (default: what lies beside the model)")
+    add("overwrite", action="store_true", help="replace what the output folder holds")
 
 
 def tolerance_or_none(text: str) -> float | None:

@@ -48,7 +48,7 @@ def test_a_text_without_padding_is_attended_without_a_bias(tmp_path):
         torch.testing.assert_close(stepped[given.bool()], wanted[given.bool()], rtol=0, atol=HALF)
 
 
-@pytest.mark.parametrize("case", [name for name in FUSED if "sinks" not in name and "longrope" not in name])
+@pytest.mark.parametrize("case", [name for name in FUSED if "experts" not in name])  # whose router may choose others
 def test_genai_reads_rows_of_different_lengths_without_a_bias_of_padding(tmp_path, case):
     model = build(*ARCHITECTURES[case][:2])
     report = export_onnx(model, tmp_path / "out", provider="cuda")
