@@ -7,7 +7,7 @@ import pytest
 from qbl_trl.quant.kinds import by_kind, spans
 from qbl_trl.quant.summary import LayerSummary
 
-LAYER = LayerSummary("m.0.q", 64, 32, 4, 32, "packed", 0.6, None, 0.1, (32,), (1, 2))
+LAYER = LayerSummary("m.0.q", 64, 32, 4, 32, "packed", 0.6, None, 0.1, (32,))
 
 
 def named(*names, **changes):
