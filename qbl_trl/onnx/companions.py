@@ -19,9 +19,9 @@ from qbl_trl.loading import open_folder, saved_adapter
 from qbl_trl.model_files import valid_generation
 from qbl_trl.onnx.caches import served
 from qbl_trl.onnx.layers import LinearSource
+from qbl_trl.onnx.packed_embeddings import Tables, with_tables
 from qbl_trl.onnx.rotary import fixed_length, is_rotary
 from qbl_trl.onnx.sources import Taken, linear_sources
-from qbl_trl.onnx.tables import Tables, with_tables
 from qbl_trl.tokenizers import OF_THE_DISK, open_tokenizer, save_tokenizer
 from qbl_trl.wrapped import base_folder, is_decoder, unwrap, without_launch
 

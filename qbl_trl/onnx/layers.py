@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qbl_trl.arithmetic import in_float64
+
 
 @dataclass(frozen=True)
 class TensorRef:
@@ -56,7 +58,8 @@ class Product(TensorRef):
         return self.parts[0].shape[0], self.down.shape[1]
 
     def read(self) -> Tensor:
-        return self.gain * (self.parts[0].detach().float() @ self.down.detach().float())
+        up, down = in_float64(self.parts[0].detach(), self.down.detach())  # as a merge forms it
+        return (up @ down * self.gain).float()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from qbl_trl.onnx.int8_cache import quantize_caches
 from qbl_trl.onnx.int8_weights import Int8Weights
 from qbl_trl.onnx.kernels import cuda_fallbacks
 from qbl_trl.onnx.linears import LoweredLayer
+from qbl_trl.onnx.packed_embeddings import has_packed_head, head_inputs, packed_tables
 from qbl_trl.onnx.plan import Plan
 from qbl_trl.onnx.prompts import set_levels
 from qbl_trl.onnx.ranges import Ranges
@@ -24,7 +25,6 @@ from qbl_trl.onnx.retype import float16_to_bfloat16
 from qbl_trl.onnx.rewrite import Options, Rewritten, rewrite
 from qbl_trl.onnx.right_padding import write_right_padded
 from qbl_trl.onnx.skeleton import Unfusable, build_skeleton, fused_attention_traced
-from qbl_trl.onnx.tables import has_packed_head, head_inputs, packed_tables
 from qbl_trl.onnx.threads import TRACING
 from qbl_trl.onnx.trace import Untraceable, trace
 from qbl_trl.onnx.unpadded import choose_unpadded

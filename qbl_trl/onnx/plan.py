@@ -15,10 +15,10 @@ from qbl_trl.onnx.companions import Held, max_positions, warn_of_towers
 from qbl_trl.onnx.digits import layout_for
 from qbl_trl.onnx.group_query import takes_query_lengths
 from qbl_trl.onnx.layers import DenseBase, GroupBase
+from qbl_trl.onnx.packed_embeddings import check_tables
 from qbl_trl.onnx.ranges import check_texts
 from qbl_trl.onnx.rewrite import Options
 from qbl_trl.onnx.rotary import steady_length
-from qbl_trl.onnx.tables import check_tables
 from qbl_trl.onnx.trace import check_supported
 from qbl_trl.onnx.weights import with_whole_zeros
 

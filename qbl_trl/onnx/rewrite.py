@@ -14,12 +14,12 @@ from qbl_trl.onnx.caches import accept_guessed_caches, served
 from qbl_trl.onnx.embeddings import lower_embeddings
 from qbl_trl.onnx.graph import MS_DOMAIN, Editor, attribute
 from qbl_trl.onnx.grouped import add_grouped_steps
+from qbl_trl.onnx.joining import join_projections
 from qbl_trl.onnx.last import keep_last
 from qbl_trl.onnx.linears import LinearLowering, LoweredLayer
 from qbl_trl.onnx.markers import TRACE_DOMAIN
 from qbl_trl.onnx.masks import Masks
 from qbl_trl.onnx.norms import RMS_NORM_OPSET, lower_norms
-from qbl_trl.onnx.packing import pack_projections
 from qbl_trl.onnx.recurrences import lower_recurrences
 from qbl_trl.onnx.rotary import lower_rotary_tables
 from qbl_trl.onnx.shapes import answer_shapes, join_reshapes
@@ -115,7 +115,7 @@ def rewrite(model: ir.Model, skeleton: Skeleton, options: Options) -> Rewritten:
         keep_last(editor)
     lower_norms(editor, skeleton.norms)
     shared = lower_embeddings(editor, embeddings)
-    linears = pack_projections(editor, choose_branches(linears, options.lowering))
+    linears = join_projections(editor, choose_branches(linears, options.lowering))
     accept_guessed_caches(editor, served(skeleton.model.config))
     lowering = LinearLowering(
         editor,

@@ -28,12 +28,12 @@ from qbl_trl.quant.apply import finish_, quantize_layer_
 from qbl_trl.quant.arriving import arrived, not_arrived, nothing_arrived, nothing_loaded_, widen_
 from qbl_trl.quant.checkpoint import Declared, check_tensors, read_headers
 from qbl_trl.quant.dequantizing import dequantize_model_
+from qbl_trl.quant.device_map import bytes_per_weight, counted_types, refuse_disk, room_for_codes
 from qbl_trl.quant.head import empty_embeddings_, tie_again_, to_pack
 from qbl_trl.quant.intact import check_present, check_types
 from qbl_trl.quant.kept_dtypes import keep_stored_dtypes
 from qbl_trl.quant.modules import replace
 from qbl_trl.quant.packed import PackedWeight
-from qbl_trl.quant.placing import bytes_per_weight, counted_types, refuse_disk, room_for_codes
 from qbl_trl.quant.precision import Precision, as_precise
 from qbl_trl.quant.renaming import keep_packed_names_, layers_in_model, names_in_model, without_packed
 from qbl_trl.quant.requested import requested, warn_of_unknown

@@ -19,9 +19,9 @@ from transformers import (
 from qbl_trl import GroupQuantConfig
 from qbl_trl.errors import CheckpointError, ConfigError
 from qbl_trl.generation import BEFORE_5
+from qbl_trl.quant.device_map import bytes_per_weight
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from qbl_trl.quant.linear import GroupQuantLinear
-from qbl_trl.quant.placing import bytes_per_weight
 from tests.quant.test_experts import mixture
 from tests.tiny import SIZES, logits, tiny_gpt2, tiny_llama, tokens
 

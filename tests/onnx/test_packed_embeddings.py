@@ -11,8 +11,8 @@ from qbl_trl.errors import ExportError
 from qbl_trl.generation import BEFORE_5
 from qbl_trl.onnx import making
 from qbl_trl.onnx.companions import causal_lm
+from qbl_trl.onnx.packed_embeddings import Tables, head_inputs, packed_tables, with_tables
 from qbl_trl.onnx.reference import float32_reference
-from qbl_trl.onnx.tables import Tables, head_inputs, packed_tables, with_tables
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from tests.onnx.architectures import ARCHITECTURES, VISION, build
 from tests.onnx.models import greedy, merged_llama, operators, padded_batch

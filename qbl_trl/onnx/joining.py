@@ -15,7 +15,7 @@ from qbl_trl.onnx.markers import TRACE_DOMAIN
 from qbl_trl.onnx.shapes import cuts
 
 
-def pack_projections(editor: Editor, sources: dict[str, LinearSource]) -> dict[str, LinearSource]:
+def join_projections(editor: Editor, sources: dict[str, LinearSource]) -> dict[str, LinearSource]:
     """Join Linear placeholders that share their input, in place; returns the sources with the joined ones added."""
     known = dict(sources)
     for node in [node for node in editor.graph if node.op_type == "GroupQueryAttention" and node.domain == MS_DOMAIN]:
