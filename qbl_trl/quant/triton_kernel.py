@@ -6,6 +6,19 @@ import triton.language as tl
 
 
 @triton.jit
+def zero_points(row, j, inside, scales, BITS: tl.constexpr, ZEROS: tl.constexpr):
+    """Float32, one for each scale: all in the middle (0), packed codes (1) or floats (2) of groups j of `row`."""
+    if ZEROS == 0:
+        z = tl.zeros_like(scales) + (1 << (BITS - 1))
+    elif ZEROS == 1:
+        packed = tl.load(row + j * BITS // 8, mask=inside, other=0).to(tl.int32)
+        z = ((packed >> (j * BITS % 8)) & ((1 << BITS) - 1)).to(tl.float32)
+    else:
+        z = tl.load(row + j, mask=inside, other=0).to(tl.float32)
+    return z
+
+
+@triton.jit
 def dequantize_kernel(
     codes,  # (N, row_bytes) uint8, packed along K, the first code in the lowest bits
     scales,  # (N, groups) float
@@ -17,7 +30,7 @@ def dequantize_kernel(
     zero_columns,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    ZEROS: tl.constexpr,  # 0: all in the middle, 1: packed codes, 2: floats
+    ZEROS: tl.constexpr,  # see `zero_points`
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -28,13 +41,7 @@ def dequantize_kernel(
     q = ((byte >> (k * BITS % 8)) & mask).to(tl.float32)
     j = k // GROUP
     s = tl.load(scales + row * groups + j, mask=inside, other=0).to(tl.float32)
-    if ZEROS == 0:
-        z = tl.full((BLOCK,), 1 << (BITS - 1), tl.float32)
-    elif ZEROS == 1:
-        packed = tl.load(zeros + row * zero_columns + j * BITS // 8, mask=inside, other=0).to(tl.int32)
-        z = ((packed >> (j * BITS % 8)) & mask).to(tl.float32)
-    else:
-        z = tl.load(zeros + row * zero_columns + j, mask=inside, other=0).to(tl.float32)
+    z = zero_points(zeros + row * zero_columns, j, inside, s, BITS, ZEROS)
     tl.store(out + row * columns + k, ((q - z) * s).to(out.dtype.element_ty), mask=inside)
 
 
@@ -52,7 +59,7 @@ def multiply_kernel(
     zero_columns,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    ZEROS: tl.constexpr,  # 0: all in the middle, 1: packed codes, 2: floats
+    ZEROS: tl.constexpr,  # see `zero_points`
     ROWS: tl.constexpr,  # outputs of one program
     GROUPS: tl.constexpr,  # groups of each that are read at once
 ):
@@ -68,13 +75,7 @@ def multiply_kernel(
         inside = j < groups
         known = asked & inside[None, :]
         s = tl.load(scales + n[:, None] * groups + j[None, :], mask=known, other=0).to(tl.float32)
-        if ZEROS == 0:
-            z = tl.full((ROWS, GROUPS), 1 << (BITS - 1), tl.float32)
-        elif ZEROS == 1:
-            packed = tl.load(zeros + n[:, None] * zero_columns + (j * BITS // 8)[None, :], mask=known, other=0)
-            z = ((packed.to(tl.int32) >> (j * BITS % 8)[None, :]) & mask).to(tl.float32)
-        else:
-            z = tl.load(zeros + n[:, None] * zero_columns + j[None, :], mask=known, other=0).to(tl.float32)
+        z = zero_points(zeros + n[:, None] * zero_columns, j[None, :], known, s, BITS, ZEROS)
         byte = j[:, None] * width + tl.arange(0, width)[None, :]
         read = n[:, None, None] * row_bytes + byte[None, :, :]
         stored = tl.load(codes + read, mask=known[:, :, None], other=0).to(tl.int32)
