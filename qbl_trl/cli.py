@@ -87,14 +87,18 @@ def _explained(error: Exception, args: argparse.Namespace) -> str:
     names = {**{name: name for name in vars(args)}, **_OTHER_NAMES}
 
     def as_flag(found: re.Match[str]) -> str:
-        if re.search(r"\w\([^()]*$", text[: found.start()]) or found["name"] not in names:  # inside a call
+        name, value = found["name"], found["value"]
+        if re.search(r"\w\([^()]*$", text[: found.start()]) or name not in names:  # inside a call
             return found[0]
-        flag = "--" + names[found["name"]].replace("_", "-")
-        if found["value"] in ("True", "False"):
-            return flag if found["value"] == "True" else f"no {flag}"
-        return f"{flag} {found['value'].lower() if found['value'] == 'None' else found['value']}"
+        flag = "--" + names[name].replace("_", "-")
+        if value is None:
+            return flag if "_" in name else name  # no word of English
+        if value in ("True", "False"):
+            return flag if value == "True" else f"no {flag}"
+        return f"{flag} {'none' if value == 'None' else value}"
 
-    text = re.sub(r'\b(?P<name>[a-z_0-9]+)=(?P<quote>["\']?)(?P<value>[\w.+-]*\w)(?P=quote)', as_flag, text)
+    word = r"(?<![\w/.-])(?P<name>[a-z]\w*)"  # no part of a path
+    text = re.sub(word + r"""(?:=(?P<quote>["']?)(?P<value>[\w.+-]*\w)(?P=quote))?(?![\w/.-]\w)""", as_flag, text)
     return text.replace("set no --", "leave out --")
 
 

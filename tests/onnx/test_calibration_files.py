@@ -43,7 +43,7 @@ def test_the_texts_of_a_file_set_the_scales_on_the_command_line_and_in_the_recip
 def test_a_file_without_a_cache_of_8_bits_or_beside_no_tokenizer_is_refused(folder, tmp_path, capsys):
     command = ["export", str(folder), str(tmp_path / "out"), "--calibration", str(tmp_path / "plain.txt")]
     assert main(command) == 1
-    assert 'calibration is for kv_cache_dtype="int8"' in capsys.readouterr().err
+    assert "calibration is for --kv-cache-dtype int8 and --embedding-bits" in capsys.readouterr().err
     for file in folder.glob("tokenizer*"):
         file.unlink()
     assert main([*command, "--kv-cache-dtype", "int8"]) == 1
