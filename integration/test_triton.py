@@ -21,7 +21,8 @@ import torch
 from qbl_trl.quant import gpu
 from qbl_trl.quant.affine import Affine, dequantize
 from qbl_trl.quant.linear import GroupQuantLinear
-for kind in itertools.product((2, 4, 8), (0, 1, 2), (torch.float32, torch.float16)):
+KINDS = itertools.product((2, 4, 8), (16, 32, 256), (0, 1, 2), (torch.float32, torch.float16))
+for kind in KINDS:
     assert gpu.agrees(torch.device("cpu"), *kind), kind
 
 # and as a layer calls them: rows from the middle, columns that end inside a group, ragged zero points
@@ -55,12 +56,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from qbl_trl.quant.triton_kernel import dequantize_kernel, multiply_kernel
 DEVICES = [("cuda", 75, 32), ("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
-for device, bits, kind, dtype in itertools.product(DEVICES, (2, 4, 8), (0, 1, 2), ("fp32", "fp16", "bf16")):
-    fixed = {"BITS": bits, "GROUP": 32, "ZEROS": kind}
+KINDS = [*itertools.product(DEVICES, (2, 4, 8), (32,), (0, 1, 2), ("fp32", "fp16", "bf16"))]
+KINDS += itertools.product(DEVICES[1:3], (2, 4, 8), (16, 64, 128, 256), (1,), ("bf16",))
+for device, bits, group, kind, dtype in KINDS:
+    fixed = {"BITS": bits, "GROUP": group, "ZEROS": kind}
     stored = ["*u8", "*fp16", "*fp32" if kind == 2 else "*u8"]
     for kernel, kinds, sizes, warps in (
         (dequantize_kernel, [*stored, "*" + dtype], {"BLOCK": 1024}, 4),
-        (multiply_kernel, ["*" + dtype, *stored, "*" + dtype], {"ROWS": 2, "GROUPS": 64 // bits}, 1),
+        (multiply_kernel, ["*" + dtype, *stored, "*" + dtype], {"ROWS": 2, "GROUPS": max(2048 // bits // group, 1)}, 1),
     ):
         constants = fixed | sizes
         names = [name for name in kernel.arg_names if name not in constants]

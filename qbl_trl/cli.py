@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import qbl_trl
-from qbl_trl.errors import FLAGS, SHOWN, QblError, first_line, said
+from qbl_trl.arguments import in_flags
+from qbl_trl.errors import SHOWN, QblError, first_line, said
 
 COMMANDS = ("quantize", "inspect", "merge", "to-lora", "export", "convert", "verify", "report")
 
@@ -31,6 +32,13 @@ def make_parser() -> argparse.ArgumentParser:
         examples = "\n".join(["examples:", *(f"  qbl-trl {name} {example}" for example in module.EXAMPLES)])
         told = {"help": module.SUMMARY, "description": module.SUMMARY, "epilog": examples, "formatter_class": raw}
         module.add_arguments(commands.add_parser(name, **told))
+    return parser
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    """One command's alone."""
+    parser = argparse.ArgumentParser()
+    _module(command).add_arguments(parser)
     return parser
 
 
@@ -65,16 +73,7 @@ def _dashed(argument: str) -> str:
 
 
 _LONGEST = 300  # characters of another library's message
-_FUNCTIONS = (
-    "GroupQuantConfig",
-    "QBLoRAConfig",
-    "convert_checkpoint",
-    "export_onnx",
-    "quantize",
-    "verify",
-    "write_checkpoint",
-)
-_OTHER_NAMES = {"format": "to"}  # of an argument of a function, here
+_FUNCTIONS = ("GroupQuantConfig", "QBLoRAConfig", "convert_checkpoint", "export_onnx", "verify", "write_checkpoint")
 
 
 def _explained(error: Exception, args: argparse.Namespace) -> str:
@@ -82,24 +81,13 @@ def _explained(error: Exception, args: argparse.Namespace) -> str:
     from."""
     if not isinstance(error, QblError | OSError):
         return f"{type(error).__name__}: {first_line(error)[:_LONGEST]} ({SHOWN}=1 shows where)"
-    text = said(error, {**FLAGS, 'merge(model, lossy="requantize")': "--lossy requantize"})
-    text = re.sub(rf"^({'|'.join([args.command, *_FUNCTIONS])}): ", "", text)
-    names = {**{name: name for name in vars(args)}, **_OTHER_NAMES}
-
-    def as_flag(found: re.Match[str]) -> str:
-        name, value = found["name"], found["value"]
-        if re.search(r"\w\([^()]*$", text[: found.start()]) or name not in names:  # inside a call
-            return found[0]
-        flag = "--" + names[name].replace("_", "-")
-        if value is None:
-            return flag if "_" in name else name  # no word of English
-        if value in ("True", "False"):
-            return flag if value == "True" else f"no {flag}"
-        return f"{flag} {'none' if value == 'None' else value}"
-
-    word = r"(?<![\w/.-])(?P<name>[a-z]\w*)"  # no part of a path
-    text = re.sub(word + r"""(?:=(?P<quote>["']?)(?P<value>[\w.+-]*\w)(?P=quote))?(?![\w/.-]\w)""", as_flag, text)
-    return text.replace("set no --", "leave out --")
+    text = said(error).removeprefix(f"{args.command}: ")
+    if isinstance(error, OSError):
+        return text
+    text = re.sub(rf"^({'|'.join(_FUNCTIONS)}): ", "", text)
+    if args.command == "merge":
+        text = text.replace('merge(model, lossy="requantize")', "--lossy requantize")
+    return in_flags(text, _parser(args.command), args, {"format": "to"} if args.command == "convert" else {})
 
 
 if __name__ == "__main__":

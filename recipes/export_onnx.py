@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from qbl_trl.arguments import named, path
 from qbl_trl.errors import one_line
 from qbl_trl.onnx import options
 from qbl_trl.tokenizers import holds_tokenizer, tokenizer_source
@@ -23,8 +24,8 @@ from qbl_trl.tokenizers import holds_tokenizer, tokenizer_source
 def make_parser() -> argparse.ArgumentParser:
     """What this recipe can be told."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--model", required=True, help="folder of a merged model, or of a trained adapter")
-    parser.add_argument("--output", required=True, type=Path, help="a new or empty folder")
+    parser.add_argument("--model", required=True, type=named, help="folder of a merged model, or of a trained adapter")
+    parser.add_argument("--output", required=True, type=path, help="a new or empty folder")
     options.add_settings(parser, between="_")
     parser.add_argument("--prompt", help="generate an answer with the exported folder")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="length of the answer")

@@ -303,3 +303,13 @@ def test_every_command_explains_itself(command, capsys):
         make_parser().parse_args([command, "--help"])
     assert stop.value.code == 0
     assert command in capsys.readouterr().out
+
+
+def test_a_home_that_the_shell_left_as_it_is_is_found_everywhere(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny_llama().save_pretrained(tmp_path / "float")
+    assert main(["quantize", "~/float", "~/packed"]) == 0
+    assert "14 packed layers" in capsys.readouterr().out
+    assert main(["inspect", "~/packed", "--against", "~/float"]) == 0
+    assert main(["quantize", "~/packed", "~/float", "--from", "--overwrite"]) == 1
+    assert "holds a model that --from did not write" in capsys.readouterr().err

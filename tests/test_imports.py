@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "qbl_trl"
 # siblings that never import each other, but for the adapter, which may look at the base it sits on.
 ROWS = [
     {"generation"},
-    {"allowed", "errors", "leftovers", "peft_type", "progress", "random_state"},
+    {"allowed", "arguments", "errors", "leftovers", "peft_type", "progress", "random_state"},
     {"cards", "json_files"},
     {"older_names", "module_names", "tokenizers"},
     {"arithmetic", "folders", "model_files", "texts"},

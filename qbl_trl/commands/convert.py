@@ -1,8 +1,8 @@
 """qbl-trl convert: a packed model in a format of other engines."""
 
 import argparse
-from pathlib import Path
 
+from qbl_trl.arguments import named, path
 from qbl_trl.commands.common import load
 from qbl_trl.errors import ConfigError
 
@@ -14,10 +14,10 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a quantized or merged folder")
-    parser.add_argument("output", type=Path, help="a new file (gguf) or folder (hqq)")
+    parser.add_argument("model", type=named, help="a quantized or merged folder")
+    parser.add_argument("output", type=path, help="a new file (gguf) or folder (hqq)")
     parser.add_argument("--to", required=True, metavar="{gguf,hqq}", help="the two formats that hold a merged adapter")
-    parser.add_argument("--template", type=Path, help="gguf: a GGUF file of the same model, for its metadata")
+    parser.add_argument("--template", type=path, help="gguf: a GGUF file of the same model, for its metadata")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
 
 

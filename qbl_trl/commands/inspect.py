@@ -1,9 +1,9 @@
 """qbl-trl inspect: what a packed model holds."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from qbl_trl.arguments import named, path
 from qbl_trl.commands.common import check_exists, load
 from qbl_trl.folders import is_adapter
 
@@ -12,8 +12,8 @@ EXAMPLES = ("base --against MODEL",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a quantized or merged folder, or an adapter: its base")
-    parser.add_argument("--against", type=Path, help="folder of the float weights, for the error of each layer")
+    parser.add_argument("model", type=named, help="a quantized or merged folder, or an adapter: its base")
+    parser.add_argument("--against", type=path, help="folder of the float weights, for the error of each layer")
     parser.add_argument("--all", action="store_true", help="a row for each layer; by default layers alike share one")
 
 

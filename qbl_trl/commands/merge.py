@@ -2,8 +2,8 @@
 
 import argparse
 import time
-from pathlib import Path
 
+from qbl_trl.arguments import named, path
 from qbl_trl.commands.common import NEW, OVERWRITE, save, written
 
 SUMMARY = "adapter folder -> plain 4-bit model, exactly"
@@ -11,9 +11,9 @@ EXAMPLES = ("run/adapter merged",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", type=Path, help="a saved adapter")
-    parser.add_argument("output", type=Path, help=NEW)
-    parser.add_argument("--base", help="model id or folder of the base, if not the one the adapter names")
+    parser.add_argument("adapter", type=path, help="a saved adapter")
+    parser.add_argument("output", type=path, help=NEW)
+    parser.add_argument("--base", type=named, help="model id or folder of the base, if not the one the adapter names")
     parser.add_argument("--lossy", choices=("requantize",), help="dequantize, add, quantize again; reports the loss")
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qbl_trl.allowed import ALGORITHMS, ALLOWED_BITS, ALLOWED_GROUP_SIZES, SCALE_DTYPE_NAMES
+from qbl_trl.arguments import named, path
 from qbl_trl.commands.common import NEW, OVERWRITE, check_exists, check_holds_model, fetched, load, save, written
 from qbl_trl.errors import ConfigError
 
@@ -21,8 +22,8 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     foreign = "GPTQ, AWQ, AutoRound, HQQ, compressed-tensors, MLX or Metal, or a GGUF file"
     sizes = ", ".join(map(str, ALLOWED_GROUP_SIZES))
-    parser.add_argument("model", help=f"model id or folder (with --from: a checkpoint of {foreign})")
-    parser.add_argument("output", type=Path, help=NEW)
+    parser.add_argument("model", type=named, help=f"model id or folder (with --from: a checkpoint of {foreign})")
+    parser.add_argument("output", type=path, help=NEW)
     parser.add_argument(
         "--from",
         dest="takes_codes",
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--calibration",
-        type=Path,
+        type=path,
         metavar="FILE",
         help='for "gptq": texts with blank lines between them, or a .jsonl of strings or of objects with "text", '
         '"prompt" and "completion", or "messages"',

@@ -1,14 +1,15 @@
 """qbl-trl report: a page about a training run."""
 
 import argparse
-from pathlib import Path
+
+from qbl_trl.arguments import path
 
 SUMMARY = "one HTML page about a training run"
 EXAMPLES = ("run",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, help="output_dir of a run with QBLoRACallback")
+    parser.add_argument("run_dir", type=path, help="output_dir of a run with QBLoRACallback")
 
 
 def run(args: argparse.Namespace) -> None:

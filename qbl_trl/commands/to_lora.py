@@ -1,8 +1,8 @@
 """qbl-trl to-lora: an adapter as plain LoRA files."""
 
 import argparse
-from pathlib import Path
 
+from qbl_trl.arguments import path
 from qbl_trl.commands.common import NEW, OVERWRITE
 
 SUMMARY = "the same adapter as plain LoRA files"
@@ -10,8 +10,8 @@ EXAMPLES = ("run/adapter lora",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", type=Path, help="a saved adapter")
-    parser.add_argument("output", type=Path, help=NEW)
+    parser.add_argument("adapter", type=path, help="a saved adapter")
+    parser.add_argument("output", type=path, help=NEW)
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
 
 

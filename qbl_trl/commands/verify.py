@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from qbl_trl.arguments import named, path
 from qbl_trl.errors import ConfigError
 from qbl_trl.onnx.options import tolerance_or_none
 
@@ -16,13 +17,13 @@ EXAMPLES = ("merged onnx --text 'Once upon a time'",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("reference", help="folder of a torch or ONNX model")
-    parser.add_argument("candidate", help="folder of a torch or ONNX model")
+    parser.add_argument("reference", type=named, help="folder of a torch or ONNX model")
+    parser.add_argument("candidate", type=named, help="folder of a torch or ONNX model")
     read = parser.add_mutually_exclusive_group()
     read.add_argument("--text", default=_TEXT, help="what both read (default: two sentences)")
     read.add_argument(
         "--text-file",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="texts that both read, as those of `qbl-trl export --calibration`",
     )

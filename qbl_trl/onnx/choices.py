@@ -46,11 +46,25 @@ def _inlined(node: NodeProto, branch: GraphProto) -> Iterator[NodeProto]:
     return (renamed(inner, names) for inner in branch.node)
 
 
-def as_branch(graph: GraphProto, name: str, nodes: Iterable[NodeProto]) -> GraphProto:
-    """Nodes that make a graph's outputs as a branch of an If in it, which reads its inputs and initializers."""
+def as_branch(graph: GraphProto, name: str, nodes: Iterable[NodeProto], around: Iterable[str] = ()) -> GraphProto:
+    """Nodes that make a graph's outputs as a branch of an If in it, which reads its inputs and initializers.
+
+    Args:
+        around: other values that are made before the If.
+    """
     branch = GraphProto(name=name, node=nodes, output=graph.output)
-    _rename(branch, f"{name}/", {value.name for value in [*graph.input, *graph.initializer]})
+    _rename(branch, f"{name}/", {*(value.name for value in [*graph.input, *graph.initializer]), *around})
     return branch
+
+
+def made_of_weights(graph: GraphProto) -> list[NodeProto]:
+    """Nodes that depend on initializers alone: a session folds them, for every branch that has them."""
+    known, found = {weight.name for weight in graph.initializer}, list[NodeProto]()
+    for node in graph.node:
+        if node.input and known.issuperset(filter(None, values_read(node))):
+            found.append(node)
+            known.update(node.output)
+    return found
 
 
 def choose_(graph: GraphProto, first: Iterable[NodeProto], asked: str, then: GraphProto, other: GraphProto) -> None:

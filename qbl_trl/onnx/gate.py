@@ -17,6 +17,8 @@ from qbl_trl.onnx.session import OnnxLogits
 from qbl_trl.parity import ParityReport, compare, logits_of
 
 _BATCH, _LENGTH, _PADDED, _PREFIX = 2, 24, 5, 20
+# A tracer may take the size of its batch for a constant, and a graph may choose another way where nothing is padded.
+_BATCH_AND_ROW = (slice(None), slice(-1, None))
 
 
 class Unrunnable(ExportError):
@@ -60,11 +62,13 @@ class Gate:
         return self._at_once(graph), self._over_cache(graph)
 
     def _at_once(self, graph: OnnxLogits) -> ParityReport:
-        rows = [slice(None), slice(-1, None)]  # a tracer may take the size of its batch for a constant
-        found = torch.cat([graph(self.ids[part], self.mask[part]) for part in rows])
-        reference, mask = (torch.cat([whole[part] for part in rows]) for whole in (self.reference, self.mask))
+        reference, mask = self._of_batch_and_row(self.reference), self._of_batch_and_row(self.mask)
+        found = torch.cat([graph(self.ids[rows], self.mask[rows]) for rows in _BATCH_AND_ROW])
         kept = slice(-found.shape[1], None)  # of a graph that writes the last logits only, these
         return compare(reference[:, kept], found, mask[:, kept])
+
+    def _of_batch_and_row(self, values: Tensor) -> Tensor:
+        return torch.cat([values[rows] for rows in _BATCH_AND_ROW])
 
     def pass_(
         self, folder: Path, tolerance: float | None, buffer: bool = False
@@ -125,7 +129,9 @@ class Gate:
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             logits, cache = graph.step(self.ids[:, start : start + 1], mask, cache)
             parts.append(logits)
-        return self._at_the_end(self.alone, torch.cat(parts, 1), length - prefix if steps else length)
+        found = torch.cat(parts, 1)
+        kept = slice(-min(length - prefix if steps else length, found.shape[1]), None)
+        return compare(self.alone[:, kept], found[:, kept], self.mask[:, kept])
 
     def _in_a_buffer(self, folder: Path) -> ParityReport:
         own = folder / GENAI_FILE
@@ -142,14 +148,14 @@ class Gate:
         """
         length = self.ids.shape[1]
         prefix = min(_PREFIX, length - 2)
-        found = graph.with_cache(self.ids, self.mask, prefix, buffer)
+        found = torch.cat(
+            [graph.with_cache(self.ids[rows], self.mask[rows], prefix, buffer) for rows in _BATCH_AND_ROW]
+        )
         if found.shape[1] < length:  # a graph that writes the last logits only: the prefix gave one
             found = found[:, 1:]
-        return self._at_the_end(self.reference, found, length - prefix if steps else length)
-
-    def _at_the_end(self, reference: Tensor, found: Tensor, count: int) -> ParityReport:
-        kept = slice(-min(count, found.shape[1]), None)
-        return compare(reference[:, kept], found[:, kept], self.mask[:, kept])
+        kept = slice(-min(length - prefix if steps else length, found.shape[1]), None)
+        reference, mask = self._of_batch_and_row(self.reference), self._of_batch_and_row(self.mask)
+        return compare(reference[:, kept], found[:, kept], mask[:, kept])
 
     def look_at(self, folder: Path, buffer: bool = False) -> ParityReport | None:
         """How far the graph of a folder is from the model, as a text and in its steps, whichever is further by KL:

@@ -95,6 +95,14 @@ class Made(TensorRef):
         return self.make()
 
 
+class Cut(Made):
+    """What `make` leaves of one tensor: layers that share that tensor share this."""
+
+    @property
+    def pointers(self) -> tuple[int, ...]:
+        return tuple(part.data_ptr() for part in self.parts)
+
+
 @dataclass(frozen=True)
 class GroupBase:
     """Affine groups: codes packed as MatMulNBits packs them.

@@ -5,9 +5,9 @@ import importlib
 import inspect
 import math
 import re
-from pathlib import Path
 from typing import Any
 
+from qbl_trl.arguments import named, path
 from qbl_trl.onnx.asked import (
     ATTENTIONS,
     DTYPES,
@@ -23,8 +23,8 @@ from qbl_trl.onnx.asked import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything `export_onnx` can be told from a shell."""
-    parser.add_argument("model", help="folder of a quantized or merged model, or of a trained adapter")
-    parser.add_argument("output", type=Path, help="a new or empty folder")
+    parser.add_argument("model", type=named, help="folder of a quantized or merged model, or of a trained adapter")
+    parser.add_argument("output", type=path, help="a new or empty folder")
     add_settings(parser)
 
 
@@ -76,7 +76,7 @@ def add_settings(parser: argparse.ArgumentParser, between: str = "-") -> None:
     add("kv-cache-dtype", choices=KV_CACHE_DTYPES[1:], help="of keys and values: a quarter of the memory, not exact")
     add(
         "calibration",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="texts that --kv-cache-dtype and --embedding-bits are measured on, with blank lines between them, or a "
         '.jsonl of strings or of objects with "text", "prompt" and "completion", or "messages" (default: what the '
@@ -90,7 +90,7 @@ def add_settings(parser: argparse.ArgumentParser, between: str = "-") -> None:
         help="largest logit difference, or none (default: %(default)s)",
     )
     add("max-length", type=int, help="positions of the rotary tables (default: the model's own)")
-    add("tokenizer", help="folder or model id (default: what lies beside the model)")
+    add("tokenizer", type=named, help="folder or model id (default: what lies beside the model)")
     add("overwrite", action="store_true", help="replace what the output folder holds")
 
 

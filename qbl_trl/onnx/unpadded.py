@@ -16,7 +16,7 @@ import onnx
 from onnx.onnx_pb import NodeProto
 
 from qbl_trl.onnx import protos
-from qbl_trl.onnx.choices import as_branch, choose_, needed
+from qbl_trl.onnx.choices import as_branch, choose_, made_of_weights, needed
 from qbl_trl.onnx.gqa import Input
 from qbl_trl.onnx.masks import BIASED
 
@@ -29,16 +29,19 @@ def choose_unpadded(path: Path) -> None:
     padded = [node for node in attentions if _bias(node) and not _bias(node).startswith(BIASED)]
     if not padded:
         return
-    whole = as_branch(graph, "padded", graph.node)
+    constant = made_of_weights(graph)
+    around = {name for node in constant for name in node.output}
+    nodes = [node for node in graph.node if not around.issuperset(node.output)]
+    whole = as_branch(graph, "padded", nodes, around)
     for node in padded:
         node.input[Input.BIAS] = ""
-    text = as_branch(graph, "text", needed(graph.node, (value.name for value in graph.output)))
+    text = as_branch(graph, "text", needed(nodes, (value.name for value in graph.output)), around)
     protos.constant(graph, "all_text/one", np.array(1))
     seen = [
         protos.node("ReduceMin", ["attention_mask"], "all_text/least", keepdims=0),
         protos.node("Equal", ["all_text/least", "all_text/one"], "all_text"),
     ]
-    choose_(graph, seen, "all_text", text, whole)
+    choose_(graph, [*constant, *seen], "all_text", text, whole)
     onnx.save(model, path)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qbl_trl.errors import ExportError
-from qbl_trl.onnx.layers import BlockDelta, Branch, EmbeddingSource, GroupBase, LinearSource, Made, TensorRef
+from qbl_trl.onnx.layers import BlockDelta, Branch, Cut, EmbeddingSource, GroupBase, LinearSource, Made, TensorRef
 from qbl_trl.quant.blocks import fold
 from qbl_trl.quant.packing import pack, unpack
 
@@ -105,7 +105,7 @@ def in_smaller_groups(source: Source, columns: int) -> Source:
 
     weight, zeros, width = base.weight, base.zeros, groups * _LARGEST_ON_CUDA // 2
     if groups < whole * times:  # the last group was ragged
-        weight = Made(weight.parts, (rows, width), lambda: base.weight.read()[:, :width].contiguous())
+        weight = Cut(weight.parts, (rows, width), lambda: base.weight.read()[:, :width].contiguous())
     if zeros is not None and zeros.floating:
         zeros = Made(zeros.parts, (rows, groups), lambda: parts(base.zeros.read()))  # type: ignore[union-attr]
     elif zeros is not None:

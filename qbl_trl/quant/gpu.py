@@ -39,7 +39,7 @@ def dequantize_rows(
     Returns:
         (N, K) in `dtype`; None where the plain path has to do it.
     """
-    if not _fits(codes, zeros, bits, dtype):
+    if not _fits(codes, zeros, bits, group_size, dtype):
         return None
     with torch.cuda.device(codes.device):
         return _dequantize(codes, scales, zeros, bits, group_size, columns, dtype)
@@ -60,17 +60,17 @@ def multiply(
     """
     if not 0 < len(x) <= _MOST_TOKENS or x.device != codes.device or x.dtype != out.dtype or not out.is_contiguous():
         return False
-    if not _fits(codes, zeros, bits, x.dtype):
+    if not _fits(codes, zeros, bits, group_size, x.dtype):
         return False
     with torch.cuda.device(codes.device):
         _multiply(x, codes, scales, zeros, bits, group_size, out)
     return True
 
 
-def _fits(codes: Tensor, zeros: Tensor | None, bits: int, dtype: torch.dtype) -> bool:
+def _fits(codes: Tensor, zeros: Tensor | None, bits: int, group_size: int, dtype: torch.dtype) -> bool:
     if codes.device.type != "cuda" or torch.compiler.is_compiling() or type(codes) is not Tensor:
         return False
-    return dtype in _DTYPES and _usable(codes.device.index or 0, bits, _kind(zeros), dtype)
+    return dtype in _DTYPES and _usable(codes.device.index or 0, bits, group_size, _kind(zeros), dtype)
 
 
 def _dequantize(
@@ -119,13 +119,13 @@ def _kind(zeros: Tensor | None) -> int:
 
 
 @functools.cache
-def _usable(device: int, bits: int, kind: int, dtype: torch.dtype) -> bool:
+def _usable(device: int, bits: int, group_size: int, kind: int, dtype: torch.dtype) -> bool:
     """Whether the kernels run on this device and agree; asked once per process for what its layers are."""
     if os.environ.get("QBL_TRL_NATIVE") == "0" or importlib.util.find_spec("triton") is None:
         return False
     try:
         with torch.cuda.device(device):
-            same = agrees(torch.device("cuda", device), bits, kind, dtype)
+            same = agrees(torch.device("cuda", device), bits, group_size, kind, dtype)
     except Exception as error:  # a compiler's failures have no common class, and the plain path is always there
         logger.info("packed weights are unpacked by plain torch, a few times slower: %s", error)
         return False
@@ -136,29 +136,30 @@ def _usable(device: int, bits: int, kind: int, dtype: torch.dtype) -> bool:
     return same
 
 
-def agrees(device: torch.device, bits: int, kind: int, dtype: torch.dtype) -> bool:
+def agrees(device: torch.device, bits: int, group_size: int, kind: int, dtype: torch.dtype) -> bool:
     """Whether the kernels give the plain path's bits on a sample.
 
     Products are asked for on whole numbers and scales that are powers of two: no order of summation rounds them.
     """
     generator = torch.Generator().manual_seed(0)
-    top = 1 << bits
+    top, columns = 1 << bits, 1201  # the last group is ragged
+    groups = -(-columns // group_size)
     # Drawn on the CPU in fixed types, whatever the defaults of the moment.
-    codes = torch.randint(0, top, (5, 1216), generator=generator, dtype=torch.uint8, device="cpu")
-    scales = torch.rand(5, 38, generator=generator, dtype=torch.float32, device="cpu").half()
-    powers = torch.exp2(torch.randint(-8, -3, (5, 38), generator=generator, device="cpu").float())
-    x = torch.randint(-9, 9, (2, 1201), generator=generator, device="cpu")
-    whole = torch.randint(0, top, (5, 38), generator=generator, dtype=torch.uint8, device="cpu")
+    codes = torch.randint(0, top, (5, groups * group_size), generator=generator, dtype=torch.uint8, device="cpu")
+    scales = torch.rand(5, groups, generator=generator, dtype=torch.float32, device="cpu").half()
+    powers = torch.exp2(torch.randint(-8, -3, (5, groups), generator=generator, device="cpu").float())
+    x = torch.randint(-9, 9, (2, columns), generator=generator, device="cpu")
+    whole = torch.randint(0, top, (5, groups), generator=generator, dtype=torch.uint8, device="cpu")
     whole = torch.full_like(whole, top >> 1) if kind == 0 else whole
-    zeros = torch.rand(5, 38, generator=generator, dtype=torch.float32, device="cpu") * top if kind == 2 else whole
+    zeros = torch.rand(5, groups, generator=generator, dtype=torch.float32, device="cpu") * top if kind == 2 else whole
 
     def held(points: Tensor) -> Tensor | None:
         return None if kind == 0 else (pack(points, bits) if kind == 1 else points.float()).to(device)
 
     packed = pack(codes, bits).to(device)
-    weight = _dequantize(packed, scales.to(device), held(zeros), bits, 32, 1201, dtype)
+    weight = _dequantize(packed, scales.to(device), held(zeros), bits, group_size, columns, dtype)
     product = torch.empty(2, 5, dtype=dtype, device=device)
-    _multiply(x.to(device, dtype), packed, powers.to(device), held(whole), bits, 32, product)
-    sums = x.float() @ dequantize(codes, powers, whole, 32)[:, :1201].T
-    same = torch.equal(weight.cpu(), dequantize(codes, scales, zeros, 32).to(dtype)[:, :1201])
+    _multiply(x.to(device, dtype), packed, powers.to(device), held(whole), bits, group_size, product)
+    sums = x.float() @ dequantize(codes, powers, whole, group_size)[:, :columns].T
+    same = torch.equal(weight.cpu(), dequantize(codes, scales, zeros, group_size).to(dtype)[:, :columns])
     return same and torch.equal(product.cpu(), sums.to(dtype))

@@ -16,6 +16,7 @@ def keep_scales_apart_(wrapped: Any) -> None:
 
     They are sent once, as all else is, when the model is wrapped.
     """
+    wrapped = getattr(wrapped, "_orig_mod", wrapped)  # compiled
     if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
         return
     packed = [(name, part) for name, part in wrapped.module.named_modules() if isinstance(part, PackedWeight)]

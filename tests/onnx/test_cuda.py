@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from qbl_trl import GroupQuantConfig, export_onnx
+from qbl_trl.errors import ExportError
+from qbl_trl.onnx import making
 from qbl_trl.onnx.gqa import Input
 from qbl_trl.onnx.masks import BIASED
 from qbl_trl.onnx.session import OnnxLogits
+from qbl_trl.onnx.unpadded import choose_unpadded
 from qbl_trl.quant.hf_quantizer import quantize_model_
 from tests.onnx.architectures import ARCHITECTURES, FUSED, build
 from tests.onnx.models import merged_llama
@@ -73,3 +76,41 @@ def test_groups_of_256_are_written_as_two_of_128(tmp_path, width, algorithm):
     held = [node for choice in written(tmp_path / "out").node for one in choice.attribute for node in one.g.node]
     sizes = {one.i for node in held for one in node.attribute if one.name == "block_size"}
     assert sizes == {128}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_layers_whose_last_group_is_cut_keep_weights_of_their_own(tmp_path, tied):
+    model = tiny_llama(hidden_size=384, vocab_size=384, tie_word_embeddings=tied)
+    model = quantize_model_(model, GroupQuantConfig(group_size=256, quantize_embeddings=True))
+    assert export_onnx(model, tmp_path / "out", provider="cuda").parity.max_abs_difference < 1e-5  # fp32 on both sides
+    stored = [
+        weight.name for weight in written(tmp_path / "out").initializer if weight.data_type == onnx.TensorProto.UINT8
+    ]
+    assert sum("lm_head" in name for name in stored) == (0 if tied else 2)
+
+
+def test_the_gate_looks_at_what_reads_single_tokens_without_padding(tmp_path, monkeypatch):
+    def swapped(path):
+        choose_unpadded(path)
+        model = onnx.load(path, load_external_data=False)
+        choice = next(node for node in model.graph.node if node.op_type == "If")
+        for node in attentions(next(one.g for one in choice.attribute if one.name == "then_branch")):
+            node.input[Input.PAST_KEY], node.input[Input.PAST_VALUE] = (
+                node.input[Input.PAST_VALUE],
+                node.input[Input.PAST_KEY],
+            )
+        onnx.save(model, path)
+
+    monkeypatch.setattr(making, "choose_unpadded", swapped)
+    with pytest.raises(ExportError, match="logits differ"):
+        export_onnx(merged_llama(), tmp_path / "out", provider="cuda", attention="gqa")
+
+
+def test_what_is_made_of_weights_alone_is_made_once_for_both_branches(tmp_path):
+    export_onnx(merged_llama(), tmp_path / "out", provider="cuda")
+    graph = written(tmp_path / "out")
+    (choice,) = [node for node in graph.node if node.op_type == "If"]
+    for branch in choice.attribute:
+        inside = {name for node in branch.g.node for name in node.output}
+        for node in branch.g.node:
+            assert inside & set(node.input) or {"input_ids", "attention_mask", "position_ids"} & set(node.input)

@@ -302,6 +302,19 @@ class Louder(torch.nn.Linear):
         return super().forward(x) * 1.0005
 
 
+class Reshaping(torch.nn.Linear):
+    def forward(self, x):
+        flat = torch.nn.functional.linear(x.reshape(-1, self.in_features), self.weight, self.bias)
+        return flat.reshape(*x.shape[:-1], self.out_features)
+
+
+def test_a_layer_that_asks_for_its_sizes_is_a_product_under_an_adapter_too(tmp_path):
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj.__class__ = Reshaping
+    adapted = get_peft_model(model, QBLoRAConfig(r=4, init_lora_weights=False))
+    assert export_onnx(adapted, tmp_path / "out").parity.max_abs_difference < 1e-5
+
+
 def test_a_layer_that_computes_a_little_more_than_a_product_is_traced(tmp_path):
     model = tiny_llama()
     model.model.layers[0].mlp.up_proj.__class__ = Louder
