@@ -72,7 +72,7 @@ class LinearLowering:
         adapted = any(isinstance(branch, BlockDelta) for branch in source.branches)
         delta = "block delta" if adapted else "fractional zeros"  # what HQQ's zero points leave beside integers
         if self.lowering != "float_zero_point":
-            source = with_whole_zeros(source, symmetric=self.provider != "cpu")
+            source = with_whole_zeros(source)
         branches: tuple[Branch, ...] = source.branches
         corrections: list[str] = []
         layout = layout_for(source, self.levels[1] == 4) if self.digits and not self._is_shared(source) else None

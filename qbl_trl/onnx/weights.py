@@ -40,44 +40,35 @@ def whole_zeros(base: GroupBase) -> Tensor:
     return unpacked_zeros(base).round().clamp(0, (1 << base.bits) - 1)
 
 
-def zeros_left(base: GroupBase, symmetric: bool = False) -> Tensor:
-    """s * (i - z), (N, G): what fractional zero points leave once integers i stand for them.
-
-    Args:
-        symmetric: i is 2**(bits-1) throughout, not the nearest.
-    """
-    whole = 1 << (base.bits - 1) if symmetric else whole_zeros(base)
-    return base.scales.read().cpu().float() * (whole - unpacked_zeros(base))
+def zeros_left(base: GroupBase) -> Tensor:
+    """s * (i - z), (N, G): what fractional zero points leave once integers i stand for them."""
+    return base.scales.read().cpu().float() * (whole_zeros(base) - unpacked_zeros(base))
 
 
-def with_whole_zeros(source: LinearSource, symmetric: bool = False) -> LinearSource:
+def with_whole_zeros(source: LinearSource) -> LinearSource:
     """A layer with fractional zero points as one with integers i, and what they leave as a block delta.
 
         s (q - z) x  =  s (q - i) x + s (i - z) sum_g(x)
 
     The nearest integers leave half a step at most, to which an adapter's delta is added where it is constant inside the
     groups: one product for both.
-
-    Args:
-        symmetric: no zero points are stored at all, for kernels that know none. What is left is then as large as the
-            weights, and stays apart from an adapter's.
     """
     base = source.base
     if not isinstance(base, GroupBase) or base.zeros is None or not base.zeros.floating:
         return source
     rows, groups = base.scales.shape
-    joined = [] if symmetric else [branch for branch in source.branches if _is_constant_in_groups(branch, base)]
+    joined = [branch for branch in source.branches if _is_constant_in_groups(branch, base)]
     apart = tuple(branch for branch in source.branches if not any(branch is one for one in joined))
 
     def left() -> Tensor:
         deltas = [_by_group(branch, base) for branch in joined if isinstance(branch, BlockDelta)]
-        return torch.stack([zeros_left(base, symmetric).cpu(), *(delta.cpu() for delta in deltas)]).sum(0)
+        return torch.stack([zeros_left(base).cpu(), *(delta.cpu() for delta in deltas)]).sum(0)
 
     codes = (rows, -(-groups * base.bits // 8))
     # Integers like the codes, of which they are told by what they are made from.
     zeros = Made(base.weight.parts, codes, lambda: pack(whole_zeros(base).to(torch.uint8), base.bits))
     delta = BlockDelta(Made(base.zeros.parts, (rows, groups), left), base.group_size, 1)
-    return replace(source, base=replace(base, zeros=None if symmetric else zeros), branches=(delta, *apart))
+    return replace(source, base=replace(base, zeros=zeros), branches=(delta, *apart))
 
 
 def _is_constant_in_groups(branch: Branch, base: GroupBase) -> bool:

@@ -5,8 +5,9 @@ import json
 import onnx
 import pytest
 import torch
+from peft import get_peft_model
 
-from qbl_trl import GroupQuantConfig, export_onnx
+from qbl_trl import GroupQuantConfig, QBLoRAConfig, export_onnx, merge
 from qbl_trl.errors import ExportError
 from qbl_trl.onnx import making
 from qbl_trl.onnx.gqa import Input
@@ -114,3 +115,12 @@ def test_what_is_made_of_weights_alone_is_made_once_for_both_branches(tmp_path):
         inside = {name for node in branch.g.node for name in node.output}
         for node in branch.g.node:
             assert inside & set(node.input) or {"input_ids", "attention_mask", "position_ids"} & set(node.input)
+
+
+def test_an_adapter_and_fractional_zero_points_are_one_product_there_too(tmp_path):
+    model = quantize_model_(tiny_llama(), GroupQuantConfig(algorithm="hqq"))
+    merged = merge(get_peft_model(model, QBLoRAConfig(r=4, quantization_aware=True, init_lora_weights=False)))
+    report = export_onnx(merged, tmp_path / "out", provider="cuda")
+    products = {layer.name for layer in report.layers if layer.operator == "MatMulNBits"}
+    kinds = [node.op_type for node in written(tmp_path / "out", "model_genai.onnx").node]
+    assert kinds.count("MatMulNBits") == kinds.count("MatMul") == len(products)  # the head is a FusedMatMul
