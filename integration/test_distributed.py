@@ -125,6 +125,16 @@ def test_memory_efficient_loading_is_refused_with_the_setting_to_change(tmp_path
         launch(tmp_path / "run", 2, {**FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"})
 
 
+def test_a_sharded_run_that_rounds_saves_merged_models_on_its_way(tmp_path):
+    found = launch(tmp_path / "run", 2, FSDP, callback={"stored_delta": "float16", "save_merged": True})
+    assert (Path(found["output"]) / "checkpoint-2" / "merged").is_dir()
+
+
+def test_checkpoints_without_tensors_are_refused_with_the_setting_to_change(tmp_path):
+    with pytest.raises(RuntimeError, match="fsdp_activation_checkpointing"):
+        launch(tmp_path / "run", 2, {**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"})
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_gives_the_same_losses_and_an_adapter_that_merges(tmp_path, single, stage):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
@@ -246,7 +256,7 @@ def worker(output: Path, result: Path, options: dict[str, Any]) -> None:
         )
     else:
         merged = None if options.get("deepspeed") == 3 else output / "merged"
-        callback = QBLoRACallback(adapter(), merged_output_dir=merged, overwrite=True)
+        callback = QBLoRACallback(adapter(), merged_output_dir=merged, overwrite=True, **options.get("callback", {}))
         trainer = sft(output, callback, **settings)
     if options.get("deepspeed"):
         # The trainer makes two groups of adapters, one of them empty; DeepSpeed drops the empty one, and the schedulers

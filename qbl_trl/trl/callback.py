@@ -25,6 +25,7 @@ from qbl_trl.adapter.layer import BalancedLinear
 from qbl_trl.config import QBLoRAConfig
 from qbl_trl.errors import ConfigError
 from qbl_trl.quant.head import input_table
+from qbl_trl.quant.modules import is_sharded
 from qbl_trl.trl import checkpoints, finish, gather, refusals, replicas, run_record
 from qbl_trl.trl.inject import Unadapted, find_trainer, is_adapted, place_
 from qbl_trl.trl.layers import active, active_layers
@@ -330,6 +331,11 @@ class QBLoRACallback(TrainerCallback):
                 "QBLoRACallback(config) was added after the trainer was built; pass it in callbacks=[...] of the "
                 "trainer, or give the trainer peft_config=QBLoRAConfig(...) and add QBLoRACallback()"
             )
+        if not self.record.layers and is_sharded(model):
+            raise ConfigError(
+                "QBLoRACallback was added after the trainer was built, and did not see the model before it was "
+                "sharded; pass it in callbacks=[...] of the trainer"
+            )
         trainer = find_trainer(model)
         if (
             anew
@@ -390,7 +396,7 @@ class QBLoRACallback(TrainerCallback):
             yield
         finally:
             if self._rounding is not None and installed:
-                self._rounding.install()
+                self._rounding.install(anew=False)  # the main process alone comes here
 
     def _wait(self) -> None:
         if self._trainer is not None:

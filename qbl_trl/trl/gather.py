@@ -59,8 +59,8 @@ class Gatherer:
             return None
         # Sharding moves buffers to its device in place, the twin's with them.
         made = copied(self._twin, lambda tensor: tensor if isinstance(tensor, nn.Parameter) else tensor.cpu())
-        named = dict(made.named_parameters(remove_duplicate=False))
-        filled = {name: value for name, value in weights.items() if name in named}
+        named, saved = dict(made.named_parameters(remove_duplicate=False)), made.state_dict()
+        filled = {name: value for name, value in weights.items() if name in saved}  # buffers may be others by now
         made.load_state_dict(filled, strict=False, assign=True)
         for name, parameter in made.named_parameters():
             parameter.requires_grad_(named[name].requires_grad)

@@ -134,7 +134,8 @@ def check_launch(trainer: Trainer, layers: dict[str, BalancedLinear], wanted: li
     """Refuse launch settings that cannot hold a packed base, before anything is sharded; warn of unused ones.
 
     Raises:
-        ConfigError: FSDP2 with cpu_ram_efficient_loading, which takes every buffer for a sharded parameter; outputs
+        ConfigError: FSDP with activation checkpointing of its own, under which adapters are not saved; FSDP2 with
+            cpu_ram_efficient_loading, which takes every buffer for a sharded parameter; outputs
             that need a merge under DeepSpeed ZeRO-3, or ZeRO-3 that does not gather what the trainer saves.
     """
     asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
@@ -155,6 +156,12 @@ def check_launch(trainer: Trainer, layers: dict[str, BalancedLinear], wanted: li
             "`qbl-trl merge ADAPTER OUTPUT` afterwards, or launch with recipes/accelerate/fsdp2.yaml"
         )
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None) if trainer.is_fsdp_enabled else None
+    if plugin is not None and plugin.activation_checkpointing:
+        raise ConfigError(
+            "QBLoRACallback: with fsdp_activation_checkpointing PEFT finds no adapter under the names that modules "
+            "then have, and every checkpoint would hold one without tensors; set it to false in the accelerate "
+            "configuration, and gradient_checkpointing=True in the trainer's arguments"
+        )
     packed = any(isinstance(base_of(layer), GroupQuantLinear) for layer in layers.values())
     if plugin is not None and packed and plugin.fsdp_version == 2 and plugin.cpu_ram_efficient_loading:
         raise ConfigError(

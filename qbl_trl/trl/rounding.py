@@ -68,10 +68,15 @@ class DeltaRounding:
     def installed(self) -> bool:
         return bool(self._handles)
 
-    def install(self) -> None:
-        """Add to every layer from now on."""
+    def install(self, anew: bool = True) -> None:
+        """Add to every layer from now on.
+
+        Args:
+            anew: round the present weights first; every process must then call this under FSDP.
+        """
         if not self.installed:
-            self.refresh()
+            if anew:
+                self.refresh()
             self._handles = [layer.register_forward_hook(self._hook(name)) for name, layer in self._layers.items()]
 
     def remove(self) -> None:

@@ -95,7 +95,9 @@ def gathered() -> None:
     """A model that was sharded there, whole on the CPU: sharding moves buffers in place."""
     expected = logits(trained("cpu", CONFIGS[0]), IDS)
     model = trained("cpu", CONFIGS[0]).to(DEVICE)
+    model.register_buffer("steps", torch.zeros(1, device=DEVICE))
     gatherer = gather.Gatherer(model)  # whose buffers are the model's, there
+    model.steps = model.steps + 1  # another tensor from here on
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     with (
         mock.patch.object(gather, "is_sharded", return_value=True),
@@ -103,6 +105,7 @@ def gathered() -> None:
     ):
         whole = gatherer.whole(model, True)
     assert {tensor.device.type for tensor in (*whole.parameters(), *whole.buffers())} == {"cpu"}
+    assert whole.steps == 1
     close(logits(merge(whole), IDS), expected)
 
 

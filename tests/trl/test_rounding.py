@@ -194,3 +194,13 @@ def test_rounding_leaves_a_reference_adapter_alone():
     rounded_logits = logits(model, ids)
     rounding.remove()
     assert not torch.equal(logits(model, ids), rounded_logits)
+
+
+def test_hooks_that_are_put_back_round_nothing_anew(monkeypatch):
+    """Under FSDP the main process alone takes them off, to merge, and rounding asks every process."""
+    rounding = DeltaRounding(adapter_layers(adapted()), "float16")
+    rounding.install()
+    rounding.remove()
+    monkeypatch.setattr(rounding, "refresh", None)
+    rounding.install(anew=False)
+    assert rounding.installed
