@@ -64,8 +64,7 @@ class Gate:
     def _at_once(self, graph: OnnxLogits) -> ParityReport:
         reference, mask = self._of_batch_and_row(self.reference), self._of_batch_and_row(self.mask)
         found = torch.cat([graph(self.ids[rows], self.mask[rows]) for rows in _BATCH_AND_ROW])
-        kept = slice(-found.shape[1], None)  # of a graph that writes the last logits only, these
-        return compare(reference[:, kept], found, mask[:, kept])
+        return _at_the_end(reference, found, mask, self.ids.shape[1])
 
     def _of_batch_and_row(self, values: Tensor) -> Tensor:
         return torch.cat([values[rows] for rows in _BATCH_AND_ROW])
@@ -129,9 +128,7 @@ class Gate:
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             logits, cache = graph.step(self.ids[:, start : start + 1], mask, cache)
             parts.append(logits)
-        found = torch.cat(parts, 1)
-        kept = slice(-min(length - prefix if steps else length, found.shape[1]), None)
-        return compare(self.alone[:, kept], found[:, kept], self.mask[:, kept])
+        return _at_the_end(self.alone, torch.cat(parts, 1), self.mask, length - prefix if steps else length)
 
     def _in_a_buffer(self, folder: Path) -> ParityReport:
         own = folder / GENAI_FILE
@@ -153,9 +150,8 @@ class Gate:
         )
         if found.shape[1] < length:  # a graph that writes the last logits only: the prefix gave one
             found = found[:, 1:]
-        kept = slice(-min(length - prefix if steps else length, found.shape[1]), None)
         reference, mask = self._of_batch_and_row(self.reference), self._of_batch_and_row(self.mask)
-        return compare(reference[:, kept], found[:, kept], mask[:, kept])
+        return _at_the_end(reference, found, mask, length - prefix if steps else length)
 
     def look_at(self, folder: Path, buffer: bool = False) -> ParityReport | None:
         """How far the graph of a folder is from the model, as a text and in its steps, whichever is further by KL:
@@ -180,6 +176,12 @@ class Gate:
             return None
         except ConfigError:  # logits that are no numbers
             return ParityReport(int(self.mask.sum()), math.inf, math.inf, math.inf, 0.0, 0)
+
+
+def _at_the_end(reference: Tensor, found: Tensor, mask: Tensor, count: int) -> ParityReport:
+    """The last `count` positions, or those that there are: a graph may write the last logits only."""
+    kept = slice(-min(count, found.shape[1]), None)
+    return compare(reference[:, kept], found[:, kept], mask[:, kept])
 
 
 def _roll(rows: Tensor, gaps: list[int], sign: int) -> Tensor:

@@ -98,9 +98,7 @@ class Made(TensorRef):
 class Cut(Made):
     """What `make` leaves of one tensor: layers that share that tensor share this."""
 
-    @property
-    def pointers(self) -> tuple[int, ...]:
-        return tuple(part.data_ptr() for part in self.parts)
+    pointers = TensorRef.pointers
 
 
 @dataclass(frozen=True)
